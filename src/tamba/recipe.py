@@ -26,13 +26,12 @@ from tamba.sections import Section, dump_toml, nearest_file, read_toml, validate
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(gt=0)]
 
-TEXT_SOURCES = {
-    "python-docs": "the language reference that every Python carries (pydoc_data.topics)",
-    "teacher-written": "text that the teacher writes when asked to",
-}
-"""Names that stand for text in ``[data]`` beside paths and ``hf://datasets/..`` addresses."""
+TEXT_SOURCES = ("python-docs", "teacher-written", "package-docs:")
+"""Words of ``[data]`` that stand for text beside files, folders and ``hf://datasets/..`` addresses.
 
-TEXT_ENDINGS = (".txt", ".md", ".rst", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.xz")
+``python-docs`` is prose of the manual and docstrings that every Python carries, ``package-docs:NAME``
+that of an installed package, ``teacher-written`` what the teacher writes when asked to.
+"""
 
 
 class ModelSource(Section):
@@ -58,8 +57,9 @@ class Data(Section):
         heldout_share: share of the documents of a divided source that is held out.
         length: tokens of a row.
         written_tokens: how much a ``teacher-written`` source holds.
-        written_prompts: a text file of prompts for it, one a line; None for those that tamba carries.
-        temperature: at which the teacher writes.
+        written_openings: text file, one a line, that the teacher continues; None for answers to
+            requests that tamba carries, which takes a teacher with a chat template.
+        written_temperature: at which the teacher samples.
         text_key: the key of the text in JSON lines.
     """
 
@@ -68,8 +68,8 @@ class Data(Section):
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
     length: Count = 512
     written_tokens: Count = 65_536
-    written_prompts: str | None = None
-    temperature: float = Field(default=0.8, ge=0)
+    written_openings: str | None = None
+    written_temperature: float = Field(default=1.0, gt=0)
     text_key: str = "text"
 
     @property
@@ -309,7 +309,7 @@ class Recipe(Section):
         """Sources of text with files as absolute paths; names and ``hf://`` addresses as they stand.
 
         Raises:
-            UserError: a source is neither a known name nor a file of a known kind.
+            UserError: a source is neither a known name nor a file that is there.
         """
         section = "evaluate" if key == "texts" else "data"
         names: tuple[str, ...] = getattr(getattr(self, section), key)
@@ -318,7 +318,7 @@ class Recipe(Section):
         return tuple(self._text_source(name, f"{section}.{key}[{i}]") for i, name in enumerate(names))
 
     def _text_source(self, name: str, key: str) -> str:
-        if name in TEXT_SOURCES:
+        if name in TEXT_SOURCES or name.startswith("package-docs:"):
             return name
         if name.startswith("hf://"):
             if not re.fullmatch(r"hf://datasets/[\w.-]+/[\w.-]+(@[\w.-]+)?/[^*?]+", name):
@@ -328,14 +328,7 @@ class Recipe(Section):
             return name
         if "/" not in name and "." not in name and not (self._file.parent / name).exists():
             raise UserError(self.where(key), f"no text called '{name}'", nearest(name, TEXT_SOURCES))
-        found = self.locate(name, key)
-        if found.is_file() and not found.name.endswith(TEXT_ENDINGS):
-            raise UserError(
-                self.where(key),
-                f"'{name}' is no kind of text file that is known",
-                "use one of " + ", ".join(TEXT_ENDINGS),
-            )
-        return str(found.resolve())
+        return str(self.locate(name, key).resolve())
 
     def layer_plan(self, n_teacher: int, analysis: Path | None = None) -> LayerPlan:
         """The plan to build, from wherever ``build.plan`` says it is.
@@ -378,8 +371,8 @@ class Recipe(Section):
             self.model_path("donor")
         for key in ("train", "heldout", "texts"):
             self.text_sources(key)
-        if self.data.written_prompts:
-            self.locate(self.data.written_prompts, "data.written_prompts")
+        if self.data.written_openings:
+            self.locate(self.data.written_openings, "data.written_openings")
         if self.build.plan == "analyze":
             return
         # A preset is laid over one layer here: only its name and its need for a donor are looked at.
@@ -416,6 +409,11 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         recipe._text = text
     recipe.check_inputs()
     return recipe
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """The recipe itself, or the one that a path names; what every step takes as its first argument."""
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
 
 
 def _override(data: dict[str, Any], override: str) -> None:
