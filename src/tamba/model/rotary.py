@@ -1,4 +1,4 @@
-"""Rotary position angles (Su et al. 2021, arXiv 2104.09864), every scaling kind transformers knows."""
+"""Rotary position angles (Su et al. 2021, arXiv 2104.09864), with transformers' scalings."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class RotaryAngles(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of each head: x [B, H, T, P], cos and sin [B, T, rotary_dim]."""
+    """Rotate the leading dimensions of each head: x [B, H, T, P], angles [B, T, rotary_dim]."""
     dim = cos.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
     cos, sin = cos[:, None], sin[:, None]
