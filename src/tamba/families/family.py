@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -224,7 +225,7 @@ def read_with_transformers(
     keys.check(config, cls().to_dict(), where)
     try:
         return cls.from_dict(data)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise UserError(where, f"not a valid {model_type} configuration: {error}") from error
 
 
