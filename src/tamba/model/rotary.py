@@ -29,7 +29,12 @@ class RotaryAngles(nn.Module):
         super().__init__()
         self.spec = spec
         self.kind: str = spec.rope.get("rope_type", "default")
-        rope: dict[str, Any] = {k: v for k, v in spec.rope.items() if k != "partial_rotary_factor"}
+        # Proportional scaling turns the whole head, at frequencies that the factor shapes.
+        rope: dict[str, Any] = {
+            k: v
+            for k, v in spec.rope.items()
+            if k != "partial_rotary_factor" or self.kind == "proportional"
+        }
         # transformers' functions read sizes from a config; a head of rotary_dim gives exactly the
         # frequencies of the rotated part.
         self.rope_config = LlamaConfig(
