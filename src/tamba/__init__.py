@@ -8,7 +8,6 @@ known to transformers' Auto classes as soon as both packages are imported.
 from __future__ import annotations
 
 import importlib
-import inspect as _inspect
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -75,8 +74,11 @@ class _Verb(ModuleType):
         return self.__dict__[self.__name__.rpartition(".")[2]]
 
     @property
-    def __signature__(self) -> _inspect.Signature:
-        return _inspect.signature(self._function)
+    def __signature__(self) -> Any:
+        # Not at the top: it would cost the command line's help a third of its time.
+        from inspect import signature
+
+        return signature(self._function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)

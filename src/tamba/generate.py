@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,10 @@ class Generation:
         if self.new_tokens < 2 or self.decode_seconds <= 0:
             return None
         return (self.new_tokens - 1) / self.decode_seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, the speed included."""
+        return asdict(self) | {"tokens_per_second": self.tokens_per_second}
 
 
 def generate(
@@ -92,8 +96,7 @@ def generate(
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     ends = _end_tokens(model, tokenizer)
-    random_state = torch.random.fork_rng(enabled=seed is not None)
-    with torch.inference_mode(), random_state:
+    with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         timer.start()

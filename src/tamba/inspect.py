@@ -7,18 +7,18 @@ the whole state once, so time per token is at least those bytes over the memory 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tamba.checkpoint import open_checkpoint
+from tamba.checkpoint import TensorSpec, open_checkpoint
 from tamba.evaluate.memory import cache_bytes
 from tamba.model.config import TambaConfig
-from tamba.model.modeling import TambaForCausalLM
 
 CONTEXTS = (4096, 32768)
 
@@ -79,7 +79,6 @@ def inspect(
     *,
     contexts: Iterable[int] = CONTEXTS,
     bandwidth: float | None = None,
-    measure: Callable[[], float] | None = None,
 ) -> Inspection:
     """Describe a checkpoint without reading its weights.
 
@@ -87,18 +86,18 @@ def inspect(
         model: a folder, GGUF file or hub name.
         contexts: lengths to give floors for.
         bandwidth: memory bandwidth in bytes a second; None to measure it.
-        measure: how to measure it; None for `measure_bandwidth`.
 
     Raises:
         UserError: the checkpoint cannot be opened or its family is not supported.
     """
     checkpoint = open_checkpoint(str(model))
     if bandwidth is None:
-        bandwidth = (measure or measure_bandwidth)()
+        bandwidth = measure_bandwidth()
     return describe(
-        checkpoint.config,
+        checkpoint.tamba_config,
+        checkpoint.parameters,
         model=str(model),
-        family=checkpoint.family_name,
+        family="tamba" if checkpoint.family is None else checkpoint.family.name,
         contexts=contexts,
         bandwidth=bandwidth,
     )
@@ -106,23 +105,20 @@ def inspect(
 
 def describe(
     config: TambaConfig,
+    parameters: Mapping[str, TensorSpec],
     *,
-    model: str,
-    family: str,
+    model: str = "model",
+    family: str = "tamba",
     contexts: Iterable[int] = CONTEXTS,
     bandwidth: float | None = None,
 ) -> Inspection:
-    """The same from a configuration."""
+    """The same from a configuration and the shapes and types of its parameters (tied ones once)."""
     dtype = config.dtype or torch.float32
-    with torch.device("meta"):
-        skeleton = TambaForCausalLM(config)
-    sizes = {name: p.numel() for name, p in skeleton.named_parameters()}
-    # Under tying, `named_parameters` gives the shared table once, as the embedding.
-    weight_bytes = sum(p.numel() * _itemsize(name, dtype) for name, p in skeleton.named_parameters())
-    table = sizes["model.embed_tokens.weight"]
+    weight_bytes = sum(spec.nbytes for spec in parameters.values())
     read = weight_bytes
     if not config.tie_word_embeddings:
-        read -= (table - config.hidden_size) * dtype.itemsize
+        # Of an untied embedding, decoding reads one row.
+        read -= (config.vocab_size - 1) * config.hidden_size * dtype.itemsize
 
     def state(context: int) -> int:
         return cache_bytes(config, context, bytes_per_value=dtype.itemsize)
@@ -141,8 +137,8 @@ def describe(
         vocab_size=config.vocab_size,
         tied=bool(config.tie_word_embeddings),
         max_positions=config.max_position_embeddings,
-        parameters=sum(sizes.values()),
-        parameters_by_part=_by_part(sizes),
+        parameters=sum(math.prod(spec.shape) for spec in parameters.values()),
+        parameters_by_part=_by_part(parameters),
         weight_bytes=weight_bytes,
         cache_bytes_per_token=state(1) - state(0),
         state_bytes=state(0),
@@ -166,22 +162,16 @@ def measure_bandwidth(megabytes: int = 256, seconds: float = 0.4) -> float:
     return best
 
 
-def _itemsize(name: str, dtype: torch.dtype) -> int:
-    """Bytes of one number of a parameter; decays, step biases and skips stay float32."""
-    return 4 if name.rpartition(".")[2] in ("A_log", "dt_bias", "D") else dtype.itemsize
-
-
-def _by_part(sizes: dict[str, int]) -> dict[str, int]:
+def _by_part(parameters: Mapping[str, TensorSpec]) -> dict[str, int]:
     parts = {"embedding": 0, "mixers": 0, "mlps": 0, "norms": 0, "head": 0}
-    for name, size in sizes.items():
+    for name, spec in parameters.items():
         if name.startswith("lm_head"):
-            parts["head"] += size
+            part = "head"
         elif "embed_tokens" in name:
-            parts["embedding"] += size
+            part = "embedding"
         elif ".mixer." in name:
-            parts["mixers"] += size
-        elif ".mlp." in name:
-            parts["mlps"] += size
+            part = "mixers"
         else:
-            parts["norms"] += size
+            part = "mlps" if ".mlp." in name else "norms"
+        parts[part] += math.prod(spec.shape)
     return parts
