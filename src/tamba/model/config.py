@@ -265,6 +265,11 @@ def _check_mixer(mixer: MixerSpec, where: str) -> None:
             divides("norm_groups", "d_inner")
 
 
+def _windows(specs: dict[str, BlockSpec]) -> set[int]:
+    mixers = [b.mixer for b in specs.values() if isinstance(b.mixer, AttentionSpec)]
+    return {m.sliding_window for m in mixers if m.sliding_window is not None}
+
+
 class TambaConfig(PreTrainedConfig):
     """Configuration of a `TambaForCausalLM`.
 
@@ -316,6 +321,10 @@ class TambaConfig(PreTrainedConfig):
                 raise UserError(
                     f"config: layers[{index}]", f"no block named {name!r}", nearest(name, self._specs)
                 )
+        if len(windows := _windows(self._specs)) > 1:
+            raise UserError(
+                "config: blocks", f"sliding windows differ ({sorted(windows)}); all must have one width"
+            )
         # Derived words of other readers' configs; ours are computed from the layer list.
         for derived in ("layer_types", "num_hidden_layers", "num_attention_heads", "head_dim"):
             kwargs.pop(derived, None)
@@ -370,10 +379,5 @@ class TambaConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int | None:
-        """The widest window in the stack; each layer uses its own."""
-        windows = [
-            b.mixer.sliding_window
-            for b in self.block_specs
-            if isinstance(b.mixer, AttentionSpec) and b.mixer.sliding_window is not None
-        ]
-        return max(windows, default=None)
+        """The window of every sliding layer, or None when no layer slides."""
+        return next(iter(_windows(self._specs)), None)

@@ -1,0 +1,97 @@
+"""Softmax attention as a mixer: MHA and GQA, rotary, q/k norm, sliding window.
+
+The product itself goes through transformers' attention interface (eager, sdpa, flash, flex).
+Shape letters: `B` batch, `T` new tokens, `S` keys, `H` heads, `G` kv heads, `P` head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tamba.model.config import AttentionSpec, TambaConfig
+from tamba.model.layers import RMSNorm
+from tamba.model.rotary import rotary_key, rotate
+from tamba.model.tokens import Tokens
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    is_causal = True  # read by transformers' attention functions
+
+    def __init__(self, config: TambaConfig, spec: AttentionSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.layer_idx = layer_idx
+        self.head_dim = spec.head_dim
+        self.num_key_value_groups = spec.n_heads // spec.n_kv_heads
+        self.scaling = spec.scale if spec.scale is not None else spec.head_dim**-0.5
+        self.rotary_key = rotary_key(spec) if spec.rotary_dim else None
+        d_model, d_q, d_kv = config.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(d_model, d_q, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(d_model, d_kv, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(d_model, d_kv, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(d_q, d_model, bias=spec.out_bias)
+        self.q_norm = RMSNorm(spec.head_dim, spec.qk_norm.eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, spec.qk_norm.eps) if spec.qk_norm else None
+        self.weights = AttentionWeights()
+
+    def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens, **kwargs: Any) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]; keys and values are added to `state` when there is one."""
+        heads = (*hidden.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(hidden).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.rotary_key is not None:
+            cos, sin = tokens.rotary[self.rotary_key]
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if state is not None:
+            key, value = state.update(key, value, self.layer_idx)
+        kind = "full_attention" if self.spec.sliding_window is None else "sliding_attention"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
+        mixed, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            tokens.attention_masks.get(kind),
+            dropout=0.0,
+            scaling=self.scaling,
+            sliding_window=self.spec.sliding_window,
+            position_ids=tokens.positions,
+            **kwargs,
+        )
+        if weights is not None:
+            self.weights(weights)
+        return self.o_proj(mixed.reshape(*hidden.shape[:-1], -1))
+
+
+class AttentionWeights(nn.Identity):
+    """Where the weights [B, H, T, S] pass by, so that `output_attentions` can record them."""
+
+
+def _eager(
+    module: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """The readable form: [B, H, T, P] queries over [B, G, S, P] keys -> [B, T, H, P] and the weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=wide).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

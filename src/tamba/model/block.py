@@ -1,0 +1,53 @@
+"""One layer of the stack: norm, mixer, norm, MLP, and how they join the residual stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tamba.model.attention import Attention
+from tamba.model.config import AttentionSpec, BlockSpec, Mamba1Spec, TambaConfig
+from tamba.model.layers import MLP, make_norm
+from tamba.model.mamba1 import Mamba1Mixer
+from tamba.model.mamba2 import Mamba2Mixer
+from tamba.model.tokens import Tokens
+
+
+class Block(GradientCheckpointingLayer):
+    """``x + mixer(norm x)``, then ``x + mlp(mlp_norm x)``; both from the same x when parallel."""
+
+    def __init__(self, config: TambaConfig, spec: BlockSpec, layer_idx: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = make_norm(spec.norm, config.d_model)
+        self.mixer = _make_mixer(config, spec, layer_idx)
+        self.mlp_norm = make_norm(spec.norm, config.d_model) if spec.mlp else None
+        self.mlp = MLP(spec.mlp, config.d_model) if spec.mlp else None
+
+    def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens, **kwargs: Any) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]."""
+        residual = hidden.float() if self.residual_in_fp32 and hidden.element_size() < 4 else hidden
+        hidden = hidden.to(self.norm.weight.dtype) if self.residual_in_fp32 else hidden
+        if isinstance(self.mixer, Attention):
+            mixed = self.mixer(self.norm(hidden), state, tokens, **kwargs)
+        else:
+            mixed = self.mixer(self.norm(hidden), state, tokens)
+        if self.mlp is None or self.mlp_norm is None:
+            return residual + mixed
+        if self.spec.residual == "parallel":
+            return residual + mixed + self.mlp(self.mlp_norm(hidden))
+        residual = residual + mixed
+        hidden = residual.to(self.mlp_norm.weight.dtype) if self.residual_in_fp32 else residual
+        return residual + self.mlp(self.mlp_norm(hidden))
+
+
+def _make_mixer(config: TambaConfig, spec: BlockSpec, layer_idx: int) -> nn.Module:
+    if isinstance(spec.mixer, AttentionSpec):
+        return Attention(config, spec.mixer, layer_idx)
+    if isinstance(spec.mixer, Mamba1Spec):
+        return Mamba1Mixer(config, spec.mixer, layer_idx)
+    return Mamba2Mixer(config, spec.mixer, layer_idx)

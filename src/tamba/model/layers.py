@@ -1,0 +1,55 @@
+"""The parts that every kind of layer shares: norms and MLPs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from tamba.model.config import MLPSpec, NormSpec
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension, or over `groups` equal
+    parts of it; the statistics are taken in float32."""
+
+    def __init__(self, size: int, eps: float, groups: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.groups > 1:
+            wide = wide.unflatten(-1, (self.groups, -1))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        if self.groups > 1:
+            wide = wide.flatten(-2)
+        return self.weight * wide.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, groups={self.groups}"
+
+
+def make_norm(spec: NormSpec, size: int) -> nn.Module:
+    """The norm that `spec` describes, over `size` channels."""
+    if spec.kind == "rms":
+        return RMSNorm(size, spec.eps)
+    return nn.LayerNorm(size, eps=spec.eps)
+
+
+class MLP(nn.Module):
+    """Gated (SwiGLU and kin) or plain two-layer perceptron: [..., D] -> [..., D]."""
+
+    def __init__(self, spec: MLPSpec, d_model: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, spec.d_mlp, bias=spec.bias) if spec.gated else None
+        self.up_proj = nn.Linear(d_model, spec.d_mlp, bias=spec.bias)
+        self.down_proj = nn.Linear(spec.d_mlp, d_model, bias=spec.bias)
+        self.activation = ACT2FN[spec.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_proj is None:
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,263 @@
+"""The one model class of the project: train, decode and verify, for every mix of layers.
+
+Class names must not contain "mamba": `generate` would pass the cache under another argument name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from tamba.model.attention import AttentionWeights
+from tamba.model.block import Block
+from tamba.model.cache import TambaCache, adopt
+from tamba.model.config import AttentionSpec, TambaConfig
+from tamba.model.layers import make_norm
+from tamba.model.recurrent import RecurrentMixer
+from tamba.model.rotary import RotaryAngles, rotary_key
+from tamba.model.tokens import Tokens, locate, restart_positions
+
+
+class TambaPreTrainedModel(PreTrainedModel):
+    """What Hugging Face's machinery asks of a model class."""
+
+    config: TambaConfig
+    config_class = TambaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = list(RecurrentMixer.FLOAT32)  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": Block,
+        "attentions": AttentionWeights,
+    }
+    # Our recurrent layers roll back, so assisted generation is allowed (see cache.py).
+    _is_stateful = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, RecurrentMixer):
+            module.reset_ssm_parameters()
+
+
+class TambaModel(TambaPreTrainedModel):
+    """Embedding, blocks and final norm: ids [B, T] -> hidden [B, T, D]."""
+
+    def __init__(self, config: TambaConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        specs = config.block_specs
+        self.layers = nn.ModuleList([Block(config, spec, i) for i, spec in enumerate(specs)])
+        self.final_norm = make_norm(config.final_norm_spec, config.hidden_size)
+        attention = [s.mixer for s in specs if isinstance(s.mixer, AttentionSpec) and s.mixer.rotary_dim]
+        self._rotary = {
+            rotary_key(spec): RotaryAngles(spec, config.max_position_embeddings) for spec in attention
+        }
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, D].
+            attention_mask: [B, cached + T], 0 at padding, which may stand anywhere.
+            position_ids: [B, T]; by default counted over real tokens. Positions that restart within
+                a row (no mask, no cache) mark packed documents.
+            past_key_values: a cache; recurrent layers of stock caches are replaced by ours.
+            seq_idx: [B, T], document of each token in packed rows; nothing crosses a boundary.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if past_key_values is not None:
+            adopt(past_key_values, self.config)
+        elif use_cache:
+            past_key_values = TambaCache(self.config)
+        tokens = self._locate(hidden, attention_mask, position_ids, past_key_values, seq_idx)
+        for layer in self.layers:
+            hidden = layer(hidden, past_key_values, tokens, **kwargs)
+        if isinstance(past_key_values, TambaCache):
+            past_key_values.trim()
+        hidden = self.final_norm(hidden.to(self.final_norm.weight.dtype))
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+
+    def _locate(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+        seq_idx: Tensor | None,
+    ) -> Tokens:
+        rows, length = hidden.shape[:2]
+        kinds = set(self.config.layer_types)
+        ready = mask if mask is not None and mask.dim() == 4 else None
+        if ready is not None:
+            if "linear_attention" in kinds:
+                raise ValueError("a 4-D attention mask says nothing to recurrent layers; pass [B, S]")
+            mask = None
+        past = int(cache.get_seq_length()) if cache is not None and len(cache.layers) else 0
+        mask = _full_mask(mask, cache, past, rows, length)
+        tokens = locate(
+            length, past, mask=mask, positions=positions, seq_idx=seq_idx, device=hidden.device
+        )
+        if isinstance(cache, TambaCache):
+            cache.mask = mask
+        tokens.rotary = {
+            key: angles(tokens.positions, hidden.dtype) for key, angles in self._rotary.items()
+        }
+        if kinds & {"full_attention", "sliding_attention"}:
+            tokens.attention_masks = self._attention_masks(hidden, mask, ready, tokens, cache, past)
+        return tokens
+
+    def _attention_masks(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        ready: Tensor | None,
+        tokens: Tokens,
+        cache: Cache | None,
+        past: int,
+    ) -> dict[str, Tensor | None]:
+        """A mask for each kind of attention layer, in the form its implementation expects."""
+        documents = None
+        if tokens.starts is not None:
+            if past:
+                raise ValueError("documents cannot begin on a filled cache when there are attention layers")
+            if "flash" in (self.config._attn_implementation or "") and hidden.shape[0] > 1:
+                raise ValueError("packed rows under flash attention need batch 1; use sdpa or flex")
+            # transformers reads document boundaries from restarting positions, without mask and cache.
+            documents, mask, cache = restart_positions(tokens.starts), None, None
+        # A static layer has places beyond the tokens so far, which only a written-out mask hides.
+        static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+        masks: dict[str, Tensor | None] = {}
+        for kind, make in (
+            ("full_attention", create_causal_mask),
+            ("sliding_attention", create_sliding_window_causal_mask),
+        ):
+            if kind in self.config.layer_types:
+                masks[kind] = ready if ready is not None else make(
+                    config=self.config,
+                    inputs_embeds=hidden,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    position_ids=documents,
+                    allow_is_causal_skip=not static,
+                )
+        return masks
+
+
+def _full_mask(
+    mask: Tensor | None, cache: Cache | None, past: int, rows: int, length: int
+) -> Tensor | None:
+    """[B, past + T] bool over cached and new places, or None when all of them hold tokens.
+
+    The caller's mask may cover both or the new tokens alone; what it leaves out, a `TambaCache`
+    remembers.
+    """
+    before = cache.mask if isinstance(cache, TambaCache) else None
+    if mask is not None:
+        mask = mask.to(torch.bool)
+        if mask.shape[1] not in (length, past + length):
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns; expected {length} (the new tokens) or "
+                f"{past + length} (with the cached ones)"
+            )
+    if mask is None and before is None:
+        return None
+    if mask is None or mask.shape[1] < past + length:
+        device = (mask if mask is not None else before).device
+        if before is None:
+            before = torch.ones(rows, past, dtype=torch.bool, device=device)
+        if mask is None:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+        mask = torch.cat([before, mask], dim=1)
+    return None if bool(mask.all()) else mask
+
+
+class TambaForCausalLM(TambaPreTrainedModel, GenerationMixin):
+    """A language model over any stack of attention, Mamba-1 and Mamba-2 layers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: TambaConfig) -> None:
+        super().__init__(config)
+        self.model = TambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+        # `generate` looks at the cache before the first forward (can it be compiled, cropped?).
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
+            adopt(cache, self.config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, T, V] (or of the last `logits_to_keep` positions), and the loss for `labels`.
+
+        Arguments are those of `TambaModel.forward`; `labels` [B, T] are shifted here and -100 is not
+        scored.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )

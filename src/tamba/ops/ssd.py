@@ -1,0 +1,3 @@
+"""SSD (Mamba-2)."""
+
+from tamba.ops.reference import ssd_chunked as ssd

@@ -1,0 +1,375 @@
+"""A pass may be cut, padded, packed, beamed and rolled back in any way: the logits stay the same.
+
+The independent truth is a single pass over one unpadded document without a cache.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same
+from models import STACKS, VOCAB, random_ids, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+import tamba  # noqa: F401  (registers the Auto classes)
+from tamba.model.cache import RecurrentLayer, TambaCache
+from tamba.model.config import TambaConfig
+from tamba.model.modeling import TambaForCausalLM
+
+STACK_NAMES = sorted(STACKS)
+
+
+@torch.no_grad()
+def logits_of(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+def splits(length: int):
+    yield [1] * length
+    yield [length - 1, 1]
+    yield [3, 7, 2, 1, length - 13]
+    yield [2, length - 2]
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_any_split_equals_one_pass(stack):
+    model, ids = tiny_model(stack), random_ids(2, 21)
+    want = logits_of(model, ids)
+    for sizes in splits(21):
+        cache, got = TambaCache(model.config), []
+        for piece in ids.split(sizes, dim=1):
+            got.append(logits_of(model, piece, past_key_values=cache))
+        assert_same(torch.cat(got, dim=1), want, "decode")
+        assert cache.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+@pytest.mark.parametrize("make", [lambda c: DynamicCache(config=c), lambda c: DynamicCache()])
+def test_stock_caches_work(stack, make):
+    model, ids = tiny_model(stack), random_ids(2, 12)
+    cache = make(model.config)
+    got = torch.cat([logits_of(model, p, past_key_values=cache) for p in ids.split([5, 4, 1, 2], 1)], 1)
+    assert_same(got, logits_of(model, ids), "decode")
+
+
+def test_static_cache_works():
+    model, ids = tiny_model(["mamba2_gqa", "attention", "mamba1"]), random_ids(2, 12)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    got = torch.cat([logits_of(model, p, past_key_values=cache) for p in ids.split([5, 4, 1, 2], 1)], 1)
+    assert_same(got, logits_of(model, ids), "decode")
+
+
+def padded_batch(lengths, side, extra_seed=0):
+    """Rows of different length in one batch, with rubbish under the padding."""
+    longest = max(lengths)
+    ids = random_ids(len(lengths), longest, seed=99 + extra_seed)
+    mask = torch.zeros_like(ids)
+    rows = [random_ids(1, n, seed=n)[0] for n in lengths]
+    for b, row in enumerate(rows):
+        if side == "left":
+            places = torch.arange(longest - len(row), longest)
+        elif side == "right":
+            places = torch.arange(len(row))
+        else:  # scattered
+            chosen = torch.randperm(longest, generator=torch.Generator().manual_seed(b))[: len(row)]
+            places = chosen.sort().values
+        ids[b, places], mask[b, places] = row, 1
+    return ids, mask, rows
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered"])
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_padding_touches_nothing(stack, side):
+    model = tiny_model(stack)
+    if stack in ("sliding", "mixed") and side == "scattered":
+        pytest.skip("a sliding window counts places, not tokens, so holes move it (as in transformers)")
+    ids, mask, rows = padded_batch([11, 3, 8, 1], side)
+    got = logits_of(model, ids, attention_mask=mask)
+    assert got.isfinite().all()
+    for b, row in enumerate(rows):
+        assert_same(got[b, mask[b].bool()], logits_of(model, row[None])[0], "decode")
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("stack", ["attention", "mamba1", "mamba2"])
+def test_continuing_a_padded_batch(stack, side, with_mask):
+    model = tiny_model(stack)
+    ids, mask, rows = padded_batch([9, 2, 5], side)
+    more, more_mask, more_rows = padded_batch([3, 1, 4], side, extra_seed=7)
+    cache = TambaCache(model.config)
+    logits_of(model, ids, attention_mask=mask, past_key_values=cache)
+    full = torch.cat([mask, more_mask], dim=1)
+    got = logits_of(
+        model, more, attention_mask=full if with_mask else more_mask, past_key_values=cache
+    )
+    for b in range(3):
+        want = logits_of(model, torch.cat([rows[b], more_rows[b]])[None])[0, len(rows[b]) :]
+        assert_same(got[b, more_mask[b].bool()], want, "decode")
+
+
+@pytest.mark.parametrize("how", ["seq_idx", "positions", "seq_idx_padded"])
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_packed_documents_do_not_meet(stack, how):
+    model = tiny_model(stack)
+    lengths = [[4, 1, 1, 9], [15]]
+    docs = [[random_ids(1, n, seed=10 * b + i)[0] for i, n in enumerate(row)] for b, row in enumerate(lengths)]
+    ids = torch.stack([torch.cat(row) for row in docs])
+    seq_idx = torch.stack(
+        [torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]
+    )
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    if how == "positions":
+        got = logits_of(model, ids, position_ids=positions)
+    elif how == "seq_idx":
+        got = logits_of(model, ids, seq_idx=seq_idx)
+    else:
+        pad = torch.full((2, 3), 5)
+        mask = torch.cat([torch.ones_like(ids), torch.zeros_like(pad)], dim=1)
+        last = seq_idx[:, -1:].expand(-1, 3)
+        got = logits_of(
+            model, torch.cat([ids, pad], 1), seq_idx=torch.cat([seq_idx, last], 1), attention_mask=mask
+        )
+    for b, row in enumerate(docs):
+        at = 0
+        for doc in row:
+            assert_same(got[b, at : at + len(doc)], logits_of(model, doc[None])[0], "decode")
+            at += len(doc)
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+@pytest.mark.parametrize("window", [6, 30])
+def test_rollback_equals_a_fresh_run(stack, window):
+    model, ids = tiny_model(stack), random_ids(2, 20)
+    tail = random_ids(2, 5, seed=3)
+    for n in [0, 1, 3, 6] if window == 6 else [5, 9, 20]:
+        cache = TambaCache(model.config, max_rollback=window)
+        for piece in ids.split([11, 1, 5, 1, 2], dim=1):
+            logits_of(model, piece, past_key_values=cache)
+        cache.rollback(n)
+        assert cache.get_seq_length() == 20 - n
+        got = [logits_of(model, p, past_key_values=cache) for p in tail.split([2, 1, 2], dim=1)]
+        want = logits_of(model, torch.cat([ids[:, : 20 - n], tail], dim=1))[:, 20 - n :]
+        assert_same(torch.cat(got, dim=1), want, "decode")
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_rollback_row_by_row_and_again(stack):
+    model, ids = tiny_model(stack), random_ids(3, 18)
+    rounds = [(torch.tensor([0, 4, 2]), 5), (torch.tensor([3, 0, 5]), 3), (torch.tensor([1, 1, 1]), 4)]
+    cache = TambaCache(model.config, max_rollback=8)
+    logits_of(model, ids, past_key_values=cache)
+    texts = [row for row in ids]
+    for step, (counts, new) in enumerate(rounds):
+        cache.rollback(counts)
+        texts = [row[: len(row) - int(n)] for row, n in zip(texts, counts, strict=True)]
+        more = random_ids(3, new, seed=20 + step)
+        got = logits_of(model, more, past_key_values=cache)
+        texts = [torch.cat([row, m]) for row, m in zip(texts, more, strict=True)]
+        for b, row in enumerate(texts):
+            assert_same(got[b], logits_of(model, row[None])[0, -new:], "decode")
+
+
+def test_rollback_of_a_left_padded_batch():
+    model = tiny_model("mixed")
+    ids, mask, rows = padded_batch([9, 4], "left")
+    cache = TambaCache(model.config, max_rollback=4)
+    logits_of(model, ids, attention_mask=mask, past_key_values=cache)
+    cache.rollback(torch.tensor([1, 3]))
+    more = random_ids(2, 3, seed=5)
+    got = logits_of(model, more, past_key_values=cache)
+    for b, keep in enumerate((8, 1)):
+        want = logits_of(model, torch.cat([rows[b][:keep], more[b]])[None])[0, -3:]
+        assert_same(got[b], want, "decode")
+
+
+def test_rollback_beyond_the_record_is_refused():
+    model = tiny_model("mamba2")
+    cache = TambaCache(model.config, max_rollback=3)
+    logits_of(model, random_ids(1, 12), past_key_values=cache)
+    with pytest.raises(ValueError, match="max_rollback=5"):
+        cache.rollback(5)
+    plain = TambaCache(model.config)
+    logits_of(model, random_ids(1, 12), past_key_values=plain)
+    with pytest.raises(ValueError, match="cannot take back 1"):
+        plain.rollback(1)
+
+
+def test_recording_holds_a_bounded_ring():
+    model = tiny_model("mixed")
+    cache = TambaCache(model.config, max_rollback=4)
+    for token in random_ids(1, 60).split(1, dim=1):
+        logits_of(model, token, past_key_values=cache)
+        for layer in cache.layers:
+            if isinstance(layer, RecurrentLayer):
+                assert layer._ring[0].shape[1] <= 8  # twice the window, then the oldest are folded
+            elif layer.is_sliding:
+                assert layer.keys.shape[-2] <= 4 + 8
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_rows_are_reordered_repeated_and_selected(stack):
+    model, ids = tiny_model(stack), random_ids(3, 9)
+    more = random_ids(4, 2, seed=8)
+    for change, picked in (
+        (lambda c: c.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+        (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda c: (c.batch_select_indices(torch.tensor([0, 2])), c.batch_repeat_interleave(2)), [0, 0, 2, 2]),
+    ):
+        for window in (0, 4):
+            cache = TambaCache(model.config, max_rollback=window)
+            logits_of(model, ids, past_key_values=cache)
+            change(cache)
+            if window:
+                cache.rollback(2)
+            got = logits_of(model, more[: len(picked)], past_key_values=cache)
+            kept = ids[picked][:, : 9 - (2 if window else 0)]
+            want = logits_of(model, torch.cat([kept, more[: len(picked)]], 1))[:, -2:]
+            assert_same(got, want, "decode")
+
+
+def without_cache(model, ids, **options):
+    return model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False, **options)
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_generate_greedy_and_beams_equal_cacheless(stack):
+    model, ids = tiny_model(stack), random_ids(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for options in ({}, {"num_beams": 3}):
+        got = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
+        assert torch.equal(got, without_cache(model, ids, attention_mask=mask, **options))
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_assisted_generation_is_lossless(stack):
+    model, assistant = tiny_model(stack), tiny_model(stack)
+    with torch.no_grad():  # a draft that is right often and wrong often
+        for p in assistant.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    ids = random_ids(1, 9)
+    want = without_cache(model, ids)
+    assert torch.equal(
+        model.generate(ids, assistant_model=assistant, max_new_tokens=12, do_sample=False), want
+    )
+    repeated = torch.cat([ids, ids], dim=1)
+    assert torch.equal(
+        model.generate(repeated, prompt_lookup_num_tokens=4, max_new_tokens=12, do_sample=False),
+        without_cache(model, repeated),
+    )
+
+
+def test_implementations_of_attention_agree():
+    model, ids = tiny_model("mixed"), random_ids(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    want = logits_of(model, ids, attention_mask=mask)
+    model.set_attn_implementation("eager")
+    assert_same(logits_of(model, ids, attention_mask=mask)[mask.bool()], want[mask.bool()], "decode")
+    recorded = model(ids, output_attentions=True, output_hidden_states=True)
+    assert len(recorded.attentions) == 3 and len(recorded.hidden_states) == 8
+    assert_same(recorded.attentions[0].sum(-1), torch.ones(2, 4, 12), "fp32")
+
+
+def test_float32_parameters_survive_casts():
+    model = tiny_model("mixed").to(torch.bfloat16)
+    for name, p in model.named_parameters():
+        short = name.rsplit(".", 1)[-1] in ("A_log", "dt_bias", "D")
+        assert p.dtype == (torch.float32 if short else torch.bfloat16), name
+    assert tiny_model("mixed").double().model.layers[0].mixer.A_log.dtype == torch.float64
+    assert logits_of(model, random_ids(1, 5)).isfinite().all()
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, ids = tiny_model("mixed", dtype=torch.float64), random_ids(2, 11)
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        assert_same(p.grad, want[name], "fp64")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_auto_classes_round_trip(tmp_path, tied):
+    model, ids = tiny_model("mixed", tie_word_embeddings=tied), random_ids(1, 6)
+    model.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is TambaConfig
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is TambaForCausalLM
+    assert_same(logits_of(again, ids), logits_of(model, ids), "exact")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.model.layers[0].mixer.A_log.dtype == torch.float32
+
+
+def test_loss_is_next_token_cross_entropy():
+    model, ids = tiny_model("mixed"), random_ids(2, 10)
+    output = model(ids, labels=ids)
+    flat = output.logits[:, :-1].reshape(-1, VOCAB).double()
+    want = torch.nn.functional.cross_entropy(flat, ids[:, 1:].reshape(-1))
+    assert_same(output.loss.double(), want, "fp32")
+
+
+def test_one_last_logit():
+    model, ids = tiny_model("mixed"), random_ids(2, 10)
+    assert_same(logits_of(model, ids, logits_to_keep=1), logits_of(model, ids)[:, -1:], "fp32")
+
+
+# -- the tests above can fail ---------------------------------------------------------------------
+
+
+def fails(test, *args):
+    with pytest.raises(AssertionError):
+        test(*args)
+
+
+def test_a_forgotten_conv_state_is_seen(monkeypatch):
+    step = RecurrentLayer._step
+
+    def forget(self, *args):
+        output = step(self, *args)
+        self.conv_state = torch.zeros_like(self.conv_state)
+        return output
+
+    monkeypatch.setattr(RecurrentLayer, "_step", forget)
+    fails(test_any_split_equals_one_pass, "mamba1")
+    fails(test_any_split_equals_one_pass, "mamba2")
+
+
+def test_a_rollback_one_short_is_seen(monkeypatch):
+    rollback = RecurrentLayer.rollback
+
+    def short(self, n):
+        rollback(self, n)
+        if n == 3:
+            self._ring = [x[:, :-1] for x in self._ring]
+
+    monkeypatch.setattr(RecurrentLayer, "rollback", short)
+    fails(test_rollback_equals_a_fresh_run, "mamba2", 6)
+
+
+def test_ignored_padding_and_boundaries_are_seen(monkeypatch):
+    from tamba.model import modeling
+
+    locate = modeling.locate
+
+    def blind(*args, **kwargs):
+        tokens = locate(*args, **kwargs)
+        tokens.padding = tokens.order = tokens.starts = None
+        return tokens
+
+    monkeypatch.setattr(modeling, "locate", blind)
+    fails(test_padding_touches_nothing, "mamba2", "left")
+    fails(test_packed_documents_do_not_meet, "mamba1", "seq_idx")
+    fails(test_packed_documents_do_not_meet, "attention", "seq_idx")
+
+
+def test_a_wrong_rotation_is_seen(monkeypatch):
+    from tamba.model import attention
+
+    rotate = attention.rotate
+    monkeypatch.setattr(attention, "rotate", lambda x, cos, sin: rotate(x, cos, -sin[:, :1]))
+    fails(test_any_split_equals_one_pass, "attention")
