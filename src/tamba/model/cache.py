@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
 from tamba.model.config import TambaConfig
@@ -219,12 +220,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling of `rollback`: a count that is zero or negative."""
-        if tokens_to_remove > 0:
+        n = -int(tokens_to_remove)  # some versions pass a tensor
+        if n < 0:
             raise ValueError(
                 f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
             )
         if self.length:
-            self.rollback(-tokens_to_remove)
+            self.rollback(n)
 
     def activate_past_recording(self) -> None:
         """Start recording, so that `crop` can take back the tokens that come from now on."""
@@ -301,6 +303,60 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     update_recurrent_state = update
 
 
+class WindowLayer(DynamicSlidingWindowLayer):
+    """Keys and values that a sliding window can still reach, and those a rollback may uncover.
+
+    transformers' own layer keeps everything while it records, until it is cropped.
+
+    Args:
+        sliding_window: keys that a token sees, itself included.
+        max_rollback: tokens that can be taken back; 0 for none until `activate_past_recording`.
+    """
+
+    def __init__(self, sliding_window: int, max_rollback: int = 0) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.max_rollback = max_rollback
+        self.record_past = max_rollback > 0
+
+    def activate_past_recording(self) -> None:
+        """Start keeping what `crop` may uncover."""
+        self.record_past = True
+        self.max_rollback = self.max_rollback or DEFAULT_ROLLBACK
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add [B, G, T, P] keys and values; give back those that the new tokens may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, reach = key_states.shape[-2], self.sliding_window - 1
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += new
+        self.keys, self.values = (_last(t, reach + self.max_rollback) for t in (keys, values))
+        return _last(keys, reach + new), _last(values, reach + new)
+
+    def check_rollback(self, n: int) -> None:
+        """Raise ValueError when the last `n` tokens cannot be taken back."""
+        if not self.is_initialized:
+            return
+        needed = min(self.sliding_window - 1, self.cumulative_length - n)
+        if self.keys.shape[-2] - n < needed:
+            raise ValueError(
+                f"cannot take back {n} tokens: the window has moved on; make the cache with "
+                f"TambaCache(config, max_rollback={n}) or more"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: zero or minus their number."""
+        n = -int(tokens_to_remove)
+        self.check_rollback(n)
+        if n and self.is_initialized:
+            end = self.keys.shape[-2] - n
+            self.keys, self.values = self.keys[..., :end, :], self.values[..., :end, :]
+            self.cumulative_length -= n
+
+
 class TambaCache(Cache):
     """The state of a whole stack, one layer of the right kind for each layer of the model.
 
@@ -314,8 +370,6 @@ class TambaCache(Cache):
         self.max_rollback = max_rollback
         self.mask: Tensor | None = None
         """[B, S] bool, False at places that hold no token (padding, uneven rollback); or None."""
-        if max_rollback:
-            self.activate_past_recording()
 
     def rollback(self, n: int | Tensor) -> None:
         """Forget the last `n` tokens: a count, or one count for each row [B].
@@ -329,13 +383,8 @@ class TambaCache(Cache):
         least = int(n.min()) if isinstance(n, Tensor) else n
         most = int(n.max()) if isinstance(n, Tensor) else n
         for layer in self.layers:  # all checks come before the first change
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
-                needed = min(layer.sliding_window - 1, layer.get_seq_length() - most)
-                if layer.keys.shape[-2] - most < needed:
-                    raise ValueError(
-                        f"cannot take back {most} tokens: the window has moved on; make the cache "
-                        f"with TambaCache(config, max_rollback={most}) or more"
-                    )
+            if isinstance(layer, WindowLayer):
+                layer.check_rollback(most)
             elif isinstance(layer, RecurrentLayer):
                 layer.check_rollback(n)
         places = self.get_seq_length()
@@ -343,10 +392,7 @@ class TambaCache(Cache):
             if isinstance(layer, RecurrentLayer):
                 layer.rollback(n)
             elif layer.is_initialized:
-                end = layer.keys.shape[-2] - least
-                layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
-                if isinstance(layer, DynamicSlidingWindowLayer):
-                    layer.cumulative_length -= least
+                layer.crop(-least)
                 if isinstance(n, Tensor):
                     extra = n.to(layer.keys.device) - least
                     layer.keys = shift_right(layer.keys.transpose(1, 2), extra).transpose(1, 2)
@@ -363,29 +409,11 @@ class TambaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling of an even `rollback`: zero or minus the number of tokens."""
         super().crop(tokens_to_remove)
-        self._crop_mask(-tokens_to_remove)
+        self._crop_mask(-int(tokens_to_remove))
 
     def _crop_mask(self, n: int) -> None:
         if self.mask is not None and n:
             self.mask = self.mask[:, : self.mask.shape[1] - n]
-
-    def trim(self) -> None:
-        """Drop keys that no window and no rollback can reach any more.
-
-        transformers' recording sliding-window layers keep everything until they are cropped.
-        """
-        for layer in self.layers:
-            if (
-                isinstance(layer, DynamicSlidingWindowLayer)
-                and layer.record_past
-                and layer.is_initialized
-            ):
-                reach = layer.sliding_window - 1 + self.max_rollback
-                if layer.keys.shape[-2] > reach + self.max_rollback:
-                    layer.keys, layer.values = (
-                        layer.keys[..., -reach:, :],
-                        layer.values[..., -reach:, :],
-                    )
 
     @property
     def nbytes(self) -> int:
@@ -425,19 +453,25 @@ def adopt(cache: Cache, config: TambaConfig) -> Cache:
     `generate` builds a `DynamicCache` from `config.layer_types`; its recurrent layers cannot be
     rolled back, repeated or asked for their length. Filled layers of another kind are an error.
     """
-    made = None
-    for index, kind in enumerate(config.layer_types):
+    ours = _make_layers(config, 0)
+    for index, made in enumerate(ours):
         if index >= len(cache.layers):
-            made = made or _make_layers(config, 0)
-            cache.layers.append(made[index])
+            cache.layers.append(made)
         layer = cache.layers[index]
-        if kind != "linear_attention" or isinstance(layer, RecurrentLayer):
+        if isinstance(layer, (type(made), StaticLayer)):
             continue
-        if not isinstance(layer, LinearAttentionLayer) or any(layer.has_previous_state.values()):
-            raise ValueError(
-                f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer"
-            )
-        cache.layers[index] = RecurrentLayer(DEFAULT_ROLLBACK if layer.record_past else 0)
+        if isinstance(made, RecurrentLayer):
+            if not isinstance(layer, LinearAttentionLayer) or any(
+                layer.has_previous_state.values()
+            ):
+                raise ValueError(
+                    f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer"
+                )
+        elif not isinstance(made, WindowLayer) or layer.is_initialized:
+            continue
+        if layer.record_past:
+            made.activate_past_recording()
+        cache.layers[index] = made
     return cache
 
 
@@ -447,10 +481,15 @@ def _make_layers(config: TambaConfig, max_rollback: int) -> list[Any]:
         if kind == "linear_attention":
             layers.append(RecurrentLayer(max_rollback))
         elif kind == "sliding_attention":
-            layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
+            layers.append(WindowLayer(config.sliding_window, max_rollback))
         else:
             layers.append(DynamicLayer())
     return layers
+
+
+def _last(x: Tensor, n: int) -> Tensor:
+    """The last `n` places of [B, G, S, P], or all when there are fewer."""
+    return x[..., max(x.shape[-2] - n, 0) :, :]
 
 
 def shift_right(x: Tensor, by: Tensor) -> Tensor:

@@ -107,8 +107,6 @@ class TambaModel(TambaPreTrainedModel):
         tokens = self._locate(hidden, attention_mask, position_ids, past_key_values, seq_idx)
         for layer in self.layers:
             hidden = layer(hidden, past_key_values, tokens, **kwargs)
-        if isinstance(past_key_values, TambaCache):
-            past_key_values.trim()
         hidden = self.final_norm(hidden.to(self.embed_tokens.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
@@ -170,7 +168,7 @@ class TambaModel(TambaPreTrainedModel):
             ("full_attention", create_causal_mask),
             ("sliding_attention", create_sliding_window_causal_mask),
         ):
-            if kind in self.config.layer_types:
+            if kind in (kinds := self.config.layer_types):
                 masks[kind] = (
                     ready
                     if ready is not None
@@ -180,6 +178,7 @@ class TambaModel(TambaPreTrainedModel):
                         attention_mask=mask,
                         past_key_values=cache,
                         position_ids=documents,
+                        layer_idx=kinds.index(kind),
                         allow_is_causal_skip=not static,
                     )
                 )
