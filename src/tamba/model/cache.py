@@ -315,6 +315,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
 
     def __init__(self, sliding_window: int, max_rollback: int = 0) -> None:
         super().__init__(sliding_window=sliding_window)
+        self.keys: Tensor
+        self.values: Tensor
         self.max_rollback = max_rollback
         self.record_past = max_rollback > 0
 
@@ -333,7 +335,8 @@ class WindowLayer(DynamicSlidingWindowLayer):
         keys = torch.cat([self.keys, key_states], dim=-2)
         values = torch.cat([self.values, value_states], dim=-2)
         self.cumulative_length += new
-        self.keys, self.values = (_last(t, reach + self.max_rollback) for t in (keys, values))
+        held = reach + self.max_rollback
+        self.keys, self.values = _last(keys, held), _last(values, held)
         return _last(keys, reach + new), _last(values, reach + new)
 
     def check_rollback(self, n: int) -> None:
@@ -480,7 +483,7 @@ def _make_layers(config: TambaConfig, max_rollback: int) -> list[Any]:
     for kind in config.layer_types:
         if kind == "linear_attention":
             layers.append(RecurrentLayer(max_rollback))
-        elif kind == "sliding_attention":
+        elif kind == "sliding_attention" and config.sliding_window is not None:
             layers.append(WindowLayer(config.sliding_window, max_rollback))
         else:
             layers.append(DynamicLayer())
