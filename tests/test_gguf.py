@@ -204,7 +204,7 @@ def test_every_cut_of_the_file_is_an_error(tmp_path):
     cut = tmp_path / "cut.gguf"
     for size in [0, 3, 4, 10, 24, 60, 200, 500, 1000, len(whole) // 2, len(whole) - 1]:
         cut.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="cut short|not a GGUF"):
+        with pytest.raises(UserError, match=r"cut short|not a GGUF"):
             open_checkpoint(cut)
 
 
@@ -212,7 +212,7 @@ def test_every_damaged_header_byte_is_an_error_or_harmless(tmp_path):
     write_gguf(tmp_path / "m.gguf", "llama")
     whole = (tmp_path / "m.gguf").read_bytes()
     broken = tmp_path / "broken.gguf"
-    for at in range(0, 900, 7):
+    for at in range(0, 900, 29):
         broken.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
         try:
             checkpoint = open_checkpoint(broken)
@@ -261,7 +261,7 @@ def test_the_tokenizer_cuts_as_the_file_says(tmp_path):
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_an_error():
-    with pytest.raises(UserError, match="unknown pre-tokenizer 'qwen3'.*qwen2"):
+    with pytest.raises(UserError, match=r"unknown pre-tokenizer 'qwen3'.*qwen2"):
         read_tokenizer(bpe_metadata(pre="qwen3"), "here")
     with pytest.raises(UserError, match="kind 'bert'"):
         read_tokenizer(bpe_metadata(model="bert"), "here")
