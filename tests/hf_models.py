@@ -51,6 +51,17 @@ CONFIGS = {
         **_GQA,
         **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, **_ORIGINAL),
     ),
+    "llama-llama3-published": lambda: hf.LlamaConfig(
+        **_GQA,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
     "llama-proportional": lambda: hf.LlamaConfig(
         **_GQA, **_rope("proportional", partial_rotary_factor=0.5)
     ),

@@ -9,6 +9,7 @@ Nothing in a checkpoint is run: no model code, no pickled objects, no shard outs
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -145,6 +146,11 @@ class Checkpoint:
         if self.config.get("model_type") == TambaConfig.model_type:
             return None
         return family_for(self.config, self._owner, self._config_place)
+
+    @property
+    def family_name(self) -> str:
+        """What to call the kind of checkpoint: a pretrained family, or ours."""
+        return TambaConfig.model_type if self.family is None else self.family.name
 
     @property
     def _config_place(self) -> str:
@@ -325,7 +331,9 @@ def _open_gguf(path: Path) -> Checkpoint:
     try:
         from tamba.formats.gguf import GGUFFile
     except ImportError as error:
-        raise UserError(str(path), "reading GGUF needs a package", "pip install gguf") from error
+        raise UserError(
+            str(path), "reading GGUF needs a package", "pip install 'tamba[gguf]'"
+        ) from error
     file = GGUFFile(path)
     return Checkpoint(path, file.config, {path: file}, dict.fromkeys(file.specs, path), None)
 
@@ -486,10 +494,11 @@ def load_model(
     device: torch.device | str | None = None,
 ) -> TambaForCausalLM:
     """The model of an open checkpoint; see `load`."""
-    config = checkpoint.tamba_config
+    config = copy.deepcopy(checkpoint.tamba_config)
     wanted = _as_dtype(dtype) or config.dtype or torch.float32
     names = checkpoint.parameters
     config.dtype = wanted
+    config.name_or_path = checkpoint.location
     with torch.device("meta"):
         model = TambaForCausalLM(config)
     place = torch.device(device or "cpu")
@@ -506,7 +515,6 @@ def load_model(
     model.tie_weights()
     if checkpoint.folder is not None and (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
-    model.name_or_path = checkpoint.location
     return model.eval()
 
 
