@@ -64,16 +64,18 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._stale = False  # the live state must be replayed before use
         self._base: tuple[Tensor | None, Tensor | None] = (None, None)
         self._base_is_start = True
-        self._ring: list[Tensor] | None = None  # mixer inputs, then document starts; each [B, R, ...]
+        self._ring: list[Tensor] | None = (
+            None  # mixer inputs, then document starts; each [B, R, ...]
+        )
         self._ring_padding: Tensor | None = None
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
+        self.has_previous_state: dict[int, bool] = {0: False}
 
     # -- the mixer's side ---------------------------------------------------------------------
 
     def advance(
         self, scan: Scan, inputs: Sequence[Tensor], starts: Tensor | None, padding: Tensor | None
     ) -> Tensor:
-        """Run `scan` over new inputs (each [B, T, ...]) from the state, keep the state after them."""
+        """Run `scan` over new inputs (each [B, T, ...]) from the state and keep the new state."""
         self._replay(scan)
         new = inputs[0].shape[1]
         if not self.record_past:
@@ -101,7 +103,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self._remember(inputs, starts, padding)
             output = torch.cat(outputs, dim=1) if head else outputs[0]
         self.length += new
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+        self.has_previous_state = {0: True}
         return output
 
     def _step(
@@ -145,7 +147,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self._ring_padding is not None:
             self._ring_padding = (self._ring_padding - fold).clamp_min(0)
 
-    def _remember(self, inputs: Sequence[Tensor], starts: Tensor | None, padding: Tensor | None) -> None:
+    def _remember(
+        self, inputs: Sequence[Tensor], starts: Tensor | None, padding: Tensor | None
+    ) -> None:
         if starts is None:
             starts = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
         new = [*(x.detach() for x in inputs), starts]
@@ -167,7 +171,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # -- the cache's side ---------------------------------------------------------------------
 
     def check_rollback(self, n: int | Tensor) -> None:
-        """Raise ValueError when `n` tokens (a count, or one for each row [B]) cannot be taken back."""
+        """Raise ValueError when `n` tokens (a count, or one a row [B]) cannot be taken back."""
         counts = torch.as_tensor(n)
         most = int(counts.max())
         if most == 0 and int(counts.min()) == 0:
@@ -178,10 +182,14 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             recorded = held - self._ring_padding.to(counts.device)
         # Once every token is in the ring, places before them are padding and may be taken back too.
         whole = self._base_is_start and held == self.length
-        if int(counts.min()) < 0 or most > self.length or not (whole or bool((counts <= recorded).all())):
+        if (
+            int(counts.min()) < 0
+            or most > self.length
+            or not (whole or bool((counts <= recorded).all()))
+        ):
             raise ValueError(
-                f"cannot take back {most} tokens: {int(recorded.min())} are recorded; make the cache "
-                f"with TambaCache(config, max_rollback={most}) or more"
+                f"cannot take back {most} tokens: {int(recorded.min())} are recorded; make the "
+                f"cache with TambaCache(config, max_rollback={most}) or more"
             )
 
     def rollback(self, n: int | Tensor) -> None:
@@ -212,7 +220,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling of `rollback`: a count that is zero or negative."""
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
+            )
         if self.length:
             self.rollback(-tokens_to_remove)
 
@@ -228,7 +238,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.record_past
 
     def _tensors(self) -> Iterator[Tensor]:
-        live = (self.conv_state, self.ssm_state, *self._base, *(self._ring or ()), self._ring_padding)
+        live = (
+            self.conv_state,
+            self.ssm_state,
+            *self._base,
+            *(self._ring or ()),
+            self._ring_padding,
+        )
         yield from {id(t): t for t in live if t is not None}.values()
 
     @property
@@ -281,8 +297,8 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("a recurrent layer has no keys and values; its mixer calls `advance`")
 
-    update_conv_state = update  # type: ignore[assignment]
-    update_recurrent_state = update  # type: ignore[assignment]
+    update_conv_state = update
+    update_recurrent_state = update
 
 
 class TambaCache(Cache):
@@ -297,7 +313,7 @@ class TambaCache(Cache):
         super().__init__(layers=_make_layers(config, max_rollback))
         self.max_rollback = max_rollback
         self.mask: Tensor | None = None
-        """[B, S] bool, False at places that hold no token (padding, uneven rollback); None if all do."""
+        """[B, S] bool, False at places that hold no token (padding, uneven rollback); or None."""
         if max_rollback:
             self.activate_past_recording()
 
@@ -317,8 +333,8 @@ class TambaCache(Cache):
                 needed = min(layer.sliding_window - 1, layer.get_seq_length() - most)
                 if layer.keys.shape[-2] - most < needed:
                     raise ValueError(
-                        f"cannot take back {most} tokens: the window has moved on; make the cache with "
-                        f"TambaCache(config, max_rollback={most}) or more"
+                        f"cannot take back {most} tokens: the window has moved on; make the cache "
+                        f"with TambaCache(config, max_rollback={most}) or more"
                     )
             elif isinstance(layer, RecurrentLayer):
                 layer.check_rollback(n)
@@ -359,10 +375,17 @@ class TambaCache(Cache):
         transformers' recording sliding-window layers keep everything until they are cropped.
         """
         for layer in self.layers:
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.record_past and layer.is_initialized:
+            if (
+                isinstance(layer, DynamicSlidingWindowLayer)
+                and layer.record_past
+                and layer.is_initialized
+            ):
                 reach = layer.sliding_window - 1 + self.max_rollback
                 if layer.keys.shape[-2] > reach + self.max_rollback:
-                    layer.keys, layer.values = layer.keys[..., -reach:, :], layer.values[..., -reach:, :]
+                    layer.keys, layer.values = (
+                        layer.keys[..., -reach:, :],
+                        layer.values[..., -reach:, :],
+                    )
 
     @property
     def nbytes(self) -> int:
@@ -411,7 +434,9 @@ def adopt(cache: Cache, config: TambaConfig) -> Cache:
         if kind != "linear_attention" or isinstance(layer, RecurrentLayer):
             continue
         if not isinstance(layer, LinearAttentionLayer) or any(layer.has_previous_state.values()):
-            raise ValueError(f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer")
+            raise ValueError(
+                f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer"
+            )
         cache.layers[index] = RecurrentLayer(DEFAULT_ROLLBACK if layer.record_past else 0)
     return cache
 

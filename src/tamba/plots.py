@@ -1,0 +1,401 @@
+"""The drawings of a report, each once: the same figure becomes PNG, SVG and the SVG inside the page.
+
+The page swaps the fixed colours for CSS variables, so that a drawing follows the reader's light or
+dark theme. Figures are half a text column wide, so their words stay readable on a phone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+if TYPE_CHECKING:
+    from tamba.report import PlanLayer, Record
+
+PALETTE = {
+    # name: (light, dark). Told apart in either kind of red-green blindness by lightness too.
+    "ink": ("#1c2530", "#e9edf2"),
+    "muted": ("#5f6b79", "#9aa6b4"),
+    "grid": ("#e3e7ec", "#2b343f"),
+    "paper": ("#ffffff", "#181f27"),
+    "teacher": ("#8693a5", "#8492a6"),
+    "student": ("#0f8577", "#3cc5b1"),
+    "donor": ("#7557c7", "#a991f0"),
+    "fresh": ("#c4841a", "#e3b050"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+
+KINDS = {
+    # kind of layer: colour
+    "attention": "teacher",
+    "converted": "student",
+    "transplanted": "donor",
+    "reinitialized": "fresh",
+}
+
+NAMES = ("frontier", "layers", "repair", "training", "memory")
+"""Of all drawings there can be."""
+
+_WIDTH = 4.6
+"""Inches; 331 units of the SVG, about the width of a phone."""
+
+_STYLE = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    "font.size": 10,
+    "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.edgecolor": LIGHT["grid"],
+    "axes.linewidth": 1.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.titlesize": 11,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "grid.color": LIGHT["grid"],
+    "grid.linewidth": 0.8,
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "figure.facecolor": LIGHT["paper"],
+    "axes.facecolor": LIGHT["paper"],
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+}
+
+
+def kind_of(layer: PlanLayer) -> str:
+    """The word of `KINDS` for a layer of a plan."""
+    return "attention" if layer.origin == "kept" else layer.origin
+
+
+def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of every drawing the record has data for; `titles` for files that stand alone.
+
+    A figure's label says in words what it shows, for those who do not see it.
+    """
+    drawings: dict[str, tuple[str, Callable[[Record, float], Figure | None]]] = {
+        "frontier": ("Layers converted against quality", _frontier),
+        "layers": ("Layers, bottom first", _layers),
+        "repair": ("Perplexity ratio after each step", _repair),
+        "training": ("Training loss", _training),
+        "memory": ("Cache of one sequence", _memory),
+    }
+    with mpl.rc_context(_STYLE):
+        for name, (title, draw) in drawings.items():
+            figure = draw(record, 0.42 if titles else 0.0)
+            if figure is None:
+                continue
+            if titles:
+                top = 1 - 0.1 / figure.get_figheight()
+                figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
+            yield name, figure
+
+
+def to_bytes(figure: Figure, kind: str) -> bytes:
+    """The figure as a ``png`` or ``svg`` file, the same bytes for the same drawing."""
+    out = io.BytesIO()
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": "tamba"}):
+        dated = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+        figure.savefig(out, format=kind, dpi=200, metadata=dated)
+    return out.getvalue()
+
+
+def to_inline(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for a page that defines the palette as CSS variables.
+
+    `name` keeps its ids apart from those of other drawings on the page.
+    """
+    out = io.BytesIO()
+    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue().decode()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="(?!tamba)', f'id="{name}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
+    for color, hex_ in LIGHT.items():
+        svg = svg.replace(hex_, f"var(--{color})")
+    # The page gives size and font; here they would win over it.
+    svg = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]+", _font, svg)
+    label = escape(str(figure.get_label()), quote=True)
+    head = re.match(r"<svg[^>]*>", svg)
+    assert head is not None
+    box = re.search(r'viewBox="[^"]+"', head.group())
+    assert box is not None
+    opening = f'<svg role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" {box.group()}'
+    opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return opening + svg[head.end() :]
+
+
+def byte_size(size: float) -> str:
+    """Bytes as people read them, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _font(match: re.Match[str]) -> str:
+    weight, size = match.groups()
+    return f"font-size: {size}px" + (f"; font-weight: {weight}" if weight else "")
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(_WIDTH, height))
+
+
+def _place(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place given in inches."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((left / w, bottom / h, width / w, height / h))
+
+
+def _short(value: float) -> str:
+    """1,024 as 1k, 1,500,000 as 1.5M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:g}"
+
+
+def _context(tokens: float) -> str:
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def _ratio_axis(ax: Axes, values: list[float]) -> None:
+    """A ratio's axis: linear where all are near 1, logarithmic where surgery alone is far off."""
+    low, high = min([1.0, *values]), max(values)
+    ax.axhline(1, color=LIGHT["teacher"], linewidth=1.2, dashes=(3, 3))
+    if high <= 3:
+        room = 0.16 * (high - low) or 0.05
+        ax.set_ylim(low - room / 2, high + room)
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2f}"))
+        return
+    ax.set_yscale("log")
+    ax.set_ylim(low * 0.85, high * (high / low) ** 0.16)
+    within = (1, 2, 5) if high < 200 else (1,)
+    steps = [s * 10.0**k for k in range(12) for s in within]
+    ax.yaxis.set_major_locator(FixedLocator([s for s in steps if s <= high * 2]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
+
+
+def _note(ax: Axes, text: str, at: tuple[float, float], by: tuple[float, float], **style: str) -> None:
+    ax.annotate(text, at, by, textcoords="offset points", **style)  # type: ignore[arg-type]
+
+
+def _frontier(record: Record, top: float) -> Figure | None:
+    points = record.frontier
+    if not points:
+        return None
+    figure = _figure(2.95 + top)
+    ax = _place(figure, 0.52, 0.5, 3.9, 2.35)
+    _ratio_axis(ax, [p.ratio for p in points])
+    stages = list(dict.fromkeys(p.stage for p in points))
+    chosen = [p for p in points if p.chosen]
+    bright = {p.stage for p in chosen} or {stages[-1]}
+    for stage in stages:
+        line = sorted((p for p in points if p.stage == stage), key=lambda p: p.converted)
+        color = LIGHT["student" if stage in bright else "teacher"]
+        x, y = [p.converted for p in line], [p.ratio for p in line]
+        ax.plot(x, y, color=color, marker="o", markersize=4.5, markeredgewidth=0)
+        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=color)
+    for p in chosen:
+        ax.plot(
+            p.converted,
+            p.ratio,
+            color=LIGHT["student"],
+            marker="o",
+            markersize=12,
+            fillstyle="none",
+            markeredgewidth=1.8,
+        )
+    # A corner is free of lines: ratios rise to the right.
+    words = "\n".join(f"{p.converted} layers chosen, ratio {_ratio(p.ratio)}" for p in chosen)
+    ax.text(
+        0.02, 0.98, words, transform=ax.transAxes, va="top", color=LIGHT["student"], weight="semibold"
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    ax.set_xlabel("layers converted")
+    ax.margins(x=0.04)
+    figure.set_label(
+        "Perplexity ratio by layers converted. "
+        + "; ".join(f"{p.stage}, {p.converted} layers: {_ratio(p.ratio)}" for p in points)
+    )
+    return figure
+
+
+def _layers(record: Record, top: float) -> Figure | None:
+    n = len(record.plan) or len(record.scores)
+    if n == 0:
+        return None
+    kinds = [kind_of(layer) for layer in record.plan] or ["attention"] * n
+    scored = any(score is not None for score in record.scores)
+    # As tall as the two figures beside it on the page, where the number of layers allows.
+    row = min(0.218, max(6.55 / n, 0.1))
+    figure = _figure(n * row + 0.5 + top)
+    figure.set_label(
+        "Layers, bottom first: " + ", ".join(f"{i} {kind}" for i, kind in enumerate(kinds))
+    )
+    width = 0.62 if scored else 1.6
+    stack = _place(figure, 0.34, 0.45, width, n * row)
+    stack.set_xlim(0, width)
+    stack.set_ylim(-0.5, n - 0.5)
+    stack.set_axis_off()
+    for i, kind in enumerate(kinds):
+        box = FancyBboxPatch(
+            (0, i - 0.38),
+            width,
+            0.76,
+            boxstyle="round,pad=0,rounding_size=0.03",
+            mutation_aspect=1 / row,
+            linewidth=0,
+            facecolor=LIGHT[KINDS[kind]],
+            alpha=0.5 if kind == "attention" else 1.0,
+            clip_on=False,
+        )
+        stack.add_patch(box)
+        if i % max(1, math.ceil(n / 40)) == 0:
+            stack.text(-0.07, i, str(i), ha="right", va="center", size=7.5, color=LIGHT["muted"])
+    if not scored:
+        return figure
+    bars = _place(figure, 0.34 + width + 0.1, 0.45, 4.42 - 0.44 - width, n * row)
+    values = [0.0 if s is None else s for s in record.scores][:n]
+    values += [0.0] * (n - len(values))
+    bars.barh(range(n), values, height=0.46, color=[LIGHT[KINDS[k]] for k in kinds])
+    bars.set_ylim(-0.5, n - 0.5)
+    positive = [v for v in values if v > 0]
+    if positive and min(values) >= 0 and max(positive) > 60 * min(positive):
+        bars.set_xscale("log")
+        bars.set_xlim(min(positive) / 1.6, max(positive) * 1.15)
+        bars.xaxis.set_minor_locator(NullLocator())
+    bars.spines["bottom"].set_visible(False)
+    bars.grid(axis="x")
+    bars.grid(axis="y", visible=False)
+    bars.tick_params(axis="y", labelleft=False)
+    bars.tick_params(axis="x", labelsize=8.5)
+    bars.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    bars.set_xlabel(record.score_name)
+    return figure
+
+
+def _repair(record: Record, top: float) -> Figure | None:
+    steps = record.repair
+    if not steps:
+        return None
+    figure = _figure(2.85 + top)
+    ax = _place(figure, 0.52, 0.5, 3.9, 2.25)
+    ratios = [s.ratio for s in steps]
+    _ratio_axis(ax, ratios)
+    x = range(len(steps))
+    ax.plot(x, ratios, color=LIGHT["student"], marker="o", markersize=6, markeredgewidth=0)
+    for i, ratio in enumerate(ratios):
+        weight = "semibold" if i == len(ratios) - 1 else "normal"
+        # To the upper right, where a falling line has left.
+        _note(ax, _ratio(ratio), (i, ratio), (5, 6), ha="left", weight=weight, color=LIGHT["ink"])
+    ax.set_xticks(list(x), [s.name.replace(" ", "\n", 1) for s in steps])
+    ax.set_xlim(-0.4, len(steps) - 0.4)
+    figure.set_label(
+        "Perplexity ratio after each step. "
+        + "; ".join(f"{s.name}: {_ratio(s.ratio)}" for s in steps)
+    )
+    return figure
+
+
+def _training(record: Record, top: float) -> Figure | None:
+    stages = list(dict.fromkeys(p.stage for p in record.training))
+    if not stages:
+        return None
+    figure = _figure(2.85 + top)
+    left, gap = 0.48, 0.5
+    width = (4.45 - left - gap * (len(stages) - 1)) / len(stages)
+    words = []
+    for i, stage in enumerate(stages):
+        ax = _place(figure, left + i * (width + gap), 0.5, width, 1.98)
+        line = [p for p in record.training if p.stage == stage]
+        x, y = [p.tokens for p in line], [p.loss for p in line]
+        words.append(f"{stage}: from {y[0]:.3g} to {y[-1]:.3g} in {x[-1]:,} tokens")
+        ax.plot(x, y, color=LIGHT["student"], linewidth=0.9, alpha=0.3)
+        ax.plot(x, _smooth(y), color=LIGHT["student"])
+        ax.set_title(stage, fontsize=9.5, fontweight="normal", color=LIGHT["muted"], pad=8)
+        if min(y) > 0 and max(y) > 20 * min(y):
+            ax.set_yscale("log")
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        else:
+            ax.yaxis.set_major_locator(MaxNLocator(5))
+            ax.ticklabel_format(axis="y", useOffset=False)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
+        ax.margins(x=0.02)
+        ax.set_xlabel("tokens")
+    figure.set_label("Training loss. " + "; ".join(words))
+    return figure
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over a window of a twelfth of the points, centred, narrower at the ends."""
+    half = len(values) // 24
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _memory(record: Record, top: float) -> Figure | None:
+    points = record.memory
+    if len(points) < 2:
+        return None
+    figure = _figure(2.85 + top)
+    ax = _place(figure, 0.5, 0.5, 3.2, 2.05)
+    x = [p.context for p in points]
+    lines = [("hybrid", "student", [p.student for p in points])]
+    teacher = [p.teacher for p in points if p.teacher is not None]
+    if len(teacher) == len(points):
+        lines.insert(0, ("teacher", "teacher", teacher))
+    unit, size = ("GiB", 2**30) if max(max(y) for *_, y in lines) >= 2**30 else ("MiB", 2**20)
+    for label, color, y in lines:
+        ax.plot(x, [v / size for v in y], color=LIGHT[color])
+        text = f"{label}\n{y[-1] / size:.3g} {unit}"
+        style = dict(ha="left", va="center", color=LIGHT[color], weight="semibold")
+        _note(ax, text, (x[-1], y[-1] / size), (7, 0), **style)
+    ax.set_ylim(0, None)
+    ax.set_xlim(0, max(x))
+    ax.xaxis.set_major_locator(FixedLocator([max(x) * k / 4 for k in range(5)]))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _context(v)))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    _note(ax, unit, (0, 1), (-6, 12), ha="right", color=LIGHT["muted"], xycoords="axes fraction")
+    ax.set_xlabel("context, tokens")
+    figure.set_label(
+        "Cache of one sequence by context. "
+        + "; ".join(
+            f"{p.context:,} tokens: hybrid {byte_size(p.student)}"
+            + (f", teacher {byte_size(p.teacher)}" if p.teacher else "")
+            for p in points
+        )
+    )
+    return figure
