@@ -189,7 +189,8 @@ class LayerPlan:
         ]
         for entry in self.entries:
             text = f'"{entry}",'
-            note = " ".join(entry.note.split())
+            # A comment is one line of what can be seen.
+            note = " ".join("".join(c if c.isprintable() else " " for c in entry.note).split())
             lines.append(f"  {text:<{width}}  # {note}" if note else f"  {text}")
         lines += ["]", "", "[convert]", dump_toml(self.convert.model_dump()).rstrip()]
         return "\n".join(lines) + "\n"
