@@ -24,10 +24,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from pydoc_data.topics import topics
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,10 +40,8 @@ from tamba.errors import UserError, nearest
 Source = str | os.PathLike[str]
 
 _OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
-_KINDS = tuple(kind + packed for kind in (".txt", ".jsonl") for packed in _OPENERS)
-
-
-# --- sources ---------------------------------------------------------------------------------------
+_ENDINGS = (".txt", ".jsonl", ".json")
+_KINDS = tuple(kind + packed for kind in _ENDINGS for packed in _OPENERS)
 
 
 def read_texts(
@@ -51,10 +51,12 @@ def read_texts(
 
     A source is one of
     - a `.txt` file, one document;
-    - a `.jsonl` file, one document a line under `key`; both may be packed as `.gz` or `.xz`;
+    - a `.jsonl` or `.json` file, one JSON object a line with a document under `key`;
+    - either packed as `.gz` or `.xz`;
     - a folder: all such files in it, sorted by path;
     - ``python-docs``: prose of the Python manual's topics and of the standard library's docstrings;
-    - ``package-docs:NAME``: prose of the docstrings of an installed package, which is not imported.
+    - ``package-docs:NAME``: prose of the docstrings of an installed package, which is not imported;
+    - ``hf://datasets/OWNER/NAME/FILE``: such a file of a data set on the hub (``NAME@REVISION``).
 
     Args:
         max_bytes: stop after the document that reaches this many UTF-8 bytes in all.
@@ -74,7 +76,9 @@ def read_texts(
             if max_bytes is not None and size >= max_bytes:
                 return texts
         if len(texts) == before:
-            raise UserError(str(source), "holds no text", "give a source with at least one document")
+            raise UserError(
+                str(source), "holds no text", "give a source with at least one document"
+            )
     return texts
 
 
@@ -86,7 +90,7 @@ def _documents(source: Source, key: str) -> Iterator[str]:
     if name.startswith("package-docs:"):
         yield from _package_docs(name.removeprefix("package-docs:"))
         return
-    path = Path(name)
+    path = _from_hub(name) if name.startswith("hf://") else Path(name)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
         if not files:
@@ -102,13 +106,25 @@ def _documents(source: Source, key: str) -> Iterator[str]:
     yield from _file(path, key)
 
 
+def _from_hub(address: str) -> Path:
+    found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", address)
+    if found is None:
+        raise UserError(address, "not an address of a file", "write hf://datasets/OWNER/NAME/FILE")
+    repository, revision, file = found.groups()
+    try:
+        return Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(address, problem, "check the address and the network") from error
+
+
 def _kind(path: Path) -> tuple[str, str] | None:
-    """(``.txt`` or ``.jsonl``, how it is packed) by the end of the name; None for other files."""
+    """(ending, how it is packed) by the end of the name; None for files that are not text."""
     if path.name.startswith("."):
         return None
     for packed in sorted(_OPENERS, key=len, reverse=True):
         stem = path.name.removesuffix(packed)
-        for kind in (".txt", ".jsonl"):
+        for kind in _ENDINGS:
             if path.name.endswith(packed) and stem.endswith(kind):
                 return kind, packed
     return None
@@ -130,7 +146,9 @@ def _file(path: Path, key: str) -> Iterator[str]:
             if number == 0:
                 raise UserError(str(path), "the file is empty")
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(str(path), f"the packed file is damaged ({error})", "fetch it again") from error
+        raise UserError(
+            str(path), f"the packed file is damaged ({error})", "fetch it again"
+        ) from error
     except OSError as error:
         raise UserError(str(path), error.strerror or str(error)) from error
 
@@ -147,7 +165,9 @@ def _json_text(line: str, where: str, key: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(where, f"not JSON ({error.msg})", "one JSON object a line is expected") from error
+        raise UserError(
+            where, f"not JSON ({error.msg})", "one JSON object a line is expected"
+        ) from error
     if not isinstance(row, dict):
         raise UserError(where, f"expected a JSON object, got {type(row).__name__}")
     if key not in row:
@@ -160,24 +180,24 @@ def _json_text(line: str, where: str, key: str) -> str:
     return text
 
 
-# --- text that every Python carries ----------------------------------------------------------------
-
 # Markup of docstrings that would teach a model reStructuredText instead of English.
 _MARKUP = (
     (re.compile(r":[a-z:]+:`~?([^`<]+?)(?:\s*<[^>]*>)?`"), r"\1"),
-    (re.compile(r"``?([^`]*)``?"), r"\1"),
+    (re.compile(r"`([^`<]+?)\s*<[^>]*>`_{0,2}"), r"\1"),
+    (re.compile(r"``?([^`]*)``?_{0,2}"), r"\1"),
     (re.compile(r"(?<!\w)\*{1,2}([^*\s][^*]*?)\*{1,2}(?!\w)"), r"\1"),
     (re.compile(r"^([-*•]|\(?\d+[.)])\s+"), ""),
 )
+_UNDERLINE = re.compile(r"^\s*([-=~^\"'`#*+])\1{2,}\s*$", re.MULTILINE)
 _NOT_DOCUMENTATION = frozenset(
-    "site-packages dist-packages test tests __pycache__ idlelib lib2to3 pydoc_data".split()
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
 )
 
 
 def _prose(text: str) -> Iterator[str]:
     """The paragraphs of words in `text`, each on one line: no code, tables, headings or markup."""
     for paragraph in re.split(r"\n\s*\n", text):
-        if ">>>" in paragraph:
+        if ">>>" in paragraph or _UNDERLINE.search(paragraph):
             continue
         line = " ".join(paragraph.split())
         for pattern, plain in _MARKUP:
@@ -193,7 +213,7 @@ def _python_docs() -> Iterator[str]:
     seen: set[str] = set()
     for name in sorted(topics):
         yield from _document(_prose(topics[name]), seen)
-    yield from _docstrings(Path(sysconfig.get_path("stdlib")), seen)
+    yield from _modules(Path(sysconfig.get_path("stdlib")), seen)
 
 
 def _package_docs(name: str) -> Iterator[str]:
@@ -201,10 +221,10 @@ def _package_docs(name: str) -> Iterator[str]:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"package-docs:{name}", "no such installed package", f"pip install {name}")
-    yield from _docstrings(Path(next(iter(spec.submodule_search_locations))), set())
+    yield from _modules(Path(next(iter(spec.submodule_search_locations))), set())
 
 
-def _docstrings(root: Path, seen: set[str]) -> Iterator[str]:
+def _modules(root: Path, seen: set[str]) -> Iterator[str]:
     """One document a module below `root`, by path; paragraphs in `seen` are left out and added."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(
@@ -216,12 +236,17 @@ def _docstrings(root: Path, seen: set[str]) -> Iterator[str]:
             except (SyntaxError, ValueError, OSError):
                 # Templates and files for other Pythons lie there too; they are no documentation.
                 continue
-            docstrings = (
-                ast.get_docstring(node) or ""
-                for node in ast.walk(tree)
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            )
-            yield from _document((p for text in docstrings for p in _prose(text)), seen)
+            yield from _document((p for text in _docstrings_in(tree) for p in _prose(text)), seen)
+
+
+def _docstrings_in(node: ast.AST) -> Iterator[str]:
+    """Docstrings of a module and of what it defines, in the order of the source."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield ast.get_docstring(node) or ""
+    # Definitions stand in bodies of statements, never in expressions, which are most of a tree.
+    for name in ("body", "orelse", "handlers", "finalbody"):
+        for inner in getattr(node, name, ()) if not isinstance(node, ast.expr) else ():
+            yield from _docstrings_in(inner)
 
 
 def _document(paragraphs: Iterable[str], seen: set[str]) -> Iterator[str]:
@@ -236,8 +261,6 @@ def _document(paragraphs: Iterable[str], seen: set[str]) -> Iterator[str]:
     if len(text.split()) >= 40:
         yield text
 
-
-# --- splitting -------------------------------------------------------------------------------------
 
 _PIECE = 24_000
 """Characters from which a document may be cut before splitting, at the end of a paragraph."""
@@ -262,7 +285,8 @@ def split_texts(texts: Sequence[str], held_out: float = 0.1) -> tuple[list[str],
     pieces = [piece for text in texts for piece in _cut(text)]
     by_hash = sorted(range(len(pieces)), key=lambda i: (_hash(pieces[i]), i))
     wanted = held_out * sum(map(len, pieces))
-    taken, size = set(), 0
+    taken: set[int] = set()
+    size = 0
     for index in by_hash:
         # Never the whole text, however large the share.
         if size >= wanted or len(taken) + 1 == len(pieces):
@@ -275,7 +299,9 @@ def split_texts(texts: Sequence[str], held_out: float = 0.1) -> tuple[list[str],
     train = [text for text in train if text.strip()]
     if not train or not held:
         raise UserError(
-            "data", "too little text to hold some of it out", "give several documents or a longer one"
+            "data",
+            "too little text to hold some of it out",
+            "give several documents or a longer one",
         )
     return train, held
 
@@ -310,7 +336,9 @@ def _without(text: str, marks: set[str]) -> str:
 def _cut(text: str) -> list[str]:
     if len(text) <= _PIECE:
         return [text]
-    pieces, current, size = [], [], 0
+    pieces: list[str] = []
+    current: list[str] = []
+    size = 0
     for paragraph in _paragraphs(text):
         if current and size + len(paragraph) > _PIECE:
             pieces.append("\n\n".join(current))
@@ -318,9 +346,6 @@ def _cut(text: str) -> list[str]:
         current.append(paragraph)
         size += len(paragraph)
     return [*pieces, "\n\n".join(current)]
-
-
-# --- blocks ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,7 +363,7 @@ class Batch:
 
     @cached_property
     def predicted(self) -> Tensor:
-        """[B, T-1] bool: whether token t+1 is predicted from t, so not where t+1 begins a document."""
+        """[B, T-1] bool: whether t predicts token t+1, so not where t+1 begins a document."""
         return ~self.starts[:, 1:]
 
     @property
@@ -362,7 +387,8 @@ class TokenBlocks:
         tokens: [n, T] int32.
         starts: [n, T] bool, True where a document begins (the first column always).
         n_tokens: tokens that are text or separators. Filling at the end of the last block is not
-            counted: every filling token starts a document of its own, so nothing predicts or sees it.
+            counted: each filling token starts a document of its own, so nothing predicts or sees
+            it.
         bytes_per_token: UTF-8 bytes of the text divided by its tokens, where the text is known.
     """
 

@@ -1,4 +1,4 @@
-"""The drawings of a report, each once: the same figure becomes PNG, SVG and the SVG inside the page.
+"""The drawings of a report, each once: one figure becomes PNG, SVG and the SVG inside the page.
 
 The page swaps the fixed colours for CSS variables, so that a drawing follows the reader's light or
 dark theme. Figures are half a text column wide, so their words stay readable on a phone.
@@ -11,15 +11,24 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from tamba.errors import UserError
+
+try:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyBboxPatch
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+except ImportError:
+    # The extra `report`; measuring works without it.
+    _MISSING = True
+else:
+    _MISSING = False
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from tamba.report import PlanLayer, Record
 
 PALETTE = {
@@ -92,7 +101,12 @@ def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
     """(name, figure) of every drawing the record has data for; `titles` for files that stand alone.
 
     A figure's label says in words what it shows, for those who do not see it.
+
+    Raises:
+        UserError: matplotlib is not installed.
     """
+    if _MISSING:
+        raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
     drawings: dict[str, tuple[str, Callable[[Record, float], Figure | None]]] = {
         "frontier": ("Layers converted against quality", _frontier),
         "layers": ("Layers, bottom first", _layers),
@@ -127,7 +141,8 @@ def to_inline(figure: Figure, name: str) -> str:
     """
     out = io.BytesIO()
     with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        unsigned = {"Date": None, "Creator": None}
+        figure.savefig(out, format="svg", transparent=True, metadata=unsigned)
     svg = out.getvalue().decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -142,7 +157,9 @@ def to_inline(figure: Figure, name: str) -> str:
     assert head is not None
     box = re.search(r'viewBox="[^"]+"', head.group())
     assert box is not None
-    opening = f'<svg role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg" {box.group()}'
+    opening = (
+        f'<svg role="img" aria-label="{label}" {box.group()} xmlns="http://www.w3.org/2000/svg"'
+    )
     opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     return opening + svg[head.end() :]
 
@@ -206,8 +223,11 @@ def _ratio_axis(ax: Axes, values: list[float]) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
 
 
-def _note(ax: Axes, text: str, at: tuple[float, float], by: tuple[float, float], **style: str) -> None:
-    ax.annotate(text, at, by, textcoords="offset points", **style)  # type: ignore[arg-type]
+def _note(
+    ax: Axes, text: str, at: tuple[float, float], by: tuple[float, float], **style: Any
+) -> None:
+    """Words beside a point, `by` so many units of the drawing."""
+    ax.annotate(text, at, by, textcoords="offset points", **style)
 
 
 def _frontier(record: Record, top: float) -> Figure | None:
@@ -238,9 +258,8 @@ def _frontier(record: Record, top: float) -> Figure | None:
         )
     # A corner is free of lines: ratios rise to the right.
     words = "\n".join(f"{p.converted} layers chosen, ratio {_ratio(p.ratio)}" for p in chosen)
-    ax.text(
-        0.02, 0.98, words, transform=ax.transAxes, va="top", color=LIGHT["student"], weight="semibold"
-    )
+    style: dict[str, Any] = {"va": "top", "color": LIGHT["student"], "weight": "semibold"}
+    ax.text(0.02, 0.98, words, transform=ax.transAxes, **style)
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     ax.set_xlabel("layers converted")
     ax.margins(x=0.04)
@@ -381,7 +400,7 @@ def _memory(record: Record, top: float) -> Figure | None:
     for label, color, y in lines:
         ax.plot(x, [v / size for v in y], color=LIGHT[color])
         text = f"{label}\n{y[-1] / size:.3g} {unit}"
-        style = dict(ha="left", va="center", color=LIGHT[color], weight="semibold")
+        style = {"ha": "left", "va": "center", "color": LIGHT[color], "weight": "semibold"}
         _note(ax, text, (x[-1], y[-1] / size), (7, 0), **style)
     ax.set_ylim(0, None)
     ax.set_xlim(0, max(x))

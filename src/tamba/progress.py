@@ -20,7 +20,7 @@ from rich.progress import TimeRemainingColumn as TimeLeftColumn
 T = TypeVar("T")
 
 Advance = Callable[..., None]
-"""``advance(n=1, note="")``: n more units are done; `note` is a short figure shown beside the bar."""
+"""``advance(n=1, note="")``: n more units are done; `note` is a figure to show beside the bar."""
 
 
 class _Display(Protocol):
@@ -61,7 +61,7 @@ def shown(console: Console | None = None, *, seconds_between_lines: float = 10.0
 
 @contextmanager
 def task(label: str, total: float | None = None) -> Iterator[Advance]:
-    """One piece of work of `total` units (None when unknown); yields the function that advances it."""
+    """One piece of work of `total` units (None: unknown); yields the function that advances it."""
     display = _display.get()
     if display is None:
         yield _silent
@@ -71,7 +71,7 @@ def task(label: str, total: float | None = None) -> Iterator[Advance]:
 
 
 def track(items: Iterable[T], label: str, total: float | None = None) -> Iterator[T]:
-    """Iterate over `items` as one `task`; `total` is taken from their length where they have one."""
+    """Iterate over `items` as one `task`; `total` is their length where they have one."""
     if total is None and isinstance(items, Sized):
         total = len(items)
     with task(label, total) as advance:
@@ -131,7 +131,8 @@ class _Lines:
             say(f"{label}: {count}{left}" + (f", {latest}" if latest else ""))
 
         yield advance
-        say(f"{label}: done in {clock(time.monotonic() - begun)}" + (f", {latest}" if latest else ""))
+        took = clock(time.monotonic() - begun)
+        say(f"{label}: done in {took}" + (f", {latest}" if latest else ""))
 
 
 def clock(seconds: float) -> str:

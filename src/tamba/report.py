@@ -32,14 +32,22 @@ MIXERS = {"attention": "attention", "mamba1": "Mamba-1", "mamba2": "Mamba-2"}
 _PACKAGES = ("tamba", "torch", "transformers", "tokenizers", "safetensors", "gguf", "triton")
 
 
-class Section(pydantic.BaseModel):
+class _Part(pydantic.BaseModel):
     """A part of the record; unknown keys and numbers that are not finite are refused."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Perplexity(Section):
-    """Held-out perplexity; `ratio` is student over teacher, `tokens` those scored."""
+class Perplexity(_Part):
+    """Held-out perplexity; `ratio` is student over teacher, `tokens` those scored.
+
+    Args:
+        ratio_error: standard error of `ratio`, from differences block by block.
+        length: tokens a window.
+        kl: mean KL(teacher, student) of a token, in nats.
+        agreement: share of positions where both find the same token likeliest.
+        bits_per_byte: of ``teacher`` and ``student``.
+    """
 
     student: float
     teacher: float | None = None
@@ -49,17 +57,17 @@ class Perplexity(Section):
     length: int | None = None
     kl: float | None = None
     agreement: float | None = None
-    bits_per_byte: dict[Literal["teacher", "student"], float] | None = None
+    bits_per_byte: dict[str, float] | None = None
 
 
-class Layers(Section):
+class Layers(_Part):
     """How many layers there are and how many are no longer the teacher's attention."""
 
     total: int
     converted: int
 
 
-class PlanLayer(Section):
+class PlanLayer(_Part):
     """One student layer: its mixer, how it came about, and the layer of the source it came from."""
 
     mixer: str
@@ -68,7 +76,7 @@ class PlanLayer(Section):
     source_layer: int | None = None
 
 
-class FrontierPoint(Section):
+class FrontierPoint(_Part):
     """Perplexity ratio with `converted` layers after a `stage` of repair."""
 
     converted: int
@@ -77,14 +85,14 @@ class FrontierPoint(Section):
     chosen: bool = False
 
 
-class RepairStep(Section):
+class RepairStep(_Part):
     """Perplexity ratio after a step of the run, e.g. surgery, least squares, align, distil."""
 
     name: str
     ratio: float
 
 
-class LossPoint(Section):
+class LossPoint(_Part):
     """A training loss (what it measures is the stage's affair) after `tokens` of that stage."""
 
     stage: str
@@ -92,7 +100,7 @@ class LossPoint(Section):
     loss: float
 
 
-class Chat(Section):
+class Chat(_Part):
     """One prompt and the greedy answers to it."""
 
     prompt: str
@@ -100,7 +108,7 @@ class Chat(Section):
     teacher: str | None = None
 
 
-class CachePoint(Section):
+class CachePoint(_Part):
     """Cache bytes of one sequence of `context` tokens."""
 
     context: int
@@ -108,10 +116,11 @@ class CachePoint(Section):
     teacher: int | None = None
 
 
-class Record(Section):
+class Record(_Part):
     """Everything one run is remembered by.
 
     Args:
+        parameters: of ``teacher`` and ``student``.
         scores: harm done by replacing each layer, bottom first; None where not measured.
         seconds: wall time by step, in the order of the run.
         digests: SHA-256 of what went in, by name.
@@ -124,7 +133,7 @@ class Record(Section):
     date: str = ""
     perplexity: Perplexity | None = None
     layers: Layers | None = None
-    parameters: dict[Literal["teacher", "student"], int] | None = None
+    parameters: dict[str, int] | None = None
     plan: list[PlanLayer] = []
     scores: list[float | None] = []
     score_name: str = "harm"
@@ -174,27 +183,34 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         raise UserError(f"{path}: {place}", f"not a record ({first['msg']})") from error
 
 
-def write_report(record: Record, out: str | os.PathLike[str]) -> Path:
+def write_report(record: Record, out: str | os.PathLike[str], *, html: bool = True) -> Path:
     """Write ``report.json``, ``report.html`` and ``plots/*.png, *.svg`` into the folder `out`.
 
-    Each file appears whole or not at all, the record last. Returns the path of the page.
+    Each file appears whole or not at all, the record last. Returns the path of the record.
+
+    Args:
+        html: write the page and the plots too, which takes matplotlib.
 
     Raises:
-        UserError: `out` cannot be a folder, or the disk is full.
+        UserError: `out` cannot be a folder, the disk is full, or matplotlib is not installed.
     """
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {}
+    if html:
+        # All of it is drawn before any of it is written.
         for name, figure in plots.draw_all(record, titles=True):
-            (folder / "plots").mkdir(exist_ok=True)
             for ending in ("png", "svg"):
-                _write(folder / "plots" / f"{name}.{ending}", plots.to_bytes(figure, ending))
-        page = folder / "report.html"
-        _write(page, render(record).encode())
-        _write(folder / "report.json", (record.model_dump_json(indent=2) + "\n").encode())
+                files[f"plots/{name}.{ending}"] = plots.to_bytes(figure, ending)
+        files["report.html"] = render(record).encode()
+    files["report.json"] = (record.model_dump_json(indent=2) + "\n").encode()
+    try:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, content)
     except OSError as error:
         raise UserError(str(folder), error.strerror or str(error)) from error
-    return page
+    return folder / "report.json"
 
 
 def render(record: Record) -> str:
@@ -276,7 +292,8 @@ def _hardware() -> dict[str, str]:
     except OSError:
         cpu = None
     found["cpu"] = cpu.group(1) if cpu else platform.processor() or "unknown"
-    found["cores"] = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found["cores"] = str(allowed)
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         found["memory"] = plots.byte_size(memory)

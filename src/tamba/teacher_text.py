@@ -1,8 +1,8 @@
 """Text that a model writes itself, as training data for its own student.
 
-Where no suitable text is at hand, the teacher's samples are text from exactly the distribution that
-the student is to copy. An instruct model answers short requests (its chat template frames them), any
-model can continue openings of text that is given.
+Where no suitable text is at hand, the teacher's samples are text from exactly the distribution
+that the student is to copy. An instruct model answers short requests (its chat template frames
+them), any model can continue openings of text that is given.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def write_blocks(
         seed: of the order of prompts and of sampling; the caller's random state is left alone.
 
     Raises:
-        UserError: no budget, no chat template and no openings, no end-of-sequence token, or a budget
-            too small for one block.
+        UserError: no budget, no chat template and no openings, no end-of-sequence token, or a
+            budget too small for one block.
     """
     if tokens is None and seconds is None:
         raise UserError("teacher-written text", "no budget", "give tokens, seconds or both")

@@ -47,6 +47,7 @@ class PerplexityResult:
 
     @property
     def ppl(self) -> float:
+        """Perplexity, ``exp(nll)``."""
         return math.exp(self.nll)
 
 
@@ -82,8 +83,8 @@ def perplexity(
 
     Args:
         model: a Hugging Face causal LM, on the device to use.
-        autocast: run matrix products in this type (bfloat16 on CPUs that are fast at it); losses are
-            computed in float32 at least and added in float64 whatever it is.
+        autocast: run matrix products in this type (bfloat16 on CPUs that are fast at it); losses
+            are computed in float32 at least and added in float64 whatever it is.
         label: what the progress bar says.
 
     Raises:
@@ -141,8 +142,6 @@ def compare(
     )
 
 
-# --- from hidden states to scores ------------------------------------------------------------------
-
 Head = Callable[[Batch], Callable[[Tensor], Tensor]]
 """Runs the model on a batch; the result turns chosen positions (n indices into B·T) into logits."""
 
@@ -187,8 +186,10 @@ def _head(model: Any, blocks: TokenBlocks) -> Head:
     return slices if same else whole
 
 
-def _slices(models: Sequence[tuple[Any, Head]], batch: Batch) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Logits [n, V] of each model with the tokens [n] they predict, a slice of positions at a time."""
+def _slices(
+    models: Sequence[tuple[Any, Head]], batch: Batch
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Logits [n, V] of each model and the tokens [n] they predict, some positions at a time."""
     B, T = batch.tokens.shape
     here = torch.arange(B * T, device=batch.tokens.device).view(B, T)[:, :-1][batch.predicted]
     targets = batch.tokens.flatten()[here + 1]
@@ -256,12 +257,11 @@ def _standard_error(sums: list[tuple[float, float]]) -> float | None:
     return math.sqrt(spread * n / (n - 1)) / total
 
 
-# --- what must hold before scoring -----------------------------------------------------------------
-
-
 @contextmanager
-def _ready(models: Sequence[Any], blocks: TokenBlocks, autocast: torch.dtype | None) -> Iterator[None]:
-    """Evaluation mode, no gradients, autocast; after checking that the scores will mean something."""
+def _ready(
+    models: Sequence[Any], blocks: TokenBlocks, autocast: torch.dtype | None
+) -> Iterator[None]:
+    """Evaluation mode, no gradients, autocast; after checking that scores will mean something."""
     sizes = [_vocabulary(model) for model in models]
     if len(set(sizes)) > 1:
         raise UserError(
@@ -297,8 +297,8 @@ def _ready(models: Sequence[Any], blocks: TokenBlocks, autocast: torch.dtype | N
 def _check_documents_apart(model: Any) -> None:
     """Refuse a model in which a document of a packed block sees the one before.
 
-    Stock state-space models take no notice of restarting positions. Two packings that differ only in
-    the first document must give the second one the same logits.
+    Stock state-space models take no notice of restarting positions. Two packings that differ only
+    in the first document must give the second one the same logits.
     """
     V = _vocabulary(model)
     first, second = torch.arange(6) % V, (torch.arange(6) * 5 + 3) % V
