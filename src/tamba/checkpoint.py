@@ -278,7 +278,7 @@ def parameter_specs(config: TambaConfig, dtype: torch.dtype | None = None) -> di
         dtype: type of the weights; None for the configuration's, else float32. The parameters of
             the recurrences stay at least float32.
     """
-    dtype = dtype or config.dtype or torch.float32
+    dtype = dtype or _as_dtype(config.dtype) or torch.float32
     with torch.device("meta"):
         model = TambaForCausalLM(config)
     return {
@@ -495,7 +495,7 @@ def load_model(
 ) -> TambaForCausalLM:
     """The model of an open checkpoint; see `load`."""
     config = copy.deepcopy(checkpoint.tamba_config)
-    wanted = _as_dtype(dtype) or config.dtype or torch.float32
+    wanted = _as_dtype(dtype) or _as_dtype(config.dtype) or torch.float32
     names = checkpoint.parameters
     config.dtype = wanted
     config.name_or_path = checkpoint.location
