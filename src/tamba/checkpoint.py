@@ -192,16 +192,18 @@ class Checkpoint:
         Raises:
             UserError: tensors that are missing, left over, or of the wrong shape.
         """
-        specs = parameter_specs(self.tamba_config)
-        self._check(specs)
-        return specs
+        self._check(self._wanted)
+        return self._wanted
+
+    @functools.cached_property
+    def _wanted(self) -> dict[str, TensorSpec]:
+        return parameter_specs(self.tamba_config)
 
     @functools.cached_property
     def _origins(self) -> dict[str, Origin]:
-        ours = parameter_specs(self.tamba_config)
         if self.family is None:
-            return {name: Origin((name,)) for name in ours}
-        return self.family.weights(self.tamba_config, self._owner, ours)
+            return {name: Origin((name,)) for name in self._wanted}
+        return self.family.weights(self.tamba_config, self._owner, self._wanted)
 
     def read_parameter(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Our parameter `name`, made from the tensors it comes from, in `dtype` if given."""
