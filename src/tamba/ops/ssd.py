@@ -29,7 +29,7 @@ from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, s
 _STEPS = 2
 # How many Q x Q matrices a tile holds. On a CPU its buffers then stay in a core's cache; elsewhere
 # the only concern is memory.
-_TILE = 32
+_TILE = 64
 _TILE_ELSEWHERE = 4096
 
 
@@ -211,6 +211,7 @@ class _Buffers:
     """The operands of one tile's matrix products, and views of them; reused by tiles of one shape.
 
     Attributes:
+        lead: (S, K, H).
         decay: [S, K, H, Q, Q], from after token j to token i; 1 on and 0 above the diagonal.
         left: [S K H, Q, Q + N], ``[C B^T ∘ decay | C · from_start]``.
         right: [S K H, Q + N, P], ``[dt · x ; state before the chunk]``.
@@ -238,6 +239,7 @@ class _Buffers:
         self.inputs = self.right[:, :chunk]
         by_head = self.right.view(*lead, width, head_dim)
         self.inputs_by_head, self.states = by_head[..., :chunk, :], by_head[..., chunk:, :]
+        self.states_as_columns = self.right[:, chunk:].flatten(1)[..., None]
         grouped = (rows, chunks, groups, heads // groups)
         by_group = self.left.view(*grouped, chunk, width)
         self.scores, self.C_from_start = by_group[..., :chunk], by_group[..., chunk:]
@@ -396,8 +398,11 @@ class _Chunked(torch.autograd.Function):
                 dy = grad_ys[at].to(problem.product).contiguous()
                 running = grads.add(at, tile, dy, running, skip)
             grad_state[rows] = running.transpose(2, 3)
-        grad_A = (grads.log_decay * problem.dts).sum((0, 1, 3))
-        grad_dt = grads.dts.addcmul_(grads.log_decay, A[:, None])
+        log_decay = grads.balance.flip(-1).cumsum(-1).flip(-1).add_(grads.leaves[..., None])
+        if problem.starts is not None:
+            log_decay = log_decay.masked_fill_(problem.starts, 0.0)
+        grad_A = (log_decay * problem.dts).sum((0, 1, 3))
+        grad_dt = grads.dts.addcmul_(log_decay, A[:, None])
         grad_dt = grad_dt.transpose(2, 3).flatten(1, 2)
         grad_D = None if D is None else grads.skip.sum((0, 1, 3)).to(D.dtype)
         return grads.x, grad_dt, grad_A, grads.B, grads.C, grad_D, grad_state, None, None
@@ -409,7 +414,8 @@ class _Gradients:
     Attributes:
         x, B, C: gradients, shaped as their arguments.
         dts: [B, K, H, Q], of dt as the factor of x.
-        log_decay: [B, K, H, Q], of dt · A.
+        balance: [B, K, H, Q], paths that end at a token less paths that start there.
+        leaves: [B, K, H], paths that leave the chunk.
         skip: [B, K, H, Q], of D, by token.
     """
 
@@ -419,7 +425,8 @@ class _Gradients:
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C)
         )
         self._xs, self._Bs, self._Cs = (problem.cut(t) for t in (self.x, self.B, self.C))
-        self.dts, self.log_decay, self.skip = (torch.empty_like(problem.dts) for _ in range(3))
+        self.dts, self.balance, self.skip = (torch.empty_like(problem.dts) for _ in range(3))
+        self.leaves = torch.empty_like(problem.dts[..., 0])
 
     def add(
         self,
@@ -465,20 +472,16 @@ class _Gradients:
             torch.addcmul(work, d_inputs, tile.dt[..., None], out=self._xs[at])
 
         # The decay of token t is a factor of every path that starts before t and ends at t or
-        # later. Paths by where they end, less those by where they start, summed from t on, plus
-        # those that leave the chunk.
+        # later: the paths by where they end, less those by where they start, summed from t on,
+        # plus those that leave the chunk. Only the terms here; the sum waits for all tiles.
         paths = torch.mul(d_left, tile.left, out=tile.scratch(d_left.shape))
-        ends, begins = paths.sum(-1), paths[..., :chunk].sum(-2)
+        balance = paths.sum(-1).sub_(paths[..., :chunk].sum(-2))
         work = tile.scratch(d_B_to_end.shape)
         out_of_chunk = torch.mul(d_B_to_end, tile.B_to_end, out=work).sum(-1)
-        work = tile.scratch(leaving.shape)
-        through = torch.mul(leaving, tile.states, out=work).sum((-2, -1), keepdim=True)
-        leaves = out_of_chunk.sum(-1, keepdim=True) + (through * tile.through).view(-1, 1)
-        crossing = (ends - begins - out_of_chunk).flip(-1).cumsum(-1).flip(-1) + leaves
-        crossing = crossing.view_as(tile.dt)
-        if problem.starts is not None:
-            crossing = crossing.masked_fill(problem.starts[at], 0.0)
-        self.log_decay[at] = crossing
+        self.balance[at] = balance.sub_(out_of_chunk).view_as(tile.dt)
+        through = torch.bmm(flat_leaving.flatten(1)[:, None], tile.states_as_columns)
+        leaves = torch.addcmul(out_of_chunk.sum(-1), through.flatten(), tile.through.flatten())
+        self.leaves[at] = leaves.view(tile.lead)
 
         d_left = problem.by_groups(d_left.view(*tile.lead, *d_left.shape[1:]))
         work = tile.scratch(tile.decay_by_group.shape)
