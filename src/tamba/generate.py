@@ -1,7 +1,8 @@
 """Text from a prompt, through transformers' own `generate` over our state.
 
-Chat models get their chat template; base models continue the prompt as it stands. Text is handed out
-as it comes, and the two phases are timed apart: the prompt pass, and the loop of one token each.
+Chat models get their chat template; base models continue the prompt as it stands. Text is handed
+out as it comes, and the two phases are timed apart: the prompt pass, and the loop of one token
+each.
 """
 
 from __future__ import annotations
@@ -137,7 +138,9 @@ def _encode(
     """Token ids and mask of the framed prompt, [1, T] each."""
     has_template = bool(tokenizer.chat_template)
     if (chat or system) and not has_template:
-        raise UserError("chat", "the tokenizer has no chat template", "leave out --chat and --system")
+        raise UserError(
+            "chat", "the tokenizer has no chat template", "leave out --chat and --system"
+        )
     if chat is False or not has_template:
         encoded = tokenizer(prompt, return_tensors="pt")
     else:
