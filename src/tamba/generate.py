@@ -83,7 +83,7 @@ def generate(
     Raises:
         UserError: an empty prompt, a setting that cannot be, or a checkpoint that cannot be opened.
     """
-    _check(prompt, new_tokens, temperature, top_p)
+    _check(prompt, new_tokens, temperature, top_k, top_p)
     if isinstance(model, str | Path):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -121,13 +121,15 @@ def generate(
     )
 
 
-def _check(prompt: str, new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(prompt: str, new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     if not prompt.strip():
         raise UserError("prompt", "is empty", "say something to the model")
     if new_tokens < 1:
         raise UserError("new_tokens", f"{new_tokens} is not a positive number")
     if temperature < 0:
         raise UserError("temperature", f"{temperature} is below 0")
+    if top_k < 0:
+        raise UserError("top_k", f"{top_k} is below 0", "0 samples among all tokens")
     if not 0 < top_p <= 1:
         raise UserError("top_p", f"{top_p} is not above 0 and at most 1")
 
