@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from tamba.errors import UserError
 
 try:
     import matplotlib as mpl
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -58,9 +61,10 @@ NAMES = ("frontier", "layers", "repair", "training", "memory")
 _WIDTH = 4.6
 """Inches; 331 units of the SVG, about the width of a phone."""
 
+_FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
 _STYLE = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    # Names of stages and scores are words, whatever signs are in them.
+    "text.parse_math": False,
     "font.size": 10,
     "text.color": LIGHT["ink"],
     "axes.labelcolor": LIGHT["muted"],
@@ -97,7 +101,7 @@ def kind_of(layer: PlanLayer) -> str:
     return "attention" if layer.origin == "kept" else layer.origin
 
 
-def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
+def draw_all(record: Record, *, titles: bool) -> list[tuple[str, Figure]]:
     """(name, figure) of every drawing the record has data for; `titles` for files that stand alone.
 
     A figure's label says in words what it shows, for those who do not see it.
@@ -114,7 +118,8 @@ def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
         "training": ("Training loss", _training),
         "memory": ("Cache of one sequence", _memory),
     }
-    with mpl.rc_context(_STYLE):
+    figures = []
+    with _style():
         for name, (title, draw) in drawings.items():
             figure = draw(record, 0.42 if titles else 0.0)
             if figure is None:
@@ -122,13 +127,14 @@ def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
             if titles:
                 top = 1 - 0.1 / figure.get_figheight()
                 figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
-            yield name, figure
+            figures.append((name, figure))
+    return figures
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as a ``png`` or ``svg`` file, the same bytes for the same drawing."""
     out = io.BytesIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": "tamba"}):
+    with _style({"svg.hashsalt": "tamba"}):
         dated = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(out, format=kind, dpi=200, metadata=dated)
     return out.getvalue()
@@ -140,7 +146,7 @@ def to_inline(figure: Figure, name: str) -> str:
     `name` keeps its ids apart from those of other drawings on the page.
     """
     out = io.BytesIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with _style({"svg.hashsalt": name}):
         unsigned = {"Date": None, "Creator": None}
         figure.savefig(out, format="svg", transparent=True, metadata=unsigned)
     svg = out.getvalue().decode()
@@ -162,6 +168,16 @@ def to_inline(figure: Figure, name: str) -> str:
     )
     opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     return opening + svg[head.end() :]
+
+
+@contextmanager
+def _style(more: dict[str, str] | None = None) -> Iterator[None]:
+    """Our settings, and silence about letters that no installed font has."""
+    installed = set(font_manager.get_font_names())
+    fonts = {"font.family": [name for name in _FONTS if name in installed]}
+    with warnings.catch_warnings(), mpl.rc_context(_STYLE | fonts | (more or {})):
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def byte_size(size: float) -> str:
