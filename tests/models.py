@@ -84,7 +84,11 @@ STACKS = {
 
 
 def tiny_model(
-    stack: str | list[str] = "mixed", *, seed: int = 0, dtype: torch.dtype = torch.float32, **options
+    stack: str | list[str] = "mixed",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **options,
 ) -> TambaForCausalLM:
     """A random model in eval mode, with weights large enough for every part to matter."""
     layers = STACKS[stack] if isinstance(stack, str) else stack

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_same
-from models import STACKS, VOCAB, random_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import tamba  # noqa: F401  (registers the Auto classes)
+from compare import assert_same
+from models import STACKS, VOCAB, random_ids, tiny_model
 from tamba.model.cache import RecurrentLayer, TambaCache
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
@@ -48,14 +48,18 @@ def test_any_split_equals_one_pass(stack):
 def test_stock_caches_work(stack, make):
     model, ids = tiny_model(stack), random_ids(2, 12)
     cache = make(model.config)
-    got = torch.cat([logits_of(model, p, past_key_values=cache) for p in ids.split([5, 4, 1, 2], 1)], 1)
+    got = torch.cat(
+        [logits_of(model, p, past_key_values=cache) for p in ids.split([5, 4, 1, 2], 1)], 1
+    )
     assert_same(got, logits_of(model, ids), "decode")
 
 
 def test_static_cache_works():
     model, ids = tiny_model(["mamba2_gqa", "attention", "mamba1"]), random_ids(2, 12)
     cache = StaticCache(config=model.config, max_cache_len=16)
-    got = torch.cat([logits_of(model, p, past_key_values=cache) for p in ids.split([5, 4, 1, 2], 1)], 1)
+    got = torch.cat(
+        [logits_of(model, p, past_key_values=cache) for p in ids.split([5, 4, 1, 2], 1)], 1
+    )
     assert_same(got, logits_of(model, ids), "decode")
 
 
@@ -82,7 +86,9 @@ def padded_batch(lengths, side, extra_seed=0):
 def test_padding_touches_nothing(stack, side):
     model = tiny_model(stack)
     if stack in ("sliding", "mixed") and side == "scattered":
-        pytest.skip("a sliding window counts places, not tokens, so holes move it (as in transformers)")
+        pytest.skip(
+            "a sliding window counts places, not tokens, so holes move it (as in transformers)"
+        )
     ids, mask, rows = padded_batch([11, 3, 8, 1], side)
     got = logits_of(model, ids, attention_mask=mask)
     assert got.isfinite().all()
@@ -113,7 +119,10 @@ def test_continuing_a_padded_batch(stack, side, with_mask):
 def test_packed_documents_do_not_meet(stack, how):
     model = tiny_model(stack)
     lengths = [[4, 1, 1, 9], [15]]
-    docs = [[random_ids(1, n, seed=10 * b + i)[0] for i, n in enumerate(row)] for b, row in enumerate(lengths)]
+    docs = [
+        [random_ids(1, n, seed=10 * b + i)[0] for i, n in enumerate(row)]
+        for b, row in enumerate(lengths)
+    ]
     ids = torch.stack([torch.cat(row) for row in docs])
     seq_idx = torch.stack(
         [torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]
@@ -128,7 +137,10 @@ def test_packed_documents_do_not_meet(stack, how):
         mask = torch.cat([torch.ones_like(ids), torch.zeros_like(pad)], dim=1)
         last = seq_idx[:, -1:].expand(-1, 3)
         got = logits_of(
-            model, torch.cat([ids, pad], 1), seq_idx=torch.cat([seq_idx, last], 1), attention_mask=mask
+            model,
+            torch.cat([ids, pad], 1),
+            seq_idx=torch.cat([seq_idx, last], 1),
+            attention_mask=mask,
         )
     for b, row in enumerate(docs):
         at = 0
@@ -156,7 +168,11 @@ def test_rollback_equals_a_fresh_run(stack, window):
 @pytest.mark.parametrize("stack", STACK_NAMES)
 def test_rollback_row_by_row_and_again(stack):
     model, ids = tiny_model(stack), random_ids(3, 18)
-    rounds = [(torch.tensor([0, 4, 2]), 5), (torch.tensor([3, 0, 5]), 3), (torch.tensor([1, 1, 1]), 4)]
+    rounds = [
+        (torch.tensor([0, 4, 2]), 5),
+        (torch.tensor([3, 0, 5]), 3),
+        (torch.tensor([1, 1, 1]), 4),
+    ]
     cache = TambaCache(model.config, max_rollback=8)
     logits_of(model, ids, past_key_values=cache)
     texts = [row for row in ids]
@@ -214,7 +230,10 @@ def test_rows_are_reordered_repeated_and_selected(stack):
     for change, picked in (
         (lambda c: c.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
         (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
-        (lambda c: (c.batch_select_indices(torch.tensor([0, 2])), c.batch_repeat_interleave(2)), [0, 0, 2, 2]),
+        (
+            lambda c: (c.batch_select_indices(torch.tensor([0, 2])), c.batch_repeat_interleave(2)),
+            [0, 0, 2, 2],
+        ),
     ):
         for window in (0, 4):
             cache = TambaCache(model.config, max_rollback=window)
@@ -238,7 +257,9 @@ def test_generate_greedy_and_beams_equal_cacheless(stack):
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     for options in ({}, {"num_beams": 3}):
-        got = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options)
+        got = model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options
+        )
         assert torch.equal(got, without_cache(model, ids, attention_mask=mask, **options))
 
 
@@ -266,7 +287,9 @@ def test_implementations_of_attention_agree():
     mask[1, :4] = 0
     want = logits_of(model, ids, attention_mask=mask)
     model.set_attn_implementation("eager")
-    assert_same(logits_of(model, ids, attention_mask=mask)[mask.bool()], want[mask.bool()], "decode")
+    assert_same(
+        logits_of(model, ids, attention_mask=mask)[mask.bool()], want[mask.bool()], "decode"
+    )
     recorded = model(ids, output_attentions=True, output_hidden_states=True)
     assert len(recorded.attentions) == 3 and len(recorded.hidden_states) == 8
     assert_same(recorded.attentions[0].sum(-1), torch.ones(2, 4, 12), "fp32")
@@ -287,7 +310,9 @@ def test_gradient_checkpointing_changes_nothing():
     model(ids, labels=ids).loss.backward()
     want = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
-    model.gradient_checkpointing_enable()
+    # transformers 5.18 renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
     model(ids, labels=ids).loss.backward()
     for name, p in model.named_parameters():
         assert_same(p.grad, want[name], "fp64")

@@ -1,8 +1,8 @@
 """The one exception for mistakes in what the user gave.
 
-`UserError` is raised before any work starts and reads as one line: where, what is wrong, what to do.
-The command line prints it without a traceback and exits with code 2. Programming errors are not
-wrapped: they keep their traceback.
+`UserError` is raised before any work starts and reads as one line: where, what is wrong, what to
+do about it. The command line prints it without a traceback and exits with code 2. Programming
+errors are not wrapped: they keep their traceback.
 """
 
 from __future__ import annotations

@@ -33,7 +33,11 @@ class Attention(nn.Module):
         self.num_key_value_groups = spec.n_heads // spec.n_kv_heads
         self.scaling = spec.scale if spec.scale is not None else spec.head_dim**-0.5
         self.rotary_key = rotary_key(spec) if spec.rotary_dim else None
-        d_model, d_q, d_kv = config.d_model, spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        d_model, d_q, d_kv = (
+            config.d_model,
+            spec.n_heads * spec.head_dim,
+            spec.n_kv_heads * spec.head_dim,
+        )
         self.q_proj = nn.Linear(d_model, d_q, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(d_model, d_kv, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(d_model, d_kv, bias=spec.qkv_bias)
@@ -45,7 +49,9 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens, **kwargs: Any) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]; keys and values are added to `state` when there is one."""
         heads = (*hidden.shape[:-1], -1, self.head_dim)
-        query, key, value = (proj(hidden).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            proj(hidden).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -86,7 +92,7 @@ def _eager(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The readable form: [B, H, T, P] queries over [B, G, S, P] keys -> [B, T, H, P] and the weights."""
+    """The readable form: [B, H, T, P] queries over [B, G, S, P] keys -> [B, T, H, P], weights."""
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling

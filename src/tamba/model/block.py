@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,8 +31,10 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens, **kwargs: Any) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
-        residual = hidden.float() if self.residual_in_fp32 and hidden.element_size() < 4 else hidden
-        hidden = hidden.to(self.norm.weight.dtype) if self.residual_in_fp32 else hidden
+        residual = hidden
+        if self.residual_in_fp32:  # the stream is wide, the layers compute in the weights' type
+            residual = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            hidden = hidden.to(self._dtype)
         if isinstance(self.mixer, Attention):
             mixed = self.mixer(self.norm(hidden), state, tokens, **kwargs)
         else:
@@ -41,8 +44,12 @@ class Block(GradientCheckpointingLayer):
         if self.spec.residual == "parallel":
             return residual + mixed + self.mlp(self.mlp_norm(hidden))
         residual = residual + mixed
-        hidden = residual.to(self.mlp_norm.weight.dtype) if self.residual_in_fp32 else residual
+        hidden = residual.to(self._dtype) if self.residual_in_fp32 else residual
         return residual + self.mlp(self.mlp_norm(hidden))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.norm.parameters()).dtype
 
 
 def _make_mixer(config: TambaConfig, spec: BlockSpec, layer_idx: int) -> nn.Module:

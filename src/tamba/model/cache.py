@@ -24,6 +24,7 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
+    StaticLayer,
 )
 
 from tamba.model.config import TambaConfig
@@ -64,16 +65,18 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._stale = False  # the live state must be replayed before use
         self._base: tuple[Tensor | None, Tensor | None] = (None, None)
         self._base_is_start = True
-        self._ring: list[Tensor] | None = None  # mixer inputs, then document starts; each [B, R, ...]
+        self._ring: list[Tensor] | None = (
+            None  # mixer inputs, then document starts; each [B, R, ...]
+        )
         self._ring_padding: Tensor | None = None
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, False)
+        self.has_previous_state: dict[int, bool] = {0: False}
 
     # -- the mixer's side ---------------------------------------------------------------------
 
     def advance(
         self, scan: Scan, inputs: Sequence[Tensor], starts: Tensor | None, padding: Tensor | None
     ) -> Tensor:
-        """Run `scan` over new inputs (each [B, T, ...]) from the state, keep the state after them."""
+        """Run `scan` over new inputs (each [B, T, ...]) from the state and keep the new state."""
         self._replay(scan)
         new = inputs[0].shape[1]
         if not self.record_past:
@@ -101,7 +104,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self._remember(inputs, starts, padding)
             output = torch.cat(outputs, dim=1) if head else outputs[0]
         self.length += new
-        self.has_previous_state = dict.fromkeys(self.has_previous_state, True)
+        self.has_previous_state = {0: True}
         return output
 
     def _step(
@@ -145,7 +148,9 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         if self._ring_padding is not None:
             self._ring_padding = (self._ring_padding - fold).clamp_min(0)
 
-    def _remember(self, inputs: Sequence[Tensor], starts: Tensor | None, padding: Tensor | None) -> None:
+    def _remember(
+        self, inputs: Sequence[Tensor], starts: Tensor | None, padding: Tensor | None
+    ) -> None:
         if starts is None:
             starts = torch.zeros(inputs[0].shape[:2], dtype=torch.bool, device=inputs[0].device)
         new = [*(x.detach() for x in inputs), starts]
@@ -167,7 +172,7 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # -- the cache's side ---------------------------------------------------------------------
 
     def check_rollback(self, n: int | Tensor) -> None:
-        """Raise ValueError when `n` tokens (a count, or one for each row [B]) cannot be taken back."""
+        """Raise ValueError when `n` tokens (a count, or one a row [B]) cannot be taken back."""
         counts = torch.as_tensor(n)
         most = int(counts.max())
         if most == 0 and int(counts.min()) == 0:
@@ -178,10 +183,14 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             recorded = held - self._ring_padding.to(counts.device)
         # Once every token is in the ring, places before them are padding and may be taken back too.
         whole = self._base_is_start and held == self.length
-        if int(counts.min()) < 0 or most > self.length or not (whole or bool((counts <= recorded).all())):
+        if (
+            int(counts.min()) < 0
+            or most > self.length
+            or not (whole or bool((counts <= recorded).all()))
+        ):
             raise ValueError(
-                f"cannot take back {most} tokens: {int(recorded.min())} are recorded; make the cache "
-                f"with TambaCache(config, max_rollback={most}) or more"
+                f"cannot take back {most} tokens: {int(recorded.min())} are recorded; make the "
+                f"cache with TambaCache(config, max_rollback={most}) or more"
             )
 
     def rollback(self, n: int | Tensor) -> None:
@@ -211,10 +220,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling of `rollback`: a count that is zero or negative."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes minus the number of tokens to remove, got {tokens_to_remove}")
+        n = -int(tokens_to_remove)  # some versions pass a tensor
+        if n < 0:
+            raise ValueError(
+                f"crop takes minus the number of tokens to remove, got {tokens_to_remove}"
+            )
         if self.length:
-            self.rollback(-tokens_to_remove)
+            self.rollback(n)
 
     def activate_past_recording(self) -> None:
         """Start recording, so that `crop` can take back the tokens that come from now on."""
@@ -228,7 +240,13 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.record_past
 
     def _tensors(self) -> Iterator[Tensor]:
-        live = (self.conv_state, self.ssm_state, *self._base, *(self._ring or ()), self._ring_padding)
+        live = (
+            self.conv_state,
+            self.ssm_state,
+            *self._base,
+            *(self._ring or ()),
+            self._ring_padding,
+        )
         yield from {id(t): t for t in live if t is not None}.values()
 
     @property
@@ -281,8 +299,65 @@ class RecurrentLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         raise TypeError("a recurrent layer has no keys and values; its mixer calls `advance`")
 
-    update_conv_state = update  # type: ignore[assignment]
-    update_recurrent_state = update  # type: ignore[assignment]
+    update_conv_state = update
+    update_recurrent_state = update
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """Keys and values that a sliding window can still reach, and those a rollback may uncover.
+
+    transformers' own layer keeps everything while it records, until it is cropped.
+
+    Args:
+        sliding_window: keys that a token sees, itself included.
+        max_rollback: tokens that can be taken back; 0 for none until `activate_past_recording`.
+    """
+
+    def __init__(self, sliding_window: int, max_rollback: int = 0) -> None:
+        super().__init__(sliding_window=sliding_window)
+        self.keys: Tensor
+        self.values: Tensor
+        self.max_rollback = max_rollback
+        self.record_past = max_rollback > 0
+
+    def activate_past_recording(self) -> None:
+        """Start keeping what `crop` may uncover."""
+        self.record_past = True
+        self.max_rollback = self.max_rollback or DEFAULT_ROLLBACK
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add [B, G, T, P] keys and values; give back those that the new tokens may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, reach = key_states.shape[-2], self.sliding_window - 1
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += new
+        held = reach + self.max_rollback
+        self.keys, self.values = _last(keys, held), _last(values, held)
+        return _last(keys, reach + new), _last(values, reach + new)
+
+    def check_rollback(self, n: int) -> None:
+        """Raise ValueError when the last `n` tokens cannot be taken back."""
+        if not self.is_initialized:
+            return
+        needed = min(self.sliding_window - 1, self.cumulative_length - n)
+        if self.keys.shape[-2] - n < needed:
+            raise ValueError(
+                f"cannot take back {n} tokens: the window has moved on; make the cache with "
+                f"TambaCache(config, max_rollback={n}) or more"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: zero or minus their number."""
+        n = -int(tokens_to_remove)
+        self.check_rollback(n)
+        if n and self.is_initialized:
+            end = self.keys.shape[-2] - n
+            self.keys, self.values = self.keys[..., :end, :], self.values[..., :end, :]
+            self.cumulative_length -= n
 
 
 class TambaCache(Cache):
@@ -297,9 +372,7 @@ class TambaCache(Cache):
         super().__init__(layers=_make_layers(config, max_rollback))
         self.max_rollback = max_rollback
         self.mask: Tensor | None = None
-        """[B, S] bool, False at places that hold no token (padding, uneven rollback); None if all do."""
-        if max_rollback:
-            self.activate_past_recording()
+        """[B, S] bool, False at places that hold no token (padding, uneven rollback); or None."""
 
     def rollback(self, n: int | Tensor) -> None:
         """Forget the last `n` tokens: a count, or one count for each row [B].
@@ -313,13 +386,8 @@ class TambaCache(Cache):
         least = int(n.min()) if isinstance(n, Tensor) else n
         most = int(n.max()) if isinstance(n, Tensor) else n
         for layer in self.layers:  # all checks come before the first change
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized:
-                needed = min(layer.sliding_window - 1, layer.get_seq_length() - most)
-                if layer.keys.shape[-2] - most < needed:
-                    raise ValueError(
-                        f"cannot take back {most} tokens: the window has moved on; make the cache with "
-                        f"TambaCache(config, max_rollback={most}) or more"
-                    )
+            if isinstance(layer, WindowLayer):
+                layer.check_rollback(most)
             elif isinstance(layer, RecurrentLayer):
                 layer.check_rollback(n)
         places = self.get_seq_length()
@@ -327,10 +395,7 @@ class TambaCache(Cache):
             if isinstance(layer, RecurrentLayer):
                 layer.rollback(n)
             elif layer.is_initialized:
-                end = layer.keys.shape[-2] - least
-                layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
-                if isinstance(layer, DynamicSlidingWindowLayer):
-                    layer.cumulative_length -= least
+                layer.crop(-least)
                 if isinstance(n, Tensor):
                     extra = n.to(layer.keys.device) - least
                     layer.keys = shift_right(layer.keys.transpose(1, 2), extra).transpose(1, 2)
@@ -347,22 +412,11 @@ class TambaCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling of an even `rollback`: zero or minus the number of tokens."""
         super().crop(tokens_to_remove)
-        self._crop_mask(-tokens_to_remove)
+        self._crop_mask(-int(tokens_to_remove))
 
     def _crop_mask(self, n: int) -> None:
         if self.mask is not None and n:
             self.mask = self.mask[:, : self.mask.shape[1] - n]
-
-    def trim(self) -> None:
-        """Drop keys that no window and no rollback can reach any more.
-
-        transformers' recording sliding-window layers keep everything until they are cropped.
-        """
-        for layer in self.layers:
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.record_past and layer.is_initialized:
-                reach = layer.sliding_window - 1 + self.max_rollback
-                if layer.keys.shape[-2] > reach + self.max_rollback:
-                    layer.keys, layer.values = layer.keys[..., -reach:, :], layer.values[..., -reach:, :]
 
     @property
     def nbytes(self) -> int:
@@ -402,17 +456,25 @@ def adopt(cache: Cache, config: TambaConfig) -> Cache:
     `generate` builds a `DynamicCache` from `config.layer_types`; its recurrent layers cannot be
     rolled back, repeated or asked for their length. Filled layers of another kind are an error.
     """
-    made = None
-    for index, kind in enumerate(config.layer_types):
+    ours = _make_layers(config, 0)
+    for index, made in enumerate(ours):
         if index >= len(cache.layers):
-            made = made or _make_layers(config, 0)
-            cache.layers.append(made[index])
+            cache.layers.append(made)
         layer = cache.layers[index]
-        if kind != "linear_attention" or isinstance(layer, RecurrentLayer):
+        if isinstance(layer, (type(made), StaticLayer)):
             continue
-        if not isinstance(layer, LinearAttentionLayer) or any(layer.has_previous_state.values()):
-            raise ValueError(f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer")
-        cache.layers[index] = RecurrentLayer(DEFAULT_ROLLBACK if layer.record_past else 0)
+        if isinstance(made, RecurrentLayer):
+            if not isinstance(layer, LinearAttentionLayer) or any(
+                layer.has_previous_state.values()
+            ):
+                raise ValueError(
+                    f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer"
+                )
+        elif not isinstance(made, WindowLayer) or layer.is_initialized:
+            continue
+        if layer.record_past:
+            made.activate_past_recording()
+        cache.layers[index] = made
     return cache
 
 
@@ -421,11 +483,16 @@ def _make_layers(config: TambaConfig, max_rollback: int) -> list[Any]:
     for kind in config.layer_types:
         if kind == "linear_attention":
             layers.append(RecurrentLayer(max_rollback))
-        elif kind == "sliding_attention":
-            layers.append(DynamicSlidingWindowLayer(sliding_window=config.sliding_window))
+        elif kind == "sliding_attention" and config.sliding_window is not None:
+            layers.append(WindowLayer(config.sliding_window, max_rollback))
         else:
             layers.append(DynamicLayer())
     return layers
+
+
+def _last(x: Tensor, n: int) -> Tensor:
+    """The last `n` places of [B, G, S, P], or all when there are fewer."""
+    return x[..., max(x.shape[-2] - n, 0) :, :]
 
 
 def shift_right(x: Tensor, by: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""What a hybrid is made of, as data: named block templates and a list that names one for each layer.
+"""What a hybrid is made of, as data: named block templates and a list naming one for each layer.
 
 A template says everything that shapes the maths of a layer (norm, residual form, mixer, MLP), so a
 Llama with some Mamba-2 layers and a Pythia–Mamba–Pythia sandwich are two lists, not two classes.
 Nothing here knows about tensors.
 
-Shape letters: `D` d_model, `H` heads, `G` groups or kv heads, `P` head_dim, `N` d_state, `W` d_conv.
+Shape letters: `D` d_model, `H` heads, `G` groups, `P` head_dim, `N` d_state, `W` d_conv.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class AttentionSpec:
     n_kv_heads: int
     head_dim: int
     rotary_dim: int
-    rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e4})
+    rope: dict[str, Any] = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 1e4}
+    )
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: NormSpec | None = None
@@ -70,7 +72,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba1Spec:
-    """Selective scan (Gu and Dao 2023, arXiv 2312.00752, section 3), optionally with grouped B and C.
+    """Selective scan (Gu and Dao 2023, arXiv 2312.00752, section 3), B and C maybe grouped.
 
     The plain form has one group and computes dt, B and C from the convolved x (`x_proj`). The form
     that *The Mamba in the Llama* (arXiv 2408.15237) makes of attention computes them from the layer
@@ -105,15 +107,15 @@ class Mamba1Spec:
 class Mamba2Spec:
     """State-space duality mixer (Dao and Gu 2024, arXiv 2405.21060), one scalar decay a head.
 
-    ``in_proj`` rows are ``[z | x | B | C | dt]``. With `n_kv_heads` set, x has `n_kv_heads` heads and
-    B `n_kv_heads` groups, repeated per head after the convolution, while C has `n_groups` groups:
+    ``in_proj`` rows are ``[z | x | B | C | dt]``. With `n_kv_heads` set, x has `n_kv_heads` heads
+    and B `n_kv_heads` groups, repeated after the convolution, while C has `n_groups` groups:
     this is grouped-query attention read as a state-space layer (Q→C, K→B, V→x).
 
     Args:
         n_groups: groups sharing C (and B when `n_kv_heads` is None); divides `n_heads`.
         gate: multiply by ``silu(z)``; without it there are no z rows.
-        norm_groups: groups of the output RMSNorm over d_inner (`n_heads` normalises each head, 1 all
-            of it); None for no norm.
+        norm_groups: groups of the output RMSNorm over d_inner (`n_heads` normalises each head, 1
+            all of it); None for no norm.
         norm_before_gate: norm first, then gate (the papers gate first).
         conv_activation: after the convolution, ``silu`` (the papers) or ``identity``.
         dt_limit: clamp of dt after softplus; None for none.
@@ -173,7 +175,7 @@ MIXERS: dict[str, type[AttentionSpec] | type[Mamba1Spec] | type[Mamba2Spec]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """One layer: ``x + mixer(norm x)`` then ``x + mlp(norm x)``; `parallel` adds both to the same x."""
+    """One layer: ``x + mixer(norm x)`` then ``x + mlp(norm x)``; `parallel` adds both at once."""
 
     mixer: MixerSpec
     mlp: MLPSpec | None
@@ -188,12 +190,14 @@ class BlockSpec:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> BlockSpec:
-        """Read what `to_dict` wrote. Raises UserError for an unknown, missing or impossible entry."""
+        """Read what `to_dict` wrote. UserError for an unknown, missing or impossible entry."""
         data = dict(data)
         mixer = dict(data.pop("mixer", {}))
         kind = mixer.pop("kind", None)
         if kind not in MIXERS:
-            raise UserError(f"{where}.mixer.kind", f"unknown mixer {kind!r}", nearest(str(kind), MIXERS))
+            raise UserError(
+                f"{where}.mixer.kind", f"unknown mixer {kind!r}", nearest(str(kind), MIXERS)
+            )
         if mixer.get("qk_norm") is not None:
             mixer["qk_norm"] = _read(NormSpec, mixer["qk_norm"], f"{where}.mixer.qk_norm")
         if mixer.get("dt_limit") is not None:
@@ -247,7 +251,7 @@ def _check_mixer(mixer: MixerSpec, where: str) -> None:
             if not 0 <= mixer.rotary_dim <= mixer.head_dim or mixer.rotary_dim % 2:
                 raise UserError(
                     f"{where}.rotary_dim",
-                    f"{mixer.rotary_dim} is not an even number from 0 to head_dim = {mixer.head_dim}",
+                    f"{mixer.rotary_dim} is not even and from 0 to head_dim = {mixer.head_dim}",
                 )
         case Mamba1Spec():
             divides("n_groups", "d_inner")
@@ -308,8 +312,6 @@ class TambaConfig(PreTrainedConfig):
             for name, block in (self.blocks or {}).items()
         }
         self.layers = list(self.layers or [])
-        if isinstance(self.final_norm, NormSpec):
-            self.final_norm = dataclasses.asdict(self.final_norm)
         self.final_norm = dict(self.final_norm or dataclasses.asdict(NormSpec()))
         self._specs = {
             name: BlockSpec.from_dict(block, f"config: blocks.{name}")
@@ -319,11 +321,14 @@ class TambaConfig(PreTrainedConfig):
         for index, name in enumerate(self.layers):
             if name not in self._specs:
                 raise UserError(
-                    f"config: layers[{index}]", f"no block named {name!r}", nearest(name, self._specs)
+                    f"config: layers[{index}]",
+                    f"no block named {name!r}",
+                    nearest(name, self._specs),
                 )
         if len(windows := _windows(self._specs)) > 1:
             raise UserError(
-                "config: blocks", f"sliding windows differ ({sorted(windows)}); all must have one width"
+                "config: blocks",
+                f"sliding windows differ ({sorted(windows)}); all must have one width",
             )
         # Derived words of other readers' configs; ours are computed from the layer list.
         for derived in ("layer_types", "num_hidden_layers", "num_attention_heads", "head_dim"):
@@ -368,7 +373,7 @@ class TambaConfig(PreTrainedConfig):
 
     @property
     def num_attention_heads(self) -> int:
-        """Heads of the first layer that has any; 1 when none has. Readers of Hugging Face configs ask."""
+        """Heads of the first layer that has any; 1 when none has. Other programs ask."""
         heads = [b.mixer.n_heads for b in self.block_specs if not isinstance(b.mixer, Mamba1Spec)]
         return heads[0] if heads else 1
 

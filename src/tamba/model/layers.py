@@ -10,8 +10,8 @@ from tamba.model.config import MLPSpec, NormSpec
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension, or over `groups` equal
-    parts of it; the statistics are taken in float32."""
+    """Root-mean-square norm (Zhang and Sennrich 2019) over the last dimension, or over `groups`
+    equal parts of it; the statistics are taken in float32."""
 
     def __init__(self, size: int, eps: float, groups: int = 1) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752), in its own form and in the grouped form that
-*The Mamba in the Llama* (arXiv 2408.15237) makes of attention.
+"""The Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752), in its own form and in the grouped form
+that *The Mamba in the Llama* (arXiv 2408.15237) makes of attention.
 
 Shape letters: `B` batch, `T` tokens, `D` channels (d_inner), `G` groups, `N` d_state.
 """
@@ -77,7 +77,7 @@ class Mamba1Mixer(RecurrentMixer):
         return self.out_proj(y)
 
     def _repeat(self, x: Tensor, width: int) -> Tensor:
-        """[B, T, kv groups * width] -> [B, T, G, width], blocks of `repeat_span` groups repeated."""
+        """[B, T, kv groups * width] -> [B, T, G, width], in blocks of `repeat_span` groups."""
         spec = self.spec
         x = x.unflatten(-1, (-1, width))
         if spec.n_kv_groups is None or spec.n_kv_groups == spec.n_groups:

@@ -29,11 +29,15 @@ class Mamba2Mixer(RecurrentMixer):
         self.slices = spec.in_proj_slices
         self.in_proj = nn.Linear(config.d_model, self.slices["dt"].stop, bias=spec.proj_bias)
         channels = spec.d_conv_channels
-        self.conv1d = nn.Conv1d(channels, channels, spec.d_conv, groups=channels, bias=spec.conv_bias)
+        self.conv1d = nn.Conv1d(
+            channels, channels, spec.d_conv, groups=channels, bias=spec.conv_bias
+        )
         self.dt_bias = nn.Parameter(torch.empty(spec.n_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(spec.n_heads, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(spec.n_heads, dtype=torch.float32))
-        self.norm = RMSNorm(spec.d_inner, spec.norm_eps, spec.norm_groups) if spec.norm_groups else None
+        self.norm = (
+            RMSNorm(spec.d_inner, spec.norm_eps, spec.norm_groups) if spec.norm_groups else None
+        )
         self.out_proj = nn.Linear(spec.d_inner, config.d_model, bias=spec.proj_bias)
         if self.A_log.device.type != "meta":
             self.reset_ssm_parameters()

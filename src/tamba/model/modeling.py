@@ -64,9 +64,12 @@ class TambaModel(TambaPreTrainedModel):
         specs = config.block_specs
         self.layers = nn.ModuleList([Block(config, spec, i) for i, spec in enumerate(specs)])
         self.final_norm = make_norm(config.final_norm_spec, config.hidden_size)
-        attention = [s.mixer for s in specs if isinstance(s.mixer, AttentionSpec) and s.mixer.rotary_dim]
+        attention = [
+            s.mixer for s in specs if isinstance(s.mixer, AttentionSpec) and s.mixer.rotary_dim
+        ]
         self._rotary = {
-            rotary_key(spec): RotaryAngles(spec, config.max_position_embeddings) for spec in attention
+            rotary_key(spec): RotaryAngles(spec, config.max_position_embeddings)
+            for spec in attention
         }
         self.gradient_checkpointing = False
         self.post_init()
@@ -104,9 +107,7 @@ class TambaModel(TambaPreTrainedModel):
         tokens = self._locate(hidden, attention_mask, position_ids, past_key_values, seq_idx)
         for layer in self.layers:
             hidden = layer(hidden, past_key_values, tokens, **kwargs)
-        if isinstance(past_key_values, TambaCache):
-            past_key_values.trim()
-        hidden = self.final_norm(hidden.to(self.final_norm.weight.dtype))
+        hidden = self.final_norm(hidden.to(self.embed_tokens.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
     def _locate(
@@ -122,7 +123,9 @@ class TambaModel(TambaPreTrainedModel):
         ready = mask if mask is not None and mask.dim() == 4 else None
         if ready is not None:
             if "linear_attention" in kinds:
-                raise ValueError("a 4-D attention mask says nothing to recurrent layers; pass [B, S]")
+                raise ValueError(
+                    "a 4-D attention mask says nothing to recurrent layers; pass [B, S]"
+                )
             mask = None
         past = int(cache.get_seq_length()) if cache is not None and len(cache.layers) else 0
         mask = _full_mask(mask, cache, past, rows, length)
@@ -151,10 +154,12 @@ class TambaModel(TambaPreTrainedModel):
         documents = None
         if tokens.starts is not None:
             if past:
-                raise ValueError("documents cannot begin on a filled cache when there are attention layers")
+                raise ValueError(
+                    "documents cannot begin on a filled cache when there are attention layers"
+                )
             if "flash" in (self.config._attn_implementation or "") and hidden.shape[0] > 1:
                 raise ValueError("packed rows under flash attention need batch 1; use sdpa or flex")
-            # transformers reads document boundaries from restarting positions, without mask and cache.
+            # transformers reads boundaries from restarting positions, without mask and cache.
             documents, mask, cache = restart_positions(tokens.starts), None, None
         # A static layer has places beyond the tokens so far, which only a written-out mask hides.
         static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
@@ -163,14 +168,19 @@ class TambaModel(TambaPreTrainedModel):
             ("full_attention", create_causal_mask),
             ("sliding_attention", create_sliding_window_causal_mask),
         ):
-            if kind in self.config.layer_types:
-                masks[kind] = ready if ready is not None else make(
-                    config=self.config,
-                    inputs_embeds=hidden,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    position_ids=documents,
-                    allow_is_causal_skip=not static,
+            if kind in (kinds := self.config.layer_types):
+                masks[kind] = (
+                    ready
+                    if ready is not None
+                    else make(
+                        config=self.config,
+                        inputs_embeds=hidden,
+                        attention_mask=mask,
+                        past_key_values=cache,
+                        position_ids=documents,
+                        layer_idx=kinds.index(kind),
+                        allow_is_causal_skip=not static,
+                    )
                 )
         return masks
 
@@ -188,17 +198,17 @@ def _full_mask(
         mask = mask.to(torch.bool)
         if mask.shape[1] not in (length, past + length):
             raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns; expected {length} (the new tokens) or "
+                f"attention_mask has {mask.shape[1]} columns; expected {length} (new tokens) or "
                 f"{past + length} (with the cached ones)"
             )
     if mask is None and before is None:
         return None
     if mask is None or mask.shape[1] < past + length:
-        device = (mask if mask is not None else before).device
+        known = [m for m in (before, mask) if m is not None]
         if before is None:
-            before = torch.ones(rows, past, dtype=torch.bool, device=device)
+            before = known[0].new_ones(rows, past)
         if mask is None:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=device)
+            mask = known[0].new_ones(rows, length)
         mask = torch.cat([before, mask], dim=1)
     return None if bool(mask.all()) else mask
 
@@ -214,7 +224,9 @@ class TambaForCausalLM(TambaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: Any, *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: Any, *args: Any
+    ) -> None:
         # `generate` looks at the cache before the first forward (can it be compiled, cropped?).
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
@@ -236,8 +248,8 @@ class TambaForCausalLM(TambaPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] (or of the last `logits_to_keep` positions), and the loss for `labels`.
 
-        Arguments are those of `TambaModel.forward`; `labels` [B, T] are shifted here and -100 is not
-        scored.
+        Arguments are those of `TambaModel.forward`; `labels` [B, T] are shifted here and -100 is
+        not scored.
         """
         output = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""What both Mamba mixers share: running a scan over new tokens from a state, and float32 parameters."""
+"""What both Mamba mixers share: a scan over new tokens from a state, and float32 parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ class RecurrentMixer(nn.Module):
         starts: Tensor | None,
         padding: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mixer inputs [B, T, ...] and states before them -> output [B, T, d_inner], states after."""
+        """Mixer inputs [B, T, ...] and states before -> output [B, T, d_inner], states after."""
+        raise NotImplementedError
+
+    def reset_ssm_parameters(self) -> None:
+        """Fill the parameters that no general initialisation knows."""
         raise NotImplementedError
 
     def run(self, inputs: Sequence[Tensor], state: Cache | None, tokens: Tokens) -> Tensor:
@@ -49,7 +53,9 @@ class RecurrentMixer(nn.Module):
         else:
             layer = state.layers[self.layer_idx]
             if not isinstance(layer, RecurrentLayer):
-                raise TypeError(f"cache layer {self.layer_idx} is no RecurrentLayer: {type(layer).__name__}")
+                raise TypeError(
+                    f"cache layer {self.layer_idx} is no RecurrentLayer: {type(layer).__name__}"
+                )
             output = layer.advance(self.scan, inputs, tokens.starts, tokens.padding)
         return tokens.restore(output)
 

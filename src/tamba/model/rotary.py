@@ -1,4 +1,4 @@
-"""Rotary position angles (Su et al. 2021, arXiv 2104.09864), every scaling kind transformers knows."""
+"""Rotary position angles (Su et al. 2021, arXiv 2104.09864), with transformers' scalings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ class RotaryAngles(nn.Module):
         super().__init__()
         self.spec = spec
         self.kind: str = spec.rope.get("rope_type", "default")
-        rope: dict[str, Any] = {k: v for k, v in spec.rope.items() if k != "partial_rotary_factor"}
+        # Proportional scaling turns the whole head, at frequencies that the factor shapes.
+        rope: dict[str, Any] = {
+            k: v
+            for k, v in spec.rope.items()
+            if k != "partial_rotary_factor" or self.kind == "proportional"
+        }
         # transformers' functions read sizes from a config; a head of rotary_dim gives exactly the
         # frequencies of the rotated part.
         self.rope_config = LlamaConfig(
@@ -75,7 +80,7 @@ class RotaryAngles(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading dimensions of each head: x [B, H, T, P], cos and sin [B, T, rotary_dim]."""
+    """Rotate the leading dimensions of each head: x [B, H, T, P], angles [B, T, rotary_dim]."""
     dim = cos.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
     cos, sin = cos[:, None], sin[:, None]

@@ -1,0 +1,45 @@
+# `make demo` and `make test` install what they need into .venv first; see scripts/bootstrap.
+
+export PYTHON TORCH_INDEX
+SHELL := bash
+BIN := .venv/bin
+# One thread a process: small tensors run slower on many.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: help demo test lint format slow gpu clean
+.DEFAULT_GOAL := help
+
+help:  ## show this
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo:  ## convert a real model, repair it, measure it, chat with it; leaves demo/
+	@scripts/bootstrap demo
+	@$(BIN)/tamba run recipes/demo.toml --out demo
+
+test:  ## the fast test suite (3 minutes on 2 cores)
+	@scripts/bootstrap test
+	@$(PYTEST) $(ARGS)
+
+lint:  ## style, formatting and types, as CI checks them
+	@scripts/bootstrap test
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format:  ## put formatting and imports right
+	@scripts/bootstrap test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+slow:  ## the long tests: a real small teacher through the whole way
+	@scripts/bootstrap demo
+	@scripts/bootstrap test
+	@$(PYTEST) -m slow $(ARGS)
+
+gpu:  ## the tests that need a CUDA device
+	@scripts/bootstrap test
+	@$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:  ## remove caches and .venv; demo/ and runs/ stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

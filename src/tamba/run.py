@@ -1,0 +1,198 @@
+"""The whole way from a recipe to a report, leaving out what has not changed.
+
+Each step leaves one artefact in the output folder. Beside them, ``run.json`` remembers for each step
+a digest of what went into it: the recipe sections it reads, the files those name, the artefacts of
+earlier steps, and the version of tamba. A step whose digest and artefact are still there is skipped.
+A step may leave a ``record.json`` in its artefact with sections of the final record (scores,
+frontier, training losses); the report gathers them.
+
+Steps are called by their public names, so that one that is skipped is not even imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tamba
+from tamba.errors import UserError
+from tamba.recipe import Recipe, as_recipe
+
+Report = Callable[[str, str], None]
+"""``report(step, what)``: `what` is ``skipped``, ``begun`` or the time that the step took."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    Args:
+        sections: of the recipe, that it reads.
+        needs: steps whose artefacts it reads.
+        artefact: file or folder that it leaves, inside the output folder.
+        work: does it, given the recipe and the output folder.
+    """
+
+    name: str
+    sections: tuple[str, ...]
+    needs: tuple[str, ...]
+    artefact: str
+    work: Callable[[Recipe, Path], None]
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    report: Report | None = None,
+) -> Path:
+    """Analyse, build, train and measure as the recipe says.
+
+    Args:
+        recipe: a recipe or the path of one.
+        out: folder for all artefacts: ``analysis/`` (where layers are chosen by score), ``built/``
+            and ``student/``, ``report.json``, ``report.html``, ``recipe.toml``.
+        force: do every step again.
+        report: hears of each step.
+
+    Returns:
+        The path of ``report.json``.
+
+    Raises:
+        UserError: what the steps raise, or `out` cannot be written to.
+    """
+    recipe = as_recipe(recipe)
+    recipe.check_inputs()
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(str(out), f"cannot be made ({error.strerror})", "choose another --out") from None
+    say = report or (lambda step, what: None)
+    done = {} if force else _read_state(out)
+    digests: dict[str, str] = {}
+    for step in steps_of(recipe):
+        digest = digests[step.name] = _digest(step, recipe, digests)
+        known = done.get(step.name, {})
+        if known.get("digest") == digest and (out / step.artefact).exists():
+            say(step.name, "skipped")
+            continue
+        # What follows rests on the artefact that is about to go.
+        done = {name: done[name] for name in digests if name in done and name != step.name}
+        _write_state(out, done)
+        _remove(out / step.artefact)
+        say(step.name, "begun")
+        begun = time.monotonic()
+        step.work(recipe, out)
+        seconds = time.monotonic() - begun
+        done[step.name] = {"digest": digest, "seconds": round(seconds, 3)}
+        _write_state(out, done)
+        say(step.name, f"{seconds:.1f} s")
+    _write(out / "recipe.toml", recipe.text)
+    return out / "report.json"
+
+
+def steps_of(recipe: Recipe) -> list[Step]:
+    """The steps that a recipe asks for, in order."""
+    models = ("seed", "teacher", "donor", "data")
+    steps = []
+    if recipe.build.plan == "analyze":
+        steps.append(Step("analyze", (*models, "analyze", "build"), (), "analysis", _analyze))
+    built = "built" if recipe.train else "student"
+    before = tuple(step.name for step in steps)
+    steps.append(
+        Step("build", ("seed", "teacher", "donor", "build", "output"), before, built, _build)
+    )
+    if recipe.train:
+        steps.append(Step("train", (*models, "train", "output"), ("build",), "student", _train))
+    everything = tuple(Recipe.model_fields)
+    steps.append(Step("evaluate", everything, (steps[-1].name,), "report.json", _evaluate))
+    return steps
+
+
+def _analyze(recipe: Recipe, out: Path) -> None:
+    tamba.analyze(recipe, out / "analysis")
+
+
+def _build(recipe: Recipe, out: Path) -> None:
+    analysis = out / "analysis" if recipe.build.plan == "analyze" else None
+    tamba.build(recipe, out / ("built" if recipe.train else "student"), analysis=analysis)
+
+
+def _train(recipe: Recipe, out: Path) -> None:
+    tamba.train(recipe, out / "student", student=out / "built")
+
+
+def _evaluate(recipe: Recipe, out: Path) -> None:
+    from tamba.measure import measure
+
+    measure(recipe, out)
+
+
+def _digest(step: Step, recipe: Recipe, earlier: dict[str, str]) -> str:
+    """SHA-256 of everything that goes into a step, as hexadecimal digits."""
+    inputs = {
+        "tamba": tamba.__version__,
+        "step": step.name,
+        "recipe": recipe.digest(*step.sections),
+        "files": {key: _fingerprint(path) for key, path in _files(step, recipe).items()},
+        "steps": {name: earlier[name] for name in step.needs},
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _files(step: Step, recipe: Recipe) -> dict[str, Path]:
+    """Files and folders of this machine that a step reads, by the key that names them."""
+    named: dict[str, str] = {"teacher": recipe.model_path("teacher")}
+    if recipe.donor:
+        named["donor"] = recipe.model_path("donor")
+    if "data" in step.sections:
+        for key in ("train", "heldout", "texts"):
+            named |= {f"{key}[{i}]": s for i, s in enumerate(recipe.text_sources(key))}
+        if recipe.data.written_openings:
+            openings = recipe.locate(recipe.data.written_openings, "data.written_openings")
+            named["openings"] = str(openings)
+    plan = recipe.build.plan
+    if "build" in step.sections and isinstance(plan, str) and plan.endswith(".toml"):
+        named["plan"] = str(recipe.locate(plan, "build.plan"))
+    return {key: Path(name) for key, name in named.items() if Path(name).exists()}
+
+
+def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file: reading gigabytes of weights would take longer."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = ((str(p.relative_to(path)), p.stat()) for p in files)
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+
+def _read_state(out: Path) -> dict[str, dict[str, Any]]:
+    try:
+        state = json.loads((out / "run.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # Without a readable memory every step is done again, which is always right.
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def _write_state(out: Path, steps: dict[str, dict[str, Any]]) -> None:
+    _write(out / "run.json", json.dumps({"steps": steps}, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

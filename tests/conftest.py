@@ -1,0 +1,33 @@
+"""What every test runs under: one thread, fixed seeds, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and the hub's library are imported, which read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples every time, however slow the machine: a failing test is a fault, not the weather.
+settings.register_profile(
+    "tamba", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tamba")
+
+
+@pytest.fixture(autouse=True)
+def _same_each_time() -> Iterator[None]:
+    """Seeds and defaults are a test's own: what it changes does not reach the next one."""
+    random.seed(0)
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)
