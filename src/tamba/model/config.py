@@ -282,7 +282,7 @@ class TambaConfig(PreTrainedConfig):
         hidden_size: residual width, `d_model` elsewhere in this project.
         blocks: template name -> `BlockSpec` as plain data.
         layers: the template of each layer, bottom first.
-        final_norm: the `NormSpec` before the head, as plain data.
+        final_norm: the `NormSpec` before the head; kept as plain data.
         residual_in_fp32: keep the residual stream in float32 (Mamba checkpoints are trained so).
 
     Raises:
@@ -296,7 +296,7 @@ class TambaConfig(PreTrainedConfig):
     hidden_size: int = 64
     blocks: dict[str, Any] | None = None
     layers: list[str] | None = None
-    final_norm: dict[str, Any] | None = None
+    final_norm: Any = None
     residual_in_fp32: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
@@ -312,6 +312,8 @@ class TambaConfig(PreTrainedConfig):
             for name, block in (self.blocks or {}).items()
         }
         self.layers = list(self.layers or [])
+        if isinstance(self.final_norm, NormSpec):
+            self.final_norm = dataclasses.asdict(self.final_norm)
         self.final_norm = dict(self.final_norm or dataclasses.asdict(NormSpec()))
         self._specs = {
             name: BlockSpec.from_dict(block, f"config: blocks.{name}")
