@@ -45,8 +45,15 @@ def test_bars_on_a_terminal():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.0 s"), (8.26, "8.3 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s")]
-    + [(125, "2 min 05 s"), (3599.6, "1 h 00 min"), (3720, "1 h 02 min")],
+    [
+        (0, "0.0 s"),
+        (8.26, "8.3 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (3720, "1 h 02 min"),
+    ],
 )
 def test_clock(seconds, text):
     assert progress.clock(seconds) == text

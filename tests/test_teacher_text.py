@@ -6,12 +6,12 @@ import time
 
 import pytest
 import torch
-from compare import assert_same
-from texts import END, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compare import assert_same
 from tamba.errors import UserError
 from tamba.teacher_text import REQUESTS, TOPICS, write_blocks
+from texts import END, byte_tokenizer
 
 
 @pytest.fixture(scope="module")

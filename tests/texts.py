@@ -26,7 +26,7 @@ def byte_tokenizer(*, end: bool = True, chat: bool = False) -> PreTrainedTokeniz
     return fast
 
 
-WORDS = "the quick brown fox jumps over the lazy dog and runs away from the small river".split()
+WORDS = tuple("the quick brown fox jumps over the lazy dog and runs far from a river".split())  # noqa: SIM905
 
 
 def document(seed: int, paragraphs: int = 4, words: int = 30) -> str:

@@ -41,7 +41,7 @@ PALETTE = {
     "grid": ("#e3e7ec", "#2b343f"),
     "paper": ("#ffffff", "#181f27"),
     "teacher": ("#8693a5", "#8492a6"),
-    "student": ("#0f8577", "#3cc5b1"),
+    "student": ("#0c7a6d", "#3cc5b1"),
     "donor": ("#7557c7", "#a991f0"),
     "fresh": ("#c4841a", "#e3b050"),
 }
@@ -158,6 +158,7 @@ def to_inline(figure: Figure, name: str) -> str:
         svg = svg.replace(hex_, f"var(--{color})")
     # The page gives size and font; here they would win over it.
     svg = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]+", _font, svg)
+    svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
     label = escape(str(figure.get_label()), quote=True)
     head = re.match(r"<svg[^>]*>", svg)
     assert head is not None
@@ -258,10 +259,10 @@ def _frontier(record: Record, top: float) -> Figure | None:
     bright = {p.stage for p in chosen} or {stages[-1]}
     for stage in stages:
         line = sorted((p for p in points if p.stage == stage), key=lambda p: p.converted)
-        color = LIGHT["student" if stage in bright else "teacher"]
+        color, words = ("student", "student") if stage in bright else ("teacher", "muted")
         x, y = [p.converted for p in line], [p.ratio for p in line]
-        ax.plot(x, y, color=color, marker="o", markersize=4.5, markeredgewidth=0)
-        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=color)
+        ax.plot(x, y, color=LIGHT[color], marker="o", markersize=4.5, markeredgewidth=0)
+        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=LIGHT[words])
     for p in chosen:
         ax.plot(
             p.converted,
@@ -273,9 +274,9 @@ def _frontier(record: Record, top: float) -> Figure | None:
             markeredgewidth=1.8,
         )
     # A corner is free of lines: ratios rise to the right.
-    words = "\n".join(f"{p.converted} layers chosen, ratio {_ratio(p.ratio)}" for p in chosen)
+    choice = "\n".join(f"{p.converted} layers chosen, ratio {_ratio(p.ratio)}" for p in chosen)
     style: dict[str, Any] = {"va": "top", "color": LIGHT["student"], "weight": "semibold"}
-    ax.text(0.02, 0.98, words, transform=ax.transAxes, **style)
+    ax.text(0.02, 0.98, choice, transform=ax.transAxes, **style)
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     ax.set_xlabel("layers converted")
     ax.margins(x=0.04)
@@ -408,15 +409,15 @@ def _memory(record: Record, top: float) -> Figure | None:
     figure = _figure(2.85 + top)
     ax = _place(figure, 0.5, 0.5, 3.2, 2.05)
     x = [p.context for p in points]
-    lines = [("hybrid", "student", [p.student for p in points])]
+    lines = [("hybrid", "student", "student", [p.student for p in points])]
     teacher = [p.teacher for p in points if p.teacher is not None]
     if len(teacher) == len(points):
-        lines.insert(0, ("teacher", "teacher", teacher))
+        lines.insert(0, ("teacher", "teacher", "muted", teacher))
     unit, size = ("GiB", 2**30) if max(max(y) for *_, y in lines) >= 2**30 else ("MiB", 2**20)
-    for label, color, y in lines:
+    for label, color, words, y in lines:
         ax.plot(x, [v / size for v in y], color=LIGHT[color])
         text = f"{label}\n{y[-1] / size:.3g} {unit}"
-        style = {"ha": "left", "va": "center", "color": LIGHT[color], "weight": "semibold"}
+        style = {"ha": "left", "va": "center", "color": LIGHT[words], "weight": "semibold"}
         _note(ax, text, (x[-1], y[-1] / size), (7, 0), **style)
     ax.set_ylim(0, None)
     ax.set_xlim(0, max(x))
