@@ -127,7 +127,8 @@ def test_a_gguf_is_the_model_it_was_made_from(case, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16", "BF16", "Q5_0"])
-def test_quantised_tensors_equal_transformers_loader(kind, tmp_path):
+def test_quantised_tensors_equal_transformers_loader(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("tamba.formats.gguf._AT_ONCE", 100)  # three rows of most matrices
     write_gguf(tmp_path / "m.gguf", "llama", gguf.GGMLQuantizationType[kind])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ours, _ = load(tmp_path / "m.gguf", dtype="float32")
@@ -258,6 +259,40 @@ def test_the_tokenizer_cuts_as_the_file_says(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("abc  12 a").input_ids == tokenizer("abc  12 a").input_ids
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_sentencepiece_vocabulary_is_read(tmp_path):
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    kinds = [2, 3, 3, *[6] * 256]
+    pieces = ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "bc", "▁abc"]
+    scores = [0.0] * len(words) + [-float(i) for i in range(len(pieces), 0, -1)]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": words + pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds + [1] * len(pieces),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = read_tokenizer(metadata, "here")
+    assert tokenizer.tokenize("abc ab") == ["▁abc", "▁ab"]
+    # transformers makes merges of the same scores; its module has moved between releases.
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+    except ImportError:
+        from transformers.integrations.ggml import convert_gguf_tokenizer
+    named = {"model": "tokenizer_type", "unknown_token_id": "unk_token_id"}
+    plain = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()}
+    theirs, _ = convert_gguf_tokenizer("llama", {named.get(k, k): v for k, v in plain.items()})
+    for text in ("abc", "ab abc", "cab bcab", "aabbcc", "x é"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+    ids = tokenizer("abc ab é").input_ids
+    assert ids[0] == 1  # these files begin with BOS unless they say otherwise
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "abc ab é"
+    assert tokenizer("a</s>").input_ids[-1] == 2
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_an_error():
