@@ -16,7 +16,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# The same examples every time, however slow the machine: a failing test is a fault, not the weather.
+# The same examples every time, however slow the machine: a failing test is a fault, not the
+# weather.
 settings.register_profile(
     "tamba", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

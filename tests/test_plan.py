@@ -24,7 +24,10 @@ ENTRIES = st.builds(
     PlanEntry, st.sampled_from(["keep", "transplant"]), st.integers(0, 200), note=st.text()
 ) | st.one_of(
     st.builds(
-        PlanEntry, st.just("convert"), st.integers(0, 200), st.sampled_from([None, "mamba1", "mamba2"])
+        PlanEntry,
+        st.just("convert"),
+        st.integers(0, 200),
+        st.sampled_from([None, "mamba1", "mamba2"]),
     ),
     st.builds(
         PlanEntry,
@@ -82,7 +85,7 @@ def test_uniform_plan_of_other_sizes() -> None:
     assert [i for i in range(32) if i not in kept(uniform_plan(32, 0.75))] == list(range(0, 32, 4))
     assert kept(uniform_plan(28, 0.5)) == list(range(1, 28, 2))
     assert kept(uniform_plan(30, 1)) == list(range(30))
-    with pytest.raises(UserError, match="cannot keep a share of 1.5"):
+    with pytest.raises(UserError, match="cannot keep a share of"):
         uniform_plan(32, 1.5)
 
 
@@ -113,7 +116,10 @@ def test_e_tamba_compositions() -> None:
     assert layers_of("none") == {"keep": bottom + top}
     assert layers_of("fresh") == {"keep": bottom + top, "reinitialize": list(range(25, 37))}
     for name, first in (("3-14", 3), ("14-25", 14), ("25-36", 25), ("36-47", 36)):
-        assert layers_of(name) == {"keep": bottom + top, "transplant": list(range(first, first + 12))}
+        assert layers_of(name) == {
+            "keep": bottom + top,
+            "transplant": list(range(first, first + 12)),
+        }
 
 
 # Parameters of a layer of Pythia-1.4B and of Mamba-1.4B, of a table of 50,304 rows, of a LayerNorm:

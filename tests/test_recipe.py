@@ -91,35 +91,61 @@ WRONG = {
     "missing in stage": ("lr = 1e-3", "", "train[0].lr: missing"),
     "wrong type": ("lr = 1e-3", 'lr = "fast"', 'train[0].lr: should be a number, got "fast"'),
     "no coercion": ("tokens = 1000", "tokens = true", "train[0].tokens: should be a whole number"),
-    "text, not list": ('["text.txt"]', '"text.txt"', 'data.train: should be a list, got "text.txt"'),
+    "text, not list": (
+        '["text.txt"]',
+        '"text.txt"',
+        'data.train: should be a list, got "text.txt"',
+    ),
     "in a list": ('["text.txt"]', "[3]", "data.train[0]: should be a string, got 3"),
     "out of range": ("lr = 1e-3", "lr = -1", "train[0].lr: should be greater than 0, got -1"),
     "not finite": ("lr = 1e-3", "lr = nan", "train[0].lr: should be"),
-    "unknown kind": ('"align"', '"algin"', "train[0].stage: unknown kind 'algin'; did you mean 'align'?"),
+    "unknown kind": (
+        '"align"',
+        '"algin"',
+        "train[0].stage: unknown kind 'algin'; did you mean 'align'?",
+    ),
     "no kind": ('stage = "align"', "", "train[0].stage: missing"),
     "not TOML": ('name = "small"', 'name = "small', "is not valid TOML"),
     "short tuple": ("lr = 1e-3", "lr = 1e-3\nbetas = [0.9]", "train[0].betas[1]: missing"),
     "no loss": ("lr = 1\n", "lr = 1\nkl = 0\n", "train[1]: kl and ce are both 0"),
     "no text": ('train = ["text.txt"]', "", "[[train]] has stages but data.train names no text"),
-    "missing text": ('["text.txt"]', '["test.txt"]', "data.train[0]: no such file or folder: 'test.txt'"),
+    "missing text": (
+        '["text.txt"]',
+        '["test.txt"]',
+        "data.train[0]: no such file or folder: 'test.txt'",
+    ),
     "nearest file": ('["text.txt"]', '["test.txt"]', "did you mean 'text.txt'?"),
     "unknown text": ('["text.txt"]', '["python-doc"]', "did you mean 'python-docs'?"),
     "odd address": ('["text.txt"]', '["hf://c4"]', "write hf://datasets/OWNER/NAME/FILE"),
     "missing model": ('path = "teacher"', 'path = "techer"', "did you mean 'teacher'?"),
-    "missing package": ('path = "teacher"', 'path = "package:no_such"', "pip install --no-deps no-such"),
+    "missing package": (
+        'path = "teacher"',
+        'path = "package:no_such"',
+        "pip install --no-deps no-such",
+    ),
     "unknown action": ('"convert 1"', '"konvert 1"', "build.plan[1]: unknown action 'konvert'"),
     "unknown preset": ('["keep 0", "convert 1"]', '"unifrm 0.5"', "did you mean 'uniform'?"),
     "odd share": ('["keep 0", "convert 1"]', '"uniform half"', "'half' is no share"),
     "odd composition": ('["keep 0", "convert 1"]', '"e-tamba 12+1"', "no composition '12+1'"),
     "no donor": ('["keep 0", "convert 1"]', '"e-tamba 12+12+1"', "takes layers of a donor"),
-    "missing plan": ('["keep 0", "convert 1"]', '"plan.toml"', "no such file or folder: 'plan.toml'"),
+    "missing plan": (
+        '["keep 0", "convert 1"]',
+        '"plan.toml"',
+        "no such file or folder: 'plan.toml'",
+    ),
     "no plan": ('plan = ["keep 0", "convert 1"]', "", "set build.plan, or analyze.convert"),
-    "unknown option": ("[build]", "[build.convert]\ncnv = 3\n[build]", "build.convert.cnv: unknown key"),
+    "unknown option": (
+        "[build]",
+        "[build.convert]\ncnv = 3\n[build]",
+        "build.convert.cnv: unknown key",
+    ),
 }
 
 
 @pytest.mark.parametrize("old, new, expected", WRONG.values(), ids=WRONG.keys())
-def test_wrong_recipes_name_place_and_remedy(folder: Path, old: str, new: str, expected: str) -> None:
+def test_wrong_recipes_name_place_and_remedy(
+    folder: Path, old: str, new: str, expected: str
+) -> None:
     with pytest.raises(UserError) as caught:
         read(folder, old, new)
     message = str(caught.value)
@@ -193,7 +219,9 @@ def test_weights_inside_a_package(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_hub_names_are_left_alone(folder: Path) -> None:
-    assert read(folder, '"teacher"', '"owner/model-1.4b"').model_path("teacher") == "owner/model-1.4b"
+    assert (
+        read(folder, '"teacher"', '"owner/model-1.4b"').model_path("teacher") == "owner/model-1.4b"
+    )
     with pytest.raises(UserError, match="no such file or folder"):
         read(folder, '"teacher"', '"./model"')
     with pytest.raises(UserError, match="there is no donor"):
@@ -219,7 +247,9 @@ def test_plan_from_every_place(folder: Path) -> None:
 def test_plan_file_and_recipe_may_not_contradict(folder: Path) -> None:
     entries = '["keep 0", "convert 1"]'
     write_plan(uniform_plan(4, 0.5), folder / "plan.toml")
-    with pytest.raises(UserError, match=r"convert\.conv: is 'identity' here and 'random' in the recipe"):
+    with pytest.raises(
+        UserError, match=r"convert\.conv: is 'identity' here and 'random' in the recipe"
+    ):
         read(folder, entries, '"plan.toml"\nconvert = { conv = "random" }')
     # The same said twice is no contradiction, and what a plan leaves open, the recipe fills in.
     read(folder, entries, '"plan.toml"\nconvert = { conv = "identity" }')

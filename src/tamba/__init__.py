@@ -67,7 +67,7 @@ _VERBS = frozenset({"analyze", "build", "evaluate", "generate", "inspect", "run"
 
 
 class _Verb(ModuleType):
-    """A verb's module: calling it calls its function, so `tamba.build` is both, in any import order."""
+    """A verb's module; calling it calls its function, whatever was imported first."""
 
     @property
     def _function(self) -> Any:

@@ -26,8 +26,8 @@ def register_with_transformers() -> None:
 
 
 def _register() -> None:
-    # Importing the package of the model registers it. Where that import is what led here, this finds
-    # it under way and returns at once.
+    # Importing the package of the model registers it. Where that import is what led here, this
+    # finds it under way and returns at once.
     importlib.import_module("tamba.model")
 
 

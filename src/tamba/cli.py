@@ -18,12 +18,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
-from tamba.errors import UserError
+from tamba.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    import torch
+
     from tamba.inspect import Inspection
     from tamba.recipe import Recipe
+    from tamba.report import Perplexity
 
 app = typer.Typer(
     name="tamba",
@@ -75,15 +79,16 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is: family, layers, parameters, cache, memory and speed floors."""
     with _quiet_libraries():
-        import tamba.inspect
+        from tamba.inspect import CONTEXTS
+        from tamba.inspect import inspect as step
 
         if bandwidth is not None and bandwidth <= 0:
             raise UserError("--bandwidth", f"{bandwidth} is not above 0", "give GB a second")
         if any(length < 0 for length in context or ()):
             raise UserError("--context", "is below 0", "give a number of tokens")
-        found = tamba.inspect.inspect(
+        found = step(
             model,
-            contexts=context or tamba.inspect.CONTEXTS,
+            contexts=context or CONTEXTS,
             bandwidth=None if bandwidth is None else bandwidth * 1e9,
         )
     if as_json:
@@ -97,9 +102,9 @@ def analyze(recipe: RecipeFile, out: OutFolder, overrides: Set = None) -> None:
     """Score the teacher's layers and choose which to convert: scores, plots, plan.toml."""
     settings = _read(recipe, overrides)
     with _step():
-        import tamba.analyze
+        from tamba.analyze import analyze as step
 
-        tamba.analyze.analyze(settings, out)
+        step(settings, out)
     stderr.print(f"wrote {out}")
 
 
@@ -118,9 +123,9 @@ def build(
         changes.append(f"build.plan={json.dumps(str(plan.resolve()))}")
     settings = _read(recipe, changes)
     with _step():
-        import tamba.build
+        from tamba.build import build as step
 
-        tamba.build.build(settings, out)
+        step(settings, out)
     stderr.print(f"wrote {out}")
 
 
@@ -136,9 +141,9 @@ def train(
     """Repair the student by the recipe's stages."""
     settings = _read(recipe, overrides)
     with _step():
-        import tamba.train
+        from tamba.train import train as step
 
-        tamba.train.train(settings, out, student=student)
+        step(settings, out, student=student)
     stderr.print(f"wrote {out}")
 
 
@@ -163,29 +168,23 @@ def evaluate(
 ) -> None:
     """Measure perplexity on text, alone or beside the teacher."""
     with _step():
-        import tamba.evaluate
+        from tamba.evaluate import evaluate as step
 
-        record = tamba.evaluate.evaluate(
+        record = step(
             model,
             text,
             against=against,
             length=length,
             limit=limit,
             out=out,
-            dtype=dtype,
+            dtype=_torch_dtype(dtype),
             device=device,
         )
     if as_json:
         print(record.model_dump_json(indent=2))
         return
-    found = record.perplexity
-    if found.teacher is None:
-        stdout.print(f"perplexity {found.student:.4g} over {found.tokens:,} tokens")
-    else:
-        stdout.print(
-            f"perplexity {found.student:.4g}, teacher {found.teacher:.4g}, ratio {found.ratio:.4g} "
-            f"over {found.tokens:,} tokens"
-        )
+    assert record.perplexity is not None
+    stdout.print(_perplexity_line(record.perplexity))
 
 
 @app.command()
@@ -211,9 +210,9 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     with _quiet_libraries():
-        import tamba.generate
+        from tamba.generate import generate as step
 
-        found = tamba.generate.generate(
+        found = step(
             model,
             prompt,
             new_tokens=new_tokens,
@@ -258,9 +257,9 @@ def run(
                 stderr.print(f"[dim]{step} took {what}[/dim]")
 
     with _step():
-        import tamba.run
+        from tamba.run import run as step
 
-        report = tamba.run.run(settings, out, force=force, report=say)
+        report = step(settings, out, force=force, report=say)
     stdout.print(str(report), markup=False)
 
 
@@ -275,7 +274,9 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = error.filename or "output"
-        stderr.print(f"tamba: {where}: the disk is full; make room and run this again", markup=False)
+        stderr.print(
+            f"tamba: {where}: the disk is full; make room and run this again", markup=False
+        )
         sys.exit(2)
 
 
@@ -288,6 +289,22 @@ def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
 def _write_now(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise UserError("--dtype", f"'{name}' is no type to compute in", nearest(name, known))
+    return None if name is None else known[name]
+
+
+def _perplexity_line(found: Perplexity) -> str:
+    line = f"perplexity {found.student:.4g}"
+    if found.teacher is not None:
+        line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
+    return f"{line} over {found.tokens:,} tokens"
 
 
 @contextlib.contextmanager
@@ -312,24 +329,26 @@ def _step() -> Iterator[None]:
 
 
 def _show_inspection(found: Inspection) -> None:
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in _rows(found):
-        table.add_row(f"[bold]{label}[/bold]", value)
-    stdout.print(table)
+        stdout.print(f"[bold]{label:<11}[/bold] {escape(value)}")
 
 
 def _rows(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "model", found.model
     yield "family", f"{found.family}, {found.dtype}"
     yield "layers", f"{len(found.layers)}: {_runs(found.layers)}"
-    yield "width", f"{found.d_model}, vocabulary {found.vocab_size:,}{', tied' if found.tied else ''}"
+    yield (
+        "width",
+        f"{found.d_model}, vocabulary {found.vocab_size:,}{', tied' if found.tied else ''}",
+    )
     yield "positions", f"{found.max_positions:,}"
     parts = ", ".join(f"{name} {_count(n)}" for name, n in found.parameters_by_part.items() if n)
     yield "parameters", f"{found.parameters:,} ({parts})"
     yield "weights", _bytes(found.weight_bytes)
-    yield "cache", f"{_bytes(found.cache_bytes_per_token)} a token, state {_bytes(found.state_bytes)}"
+    yield (
+        "cache",
+        f"{_bytes(found.cache_bytes_per_token)} a token, state {_bytes(found.state_bytes)}",
+    )
     if found.bandwidth:
         yield "bandwidth", f"{found.bandwidth / 1e9:.1f} GB/s"
     for floor in found.floors:

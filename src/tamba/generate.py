@@ -1,7 +1,8 @@
 """Text from a prompt, through transformers' own `generate` over our state.
 
-Chat models get their chat template; base models continue the prompt as it stands. Text is handed out
-as it comes, and the two phases are timed apart: the prompt pass, and the loop of one token each.
+Chat models get their chat template; base models continue the prompt as it stands. Text is handed
+out as it comes, and the two phases are timed apart: the prompt pass, and the loop of one token
+each.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def generate(
     Raises:
         UserError: an empty prompt, a setting that cannot be, or a checkpoint that cannot be opened.
     """
-    _check(prompt, new_tokens, temperature, top_p)
+    _check(prompt, new_tokens, temperature, top_k, top_p)
     if isinstance(model, str | Path):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,13 +121,15 @@ def generate(
     )
 
 
-def _check(prompt: str, new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(prompt: str, new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     if not prompt.strip():
         raise UserError("prompt", "is empty", "say something to the model")
     if new_tokens < 1:
         raise UserError("new_tokens", f"{new_tokens} is not a positive number")
     if temperature < 0:
         raise UserError("temperature", f"{temperature} is below 0")
+    if top_k < 0:
+        raise UserError("top_k", f"{top_k} is below 0", "0 samples among all tokens")
     if not 0 < top_p <= 1:
         raise UserError("top_p", f"{top_p} is not above 0 and at most 1")
 
@@ -137,7 +140,9 @@ def _encode(
     """Token ids and mask of the framed prompt, [1, T] each."""
     has_template = bool(tokenizer.chat_template)
     if (chat or system) and not has_template:
-        raise UserError("chat", "the tokenizer has no chat template", "leave out --chat and --system")
+        raise UserError(
+            "chat", "the tokenizer has no chat template", "leave out --chat and --system"
+        )
     if chat is False or not has_template:
         encoded = tokenizer(prompt, return_tensors="pt")
     else:

@@ -48,7 +48,8 @@ class Inspection:
         layers: kind of mixer of each layer, bottom first: ``attention``, ``mamba1``, ``mamba2``.
         parameters: of the whole model; a tied table counts once.
         weight_bytes: parameters in the type they compute in.
-        cache_bytes_per_token: growth of the cache with each token; sliding windows count as growing.
+        cache_bytes_per_token: growth of the cache with each token; sliding windows count as
+            growing.
         state_bytes: convolution windows and SSM states, whatever the context.
         bandwidth: bytes a second, measured or given.
     """

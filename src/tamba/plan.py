@@ -1,8 +1,8 @@
 """What each layer of a student is made of.
 
 A `LayerPlan` is written by `analyze` or by a person, read by `build`, and kept with the student. It
-knows layer numbers and options by name, nothing about weights. As a file it is TOML that a person may
-edit: one line a layer, bottom first, with the reason beside it::
+knows layer numbers and options by name, nothing about weights. As a file it is TOML that a person
+may edit: one line a layer, bottom first, with the reason beside it::
 
     layers = [
       "keep 0",        # loss 3.21 without it
@@ -38,10 +38,10 @@ MIXERS: tuple[Mixer, ...] = get_args(Mixer)
 class ConvertOptions(Section):
     """How an attention layer becomes a Mamba layer (Q→C, K→B, V→x, O→out), and what is fresh in it.
 
-    The defaults leave the layer as close to linear attention as its form allows, so that a closed-form
-    fit starts near the teacher. `The Mamba in the Llama` (arXiv 2408.15237, section 2) corresponds to
-    ``conv = "random"``, ``conv_activation = "silu"``, ``gate = "random"``, ``norm = "head"``,
-    ``decay = "paper"``.
+    The defaults leave the layer as close to linear attention as its form allows, so that a
+    closed-form fit starts near the teacher. `The Mamba in the Llama` (arXiv 2408.15237, section 2)
+    corresponds to ``conv = "random"``, ``conv_activation = "silu"``, ``gate = "random"``, ``norm =
+    "head"``, ``decay = "paper"``.
 
     Args:
         mixer: kind of a converted layer, where the layer's own line does not say.
@@ -109,12 +109,12 @@ class PlanEntry:
 class LayerPlan:
     """The layers of a student, bottom first, and where the rest of the model comes from.
 
-    A teacher layer that no entry names is dropped. `name` is what messages call the plan: its file or
-    preset.
+    A teacher layer that no entry names is dropped. `name` is what messages call the plan: its file
+    or preset.
     """
 
     entries: tuple[PlanEntry, ...]
-    convert: ConvertOptions = ConvertOptions()
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
     embedding: Source = "teacher"
     final_norm: Source = "teacher"
     head: Source = "teacher"
@@ -162,7 +162,9 @@ class LayerPlan:
             where = f"{self.name}: layers[{position}] '{entry}'"
             size = sizes[entry.source or "teacher"]
             if size is None:
-                raise UserError(where, "needs a donor and there is none", "add [donor] to the recipe")
+                raise UserError(
+                    where, "needs a donor and there is none", "add [donor] to the recipe"
+                )
             if not 0 <= entry.index < size:
                 raise UserError(
                     where,
@@ -172,14 +174,16 @@ class LayerPlan:
         for part in ("embedding", "final_norm", "head"):
             if getattr(self, part) == "donor" and n_donor is None:
                 raise UserError(
-                    f"{self.name}: {part}", "needs a donor and there is none", "add [donor] to the recipe"
+                    f"{self.name}: {part}",
+                    "needs a donor and there is none",
+                    "add [donor] to the recipe",
                 )
 
     def to_toml(self) -> str:
         """The plan as the text of a file; `read_plan` reads it back."""
         width = max(len(str(entry)) for entry in self.entries) + 3
         lines = [
-            "# What each layer of the student is made of, bottom first; a layer not named is dropped.",
+            "# What each layer of the student is made of, bottom first; layers not named drop out.",
             "# keep N | convert N [mamba1|mamba2] | transplant N | reinitialize [teacher] N",
             f"embedding = {toml_value(self.embedding)}",
             f"final_norm = {toml_value(self.final_norm)}",
@@ -246,7 +250,7 @@ def write_plan(plan: LayerPlan, path: str | Path) -> None:
 
 
 def parse_entries(lines: Iterable[str], where: str) -> tuple[PlanEntry, ...]:
-    """Read entries as they stand in a plan file. Raises UserError naming the first line at fault."""
+    """Read entries as they stand in a plan file. UserError names the first line at fault."""
     return tuple(_parse_entry(line, f"{where}[{n}]") for n, line in enumerate(lines))
 
 
@@ -310,9 +314,10 @@ def _sandwich(bottom: int, middle: Sequence[int], fresh: bool = False) -> tuple[
     )
 
 
-# Pythia-1.4B (24 layers) and Mamba-1.4B (48 layers). The paper counts both hidden states and layers;
-# "12+12+1" is its words read as layers, "11+12+1" is the reading whose parameters round to 1.1 billion.
-# The rows of its Table 1 are named after the donor's layers; it calls the last one 36-48.
+# Pythia-1.4B (24 layers) and Mamba-1.4B (48 layers). The paper counts both hidden states and
+# layers; "12+12+1" is its words read as layers, "11+12+1" is the reading whose parameters round to
+# 1.1 billion. The rows of its Table 1 are named after the donor's layers; it calls the last one
+# 36-48.
 E_TAMBA: dict[str, tuple[PlanEntry, ...]] = {
     "12+12+1": _sandwich(12, range(25, 37)),
     "11+12+1": _sandwich(11, range(25, 37)),

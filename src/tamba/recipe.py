@@ -29,8 +29,9 @@ Count = Annotated[int, Field(gt=0)]
 TEXT_SOURCES = ("python-docs", "teacher-written", "package-docs:")
 """Words of ``[data]`` that stand for text beside files, folders and ``hf://datasets/..`` addresses.
 
-``python-docs`` is prose of the manual and docstrings that every Python carries, ``package-docs:NAME``
-that of an installed package, ``teacher-written`` what the teacher writes when asked to.
+``python-docs`` is prose of the manual and docstrings that every Python carries,
+``package-docs:NAME`` that of an installed package, ``teacher-written`` what the teacher writes when
+asked to.
 """
 
 
@@ -48,12 +49,12 @@ class ModelSource(Section):
 
 
 class Data(Section):
-    """Text, as sources in order: names of `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files.
+    """Text, as sources in order: `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files.
 
     Args:
         train: text to fit on.
-        heldout: text to choose layers by and to measure on. A source that stands under both is divided
-            by document, so that no document is on both sides.
+        heldout: text to measure on; nothing is fitted to it or chosen by it. A source that stands
+            under both is divided by document, so that none is on both sides.
         heldout_share: share of the documents of a divided source that is held out.
         length: tokens of a row.
         written_tokens: how much a ``teacher-written`` source holds.
@@ -79,10 +80,10 @@ class Data(Section):
 
 
 class Analyze(Section):
-    """How layers are scored and which are chosen for conversion.
+    """How layers are scored on text of ``data.train``, and which are chosen for conversion.
 
     Args:
-        score: ``swap``: held-out loss with this layer alone converted; ``least_squares``: the same
+        score: ``swap``: loss with this layer alone converted; ``least_squares``: the same
             after its closed-form fit; ``own_turn``, ``column_mean``: angular distances of hidden
             states (arXiv paper *E-Tamba*, equation 1). Higher is more important.
         tokens: text to score on.
@@ -123,8 +124,10 @@ class LeastSquares(_Stage):
     Args:
         tokens: text to fit on.
         length: tokens of a row; None for ``data.length``.
-        ridge: weight of the pull towards the projection at hand, relative to the mean feature power.
-        inputs: fit layer by layer from the bottom on the student's own inputs, or all on the teacher's.
+        ridge: weight of the pull towards the projection at hand, relative to the mean feature
+            power.
+        inputs: fit layer by layer from the bottom on the student's own inputs, or all on the
+            teacher's.
     """
 
     stage: Literal["least_squares"]
@@ -199,15 +202,17 @@ class Evaluate(Section):
 
     Args:
         texts: sources as in ``[data]``; empty for ``data.heldout``.
-        length: tokens of a row; None for ``data.length``.
         tokens: most tokens to measure on.
+        batch: rows at a time.
+        dtype: of matrix products, which CPUs and GPUs do fastest in bfloat16; None for the models'.
         prompts: questions that both answer greedily; the first answer is the report's `answer`.
         new_tokens: longest answer.
     """
 
     texts: tuple[str, ...] = ()
-    length: Count | None = None
     tokens: Count = 65_536
+    batch: Count = 4
+    dtype: Dtype | None = None
     prompts: tuple[str, ...] = ()
     new_tokens: Count = 64
 
@@ -247,10 +252,11 @@ class Recipe(Section):
             raise ValueError("[[train]] has stages but data.train names no text")
         if self.build.plan == "analyze" and not self.analyze.convert:
             raise ValueError(
-                "says neither which layers to convert nor how many: set build.plan, or analyze.convert"
+                "says neither which layers to convert nor how many: set build.plan, "
+                "or analyze.convert"
             )
-        if self.build.plan == "analyze" and not self.data.heldout:
-            raise ValueError("analyze scores layers on data.heldout, which names no text")
+        if self.build.plan == "analyze" and not self.data.train:
+            raise ValueError("layers are scored on text of data.train, which names none")
         return self
 
     @property
@@ -264,12 +270,14 @@ class Recipe(Section):
         return self._text or dump_toml(self.model_dump(exclude_unset=True))
 
     def digest(self, *sections: str) -> str:
-        """SHA-256 of what the recipe says, with defaults filled in; comments and order do not count.
+        """SHA-256 of what the recipe says, defaults filled in; comments and order do not count.
 
         Args:
-            sections: names of the sections to include; none for all.
+            sections: what to include, as ``data`` or ``data.length``; nothing for all.
         """
-        data = self.model_dump(mode="json", include=set(sections) or None)
+        data = self.model_dump(mode="json")
+        if sections:
+            data = {key: _inside(data, key) for key in sections}
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def where(self, key: str) -> str:
@@ -306,7 +314,7 @@ class Recipe(Section):
         return str(self.locate(source.path, key))
 
     def text_sources(self, key: Literal["train", "heldout", "texts"]) -> tuple[str, ...]:
-        """Sources of text with files as absolute paths; names and ``hf://`` addresses as they stand.
+        """Sources of text, files as absolute paths; names and addresses as they stand.
 
         Raises:
             UserError: a source is neither a known name nor a file that is there.
@@ -315,7 +323,9 @@ class Recipe(Section):
         names: tuple[str, ...] = getattr(getattr(self, section), key)
         if key == "texts" and not names:
             return self.text_sources("heldout")
-        return tuple(self._text_source(name, f"{section}.{key}[{i}]") for i, name in enumerate(names))
+        return tuple(
+            self._text_source(name, f"{section}.{key}[{i}]") for i, name in enumerate(names)
+        )
 
     def _text_source(self, name: str, key: str) -> str:
         if name in TEXT_SOURCES or name.startswith("package-docs:"):
@@ -327,7 +337,9 @@ class Recipe(Section):
                 )
             return name
         if "/" not in name and "." not in name and not (self._file.parent / name).exists():
-            raise UserError(self.where(key), f"no text called '{name}'", nearest(name, TEXT_SOURCES))
+            raise UserError(
+                self.where(key), f"no text called '{name}'", nearest(name, TEXT_SOURCES)
+            )
         return str(self.locate(name, key).resolve())
 
     def layer_plan(self, n_teacher: int, analysis: Path | None = None) -> LayerPlan:
@@ -343,7 +355,9 @@ class Recipe(Section):
         plan, convert = self.build.plan, self.build.convert
         if isinstance(plan, tuple):
             return LayerPlan(
-                parse_entries(plan, self.where("build.plan")), convert, name=self.where("build.plan")
+                parse_entries(plan, self.where("build.plan")),
+                convert,
+                name=self.where("build.plan"),
             )
         if plan == "analyze":
             if analysis is None:
@@ -375,7 +389,8 @@ class Recipe(Section):
             self.locate(self.data.written_openings, "data.written_openings")
         if self.build.plan == "analyze":
             return
-        # A preset is laid over one layer here: only its name and its need for a donor are looked at.
+        # A preset is laid over one layer here: only its name and its need for a donor are looked
+        # at.
         plan = self.layer_plan(1)
         if plan.needs_donor and not self.donor:
             raise UserError(
@@ -392,8 +407,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             counted from 0, as in ``train.0.lr=1e-4``.
 
     Raises:
-        UserError: a missing file, wrong TOML, an unknown key, a value that cannot be, or an input that
-            is not there.
+        UserError: a missing file, wrong TOML, an unknown key, a value that cannot be, or an input
+            that is not there.
     """
     path = Path(path)
     text, data = read_toml(path)
@@ -412,7 +427,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
-    """The recipe itself, or the one that a path names; what every step takes as its first argument."""
+    """The recipe itself, or the one that a path names: what every step takes first."""
     return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
 
 
@@ -435,6 +450,11 @@ def _override(data: dict[str, Any], override: str) -> None:
         inside[last] = parsed
     else:
         raise UserError(where, f"'{'.'.join(path)}' is a value and has no keys")
+
+
+def _inside(data: dict[str, Any], key: str) -> Any:
+    section, _, leaf = key.partition(".")
+    return data[section][leaf] if leaf else data[section]
 
 
 def _enter(inside: Any, step: str, where: str) -> Any:

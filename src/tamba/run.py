@@ -1,10 +1,10 @@
 """The whole way from a recipe to a report, leaving out what has not changed.
 
-Each step leaves one artefact in the output folder. Beside them, ``run.json`` remembers for each step
-a digest of what went into it: the recipe sections it reads, the files those name, the artefacts of
-earlier steps, and the version of tamba. A step whose digest and artefact are still there is skipped.
-A step may leave a ``record.json`` in its artefact with sections of the final record (scores,
-frontier, training losses); the report gathers them.
+Each step leaves one artefact in the output folder. Beside them, ``run.json`` remembers for each
+step a digest of what went into it: the recipe sections it reads, the files those name, the
+artefacts of earlier steps, and the version of tamba. A step whose digest and artefact are still
+there is skipped. A step may leave a ``record.json`` in its artefact with sections of the final
+record (scores, frontier, training losses); the report gathers them.
 
 Steps are called by their public names, so that one that is skipped is not even imported.
 """
@@ -33,7 +33,7 @@ class Step:
     """One step of a run.
 
     Args:
-        sections: of the recipe, that it reads.
+        sections: of the recipe, or keys of them, that it reads.
         needs: steps whose artefacts it reads.
         artefact: file or folder that it leaves, inside the output folder.
         work: does it, given the recipe and the output folder.
@@ -70,11 +70,15 @@ def run(
     """
     recipe = as_recipe(recipe)
     recipe.check_inputs()
+    if not recipe.text_sources("texts"):
+        raise UserError(recipe.where("data.heldout"), "names no text to measure on", "name some")
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(str(out), f"cannot be made ({error.strerror})", "choose another --out") from None
+        raise UserError(
+            str(out), f"cannot be made ({error.strerror})", "choose another --out"
+        ) from None
     say = report or (lambda step, what: None)
     done = {} if force else _read_state(out)
     digests: dict[str, str] = {}
@@ -101,39 +105,75 @@ def run(
 
 def steps_of(recipe: Recipe) -> list[Step]:
     """The steps that a recipe asks for, in order."""
-    models = ("seed", "teacher", "donor", "data")
-    steps = []
+    models = ("seed", "teacher", "donor")
+    steps = [Step("text", ("seed", "teacher", "data", "evaluate.texts"), (), "text", _text)]
+    before: tuple[str, ...] = ()
     if recipe.build.plan == "analyze":
-        steps.append(Step("analyze", (*models, "analyze", "build"), (), "analysis", _analyze))
+        steps.append(
+            Step("analyze", (*models, "analyze", "build"), ("text",), "analysis", _analyze)
+        )
+        before = ("analyze",)
     built = "built" if recipe.train else "student"
-    before = tuple(step.name for step in steps)
-    steps.append(
-        Step("build", ("seed", "teacher", "donor", "build", "output"), before, built, _build)
-    )
+    steps.append(Step("build", (*models, "build", "output"), before, built, _build))
     if recipe.train:
-        steps.append(Step("train", (*models, "train", "output"), ("build",), "student", _train))
+        needed = ("text", "build")
+        steps.append(Step("train", (*models, "train", "output"), needed, "student", _train))
+    last = ("text", *before, steps[-1].name)
     everything = tuple(Recipe.model_fields)
-    steps.append(Step("evaluate", everything, (steps[-1].name,), "report.json", _evaluate))
+    steps.append(Step("evaluate", everything, last, "report.json", _evaluate))
     return steps
 
 
+def _text(recipe: Recipe, out: Path) -> None:
+    from tamba.text import prepare_text
+
+    prepare_text(recipe).save(out / "text")
+
+
 def _analyze(recipe: Recipe, out: Path) -> None:
-    tamba.analyze(recipe, out / "analysis")
+    tamba.analyze(recipe, out / "analysis", text=out / "text")
 
 
 def _build(recipe: Recipe, out: Path) -> None:
-    analysis = out / "analysis" if recipe.build.plan == "analyze" else None
-    tamba.build(recipe, out / ("built" if recipe.train else "student"), analysis=analysis)
+    tamba.build(
+        recipe, out / ("built" if recipe.train else "student"), analysis=_analysis(recipe, out)
+    )
 
 
 def _train(recipe: Recipe, out: Path) -> None:
-    tamba.train(recipe, out / "student", student=out / "built")
+    tamba.train(recipe, out / "student", student=out / "built", text=out / "text")
 
 
 def _evaluate(recipe: Recipe, out: Path) -> None:
-    from tamba.measure import measure
+    from tamba.checkpoint import open_checkpoint
+    from tamba.evaluate.student import evaluate_student
+    from tamba.report import write_report
+    from tamba.text import read_text
 
-    measure(recipe, out)
+    heldout = read_text(out / "text").heldout
+    assert heldout is not None, "run refuses a recipe without held-out text"
+    n_teacher = len(open_checkpoint(recipe.model_path("teacher")).tamba_config.layers or [])
+    plan = recipe.layer_plan(n_teacher, _analysis(recipe, out))
+    known: dict[str, Any] = {}
+    for folder in ("analysis", "built", "student"):
+        known |= _sections(out / folder / "record.json")
+    record = evaluate_student(recipe, out / "student", heldout, plan, **known)
+    steps = _read_state(out)
+    digests = {name: str(step["digest"]) for name, step in steps.items()}
+    seconds = {name: float(step["seconds"]) for name, step in steps.items()}
+    write_report(record.updated(seconds=seconds | record.seconds, digests=digests), out)
+
+
+def _analysis(recipe: Recipe, out: Path) -> Path | None:
+    return out / "analysis" if recipe.build.plan == "analyze" else None
+
+
+def _sections(path: Path) -> dict[str, Any]:
+    """What a step left for the record, or nothing."""
+    if not path.exists():
+        return {}
+    sections: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return sections
 
 
 def _digest(step: Step, recipe: Recipe, earlier: dict[str, str]) -> str:
@@ -153,8 +193,8 @@ def _files(step: Step, recipe: Recipe) -> dict[str, Path]:
     named: dict[str, str] = {"teacher": recipe.model_path("teacher")}
     if recipe.donor:
         named["donor"] = recipe.model_path("donor")
-    if "data" in step.sections:
-        for key in ("train", "heldout", "texts"):
+    if step.name == "text":
+        for key in ("train", "texts"):
             named |= {f"{key}[{i}]": s for i, s in enumerate(recipe.text_sources(key))}
         if recipe.data.written_openings:
             openings = recipe.locate(recipe.data.written_openings, "data.written_openings")
@@ -166,7 +206,7 @@ def _files(step: Step, recipe: Recipe) -> dict[str, Path]:
 
 
 def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file: reading gigabytes of weights would take longer."""
+    """Name, size and time of change of each file: weights are too large to read for this."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     found = ((str(p.relative_to(path)), p.stat()) for p in files)
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]

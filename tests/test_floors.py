@@ -1,0 +1,169 @@
+"""The shape of the package: what may import what, and where."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import tamba
+
+ROOT = Path(tamba.__file__).parent
+
+# A module imports only from floors below its own; rooms of several files are one place.
+FLOORS = [
+    ["errors"],
+    ["sections", "progress", "ops"],
+    ["plan", "model"],
+    ["recipe", "families"],
+    ["formats"],
+    ["checkpoint"],
+    ["data", "plots"],
+    ["report", "teacher_text"],
+    ["text", "generate"],
+    ["analyze", "build", "train", "evaluate", "inspect"],
+    ["run"],
+    ["cli"],
+    ["__main__"],
+]
+FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
+# Verbs are called by their public names there, so these see the package itself.
+FACE = {"__init__", "_auto", "run", "__main__", "cli"}
+# Counting bytes of a cache is arithmetic on a configuration; it lies with what reports it.
+ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
+
+# The extra that brings it, and the one room (or file) that imports it.
+OPTIONAL = {
+    "accelerate": "train",
+    "datasets": "data",
+    "fastapi": "serve",
+    "gguf": "formats",
+    "jinja2": "report",
+    "lm_eval": "evaluate",
+    "matplotlib": "plots",
+    "peft": "train",
+    "trl": "train",
+    "triton": "ops",
+    "uvicorn": "serve",
+}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """Every imported module with the statement; blocks that only type checkers read left out."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if base == "tamba":
+                # `from tamba import progress` names a module, not the package.
+                yield from ((f"tamba.{alias.name}", node) for alias in node.names)
+            else:
+                yield base, node
+        else:
+            yield from imports(node)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def faults_of_direction(name: str, tree: ast.AST) -> list[str]:
+    room = name.partition(".")[0]
+    found = []
+    for target, _ in imports(tree):
+        if target != "tamba" and not target.startswith("tamba."):
+            continue
+        inner = target.removeprefix("tamba").lstrip(".")
+        if not inner or (inner.startswith("_") and inner != "__main__"):
+            if room not in FACE:
+                found.append(f"{name} imports the package itself")
+            continue
+        other = inner.partition(".")[0]
+        if other == room or room in ("__init__", "_auto") or (room, inner) in ALLOWED:
+            continue
+        if other not in FLOOR:
+            found.append(f"{name} imports {inner}, which has no floor")
+        elif FLOOR[other] >= FLOOR[room]:
+            found.append(f"{name} imports {inner}, which is not below it")
+    return found
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {name_of(path).partition(".")[0] for path in modules()}
+    assert rooms - {"__init__", "_auto"} <= set(FLOOR), "put the new room on a floor"
+
+
+def test_imports_run_downward() -> None:
+    assert not [f for path in modules() for f in faults_of_direction(name_of(path), parsed(path))]
+
+
+def test_directions_are_seen() -> None:
+    """The check above can fail: upward, sideways, unknown, and the package itself."""
+    wrong = (
+        "from tamba.cli import main\nimport tamba.build\nimport tamba.new\nfrom tamba import run"
+    )
+    assert len(faults_of_direction("train", ast.parse(wrong + "\nimport tamba"))) == 5
+    assert not faults_of_direction("train", ast.parse("from tamba.model.config import X"))
+
+
+def faults_of_packages(name: str, tree: ast.AST) -> list[str]:
+    room = name.partition(".")[0]
+    packages = {target.partition(".")[0] for target, _ in imports(tree)}
+    return [f"{name} imports {p}" for p in sorted(packages) if OPTIONAL.get(p, room) != room]
+
+
+def test_optional_packages_have_one_home() -> None:
+    assert not [f for path in modules() for f in faults_of_packages(name_of(path), parsed(path))]
+    assert faults_of_packages("model.block", ast.parse("def f():\n    import triton.language"))
+
+
+def faults_of_printing(name: str, tree: ast.AST) -> list[str]:
+    return [
+        f"{name}, line {node.lineno}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+        and name != "cli"
+    ]
+
+
+def test_only_the_command_line_prints() -> None:
+    assert not [f for path in modules() for f in faults_of_printing(name_of(path), parsed(path))]
+    assert faults_of_printing("build", ast.parse("def f():\n    print(3)"))
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert not [name_of(path) for path in modules() if not ast.get_docstring(parsed(path))]
+
+
+def faults_of_lateness(name: str, tree: ast.AST) -> list[str]:
+    return [
+        f"{name}, in {function.name}: {target}"
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for target, _ in imports(function)
+        if target.startswith("tamba.")
+        and name not in ("cli", "run", "__init__")
+        # What needs an extra is imported when a file of that kind is opened.
+        and not target.startswith("tamba.formats.")
+    ]
+
+
+def test_late_imports_are_where_they_are_meant() -> None:
+    assert not [f for path in modules() for f in faults_of_lateness(name_of(path), parsed(path))]
+    assert faults_of_lateness("build", ast.parse("def f():\n    from tamba.data import x"))

@@ -1,0 +1,219 @@
+"""The order of steps and what is left out; the steps themselves are stand-ins that write a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from models import tiny_model
+from tamba import run as run_module
+from tamba.errors import UserError
+from tamba.plan import uniform_plan, write_plan
+from tamba.recipe import Recipe, read_recipe
+from tamba.report import read_record
+from tamba.run import Step, run, steps_of
+from tokens import character_tokenizer
+
+RECIPE = """
+name = "small"
+[teacher]
+path = "teacher"
+[data]
+train = ["text.txt"]
+heldout = ["text.txt"]
+length = 16
+heldout_share = 0.3
+[analyze]
+convert = 1
+[[train]]
+stage = "align"
+tokens = 100
+lr = 1e-3
+[evaluate]
+tokens = 64
+prompts = ["hi"]
+new_tokens = 4
+"""
+ALL = ["text", "analyze", "build", "train", "evaluate"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "weights").write_text("1")
+    (tmp_path / "text.txt").write_text("Some text.")
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+class Steps:
+    """Stand-ins for the work of every step, and what was done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.done: list[str] = []
+        self.fail_in = ""
+        real = steps_of
+
+        def stand_ins(recipe: Recipe) -> list[Step]:
+            return [dataclasses.replace(s, work=self.work(s)) for s in real(recipe)]
+
+        monkeypatch.setattr(run_module, "steps_of", stand_ins)
+
+    def work(self, step: Step):
+        def write(recipe: Recipe, out: Path) -> None:
+            if step.name == self.fail_in:
+                raise KeyboardInterrupt
+            self.done.append(step.name)
+            (out / step.artefact).write_text(step.name)
+
+        return write
+
+    def run(self, folder: Path, *overrides: str, **options: bool) -> list[str]:
+        """The steps that a run of the recipe does."""
+        self.done.clear()
+        run(read_recipe(folder / "recipe.toml", overrides), folder / "out", **options)
+        return list(self.done)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    return Steps(monkeypatch)
+
+
+def test_second_run_does_nothing(folder: Path, steps: Steps) -> None:
+    assert steps.run(folder) == ALL
+    assert steps.run(folder) == []
+    assert steps.run(folder, force=True) == ALL
+    assert (folder / "out" / "recipe.toml").read_text() == RECIPE
+
+
+CHANGES = {
+    "analyze.convert=2": ["analyze", "build", "train", "evaluate"],
+    "build.convert.conv=random": ["analyze", "build", "train", "evaluate"],
+    "train.0.lr=2e-3": ["train", "evaluate"],
+    "evaluate.new_tokens=5": ["evaluate"],
+    "output.shard_bytes=1000": ["build", "train", "evaluate"],
+    "data.length=32": ["text", "analyze", "build", "train", "evaluate"],
+    "seed=1": ALL,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_repeats_what_rests_on_it(folder: Path, steps: Steps, change: str) -> None:
+    steps.run(folder)
+    assert steps.run(folder, change) == CHANGES[change]
+    assert steps.run(folder, change) == []
+
+
+def test_changed_files_are_inputs(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    (folder / "text.txt").write_text("Other text, longer.")
+    assert steps.run(folder) == ALL
+    (folder / "teacher" / "weights").write_text("22")
+    assert steps.run(folder) == ALL
+    # Comments are none.
+    (folder / "recipe.toml").write_text("# a remark\n" + RECIPE)
+    assert steps.run(folder) == []
+
+
+def test_a_missing_artefact_is_made_again(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    (folder / "out" / "student").unlink()
+    # The report rests on the student; what it is made of is unchanged, so the others stay.
+    assert steps.run(folder)[0] == "train"
+    (folder / "out" / "run.json").write_text("{ not json")
+    assert steps.run(folder) == ALL
+
+
+def test_an_interrupted_run_goes_on(folder: Path, steps: Steps) -> None:
+    steps.fail_in = "train"
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(folder)
+    assert steps.done == ["text", "analyze", "build"]
+    steps.fail_in = ""
+    assert steps.run(folder) == ["train", "evaluate"]
+
+
+def test_a_failed_repeat_leaves_no_stale_result(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    steps.fail_in = "train"
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(folder, "train.0.lr=2e-3")
+    # The old student is gone, and the old recipe does not find itself done.
+    assert not (folder / "out" / "student").exists()
+    steps.fail_in = ""
+    assert steps.run(folder) == ["train", "evaluate"]
+
+
+def test_shorter_ways(folder: Path, steps: Steps) -> None:
+    (folder / "recipe.toml").write_text(
+        RECIPE.replace("[analyze]", "[build]\nplan='uniform 0.5'\n[analyze]")
+    )
+    assert steps.run(folder) == ["text", "build", "train", "evaluate"]
+    a, b = RECIPE.index("[[train]]"), RECIPE.index("[evaluate]")
+    (folder / "recipe.toml").write_text(RECIPE[:a] + RECIPE[b:])
+    assert steps.run(folder) == ["analyze", "build", "evaluate"]
+
+
+def test_refused_before_any_work(folder: Path, steps: Steps) -> None:
+    with pytest.raises(UserError, match=r"data\.heldout: names no text to measure on"):
+        steps.run(folder, "data.heldout=[]")
+    (folder / "out").write_text("a file")
+    with pytest.raises(UserError, match="out: cannot be made"):
+        steps.run(folder)
+    assert steps.done == []
+
+
+def test_hears_of_each_step(folder: Path, steps: Steps) -> None:
+    recipe = read_recipe(folder / "recipe.toml")
+    heard: list[tuple[str, str]] = []
+    run(recipe, folder / "out", report=lambda step, what: heard.append((step, what)))
+    assert [h for h in heard if h[1] == "begun"] == [(name, "begun") for name in ALL]
+    heard.clear()
+    run(recipe, folder / "out", report=lambda step, what: heard.append((step, what)))
+    assert heard == [(name, "skipped") for name in ALL]
+
+
+def test_text_and_report_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Analysis and build stand in (the student is the teacher); text and report do not."""
+    teacher = tiny_model(["mamba2", "attention"], max_position_embeddings=512)
+    tokenizer = character_tokenizer()
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    paragraphs = (f"the {w} is in the house of the {w}. " * 8 for w in "abcdefgh")
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs) * 60)
+    (tmp_path / "recipe.toml").write_text(
+        RECIPE[: RECIPE.index("[[train]]")] + RECIPE[RECIPE.index("[evaluate]") :]
+    )
+
+    def build(recipe: Recipe, out: Path) -> None:
+        teacher.save_pretrained(out / "student")
+        tokenizer.save_pretrained(out / "student")
+        sections = {"scores": [0.5, 0.25], "score_name": "loss"}
+        (out / "student" / "record.json").write_text(json.dumps(sections))
+
+    def analyze(recipe: Recipe, out: Path) -> None:
+        (out / "analysis").mkdir()
+        write_plan(uniform_plan(2, 0.5), out / "analysis" / "plan.toml")
+
+    monkeypatch.setattr(run_module, "_build", build)
+    monkeypatch.setattr(run_module, "_analyze", analyze)
+    path = run(tmp_path / "recipe.toml", tmp_path / "out")
+    record = read_record(path)
+    assert record.perplexity and record.layers and record.parameters
+    assert record.perplexity.ratio == pytest.approx(1.0, abs=1e-5)
+    assert record.perplexity.tokens > 30 and record.perplexity.kl == pytest.approx(0, abs=1e-6)
+    assert (record.layers.total, record.layers.converted) == (2, 1)
+    assert [(p.origin, p.source, p.source_layer) for p in record.plan] == [
+        ("converted", "teacher", 0),
+        ("kept", "teacher", 1),
+    ]
+    assert record.scores == [0.5, 0.25]
+    assert record.answer == record.chat[0].student == record.chat[0].teacher
+    assert list(record.seconds)[:3] == ["text", "analyze", "build"]
+    assert {"python", "torch"} <= set(record.versions)
+    assert set(record.digests) == {"text", "analyze", "build"}
+    assert (tmp_path / "out" / "report.html").exists()
