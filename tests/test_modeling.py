@@ -256,10 +256,11 @@ def test_generate_greedy_and_beams_equal_cacheless(stack):
     model, ids = tiny_model(stack), random_ids(2, 7)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    for options in ({}, {"num_beams": 3}):
+    for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
         got = model.generate(
             ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **options
         )
+        options.pop("cache_implementation", None)
         assert torch.equal(got, without_cache(model, ids, attention_mask=mask, **options))
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from tamba.errors import UserError
 
 try:
     import matplotlib as mpl
+    from matplotlib import font_manager
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
@@ -38,7 +41,7 @@ PALETTE = {
     "grid": ("#e3e7ec", "#2b343f"),
     "paper": ("#ffffff", "#181f27"),
     "teacher": ("#8693a5", "#8492a6"),
-    "student": ("#0f8577", "#3cc5b1"),
+    "student": ("#0c7a6d", "#3cc5b1"),
     "donor": ("#7557c7", "#a991f0"),
     "fresh": ("#c4841a", "#e3b050"),
 }
@@ -58,9 +61,10 @@ NAMES = ("frontier", "layers", "repair", "training", "memory")
 _WIDTH = 4.6
 """Inches; 331 units of the SVG, about the width of a phone."""
 
+_FONTS = ("Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans")
 _STYLE = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["Inter", "Helvetica Neue", "Arial", "Liberation Sans", "DejaVu Sans"],
+    # Names of stages and scores are words, whatever signs are in them.
+    "text.parse_math": False,
     "font.size": 10,
     "text.color": LIGHT["ink"],
     "axes.labelcolor": LIGHT["muted"],
@@ -97,7 +101,7 @@ def kind_of(layer: PlanLayer) -> str:
     return "attention" if layer.origin == "kept" else layer.origin
 
 
-def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
+def draw_all(record: Record, *, titles: bool) -> list[tuple[str, Figure]]:
     """(name, figure) of every drawing the record has data for; `titles` for files that stand alone.
 
     A figure's label says in words what it shows, for those who do not see it.
@@ -114,7 +118,8 @@ def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
         "training": ("Training loss", _training),
         "memory": ("Cache of one sequence", _memory),
     }
-    with mpl.rc_context(_STYLE):
+    figures = []
+    with _style():
         for name, (title, draw) in drawings.items():
             figure = draw(record, 0.42 if titles else 0.0)
             if figure is None:
@@ -122,13 +127,14 @@ def draw_all(record: Record, *, titles: bool) -> Iterator[tuple[str, Figure]]:
             if titles:
                 top = 1 - 0.1 / figure.get_figheight()
                 figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
-            yield name, figure
+            figures.append((name, figure))
+    return figures
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as a ``png`` or ``svg`` file, the same bytes for the same drawing."""
     out = io.BytesIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": "tamba"}):
+    with _style({"svg.hashsalt": "tamba"}):
         dated = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(out, format=kind, dpi=200, metadata=dated)
     return out.getvalue()
@@ -140,7 +146,7 @@ def to_inline(figure: Figure, name: str) -> str:
     `name` keeps its ids apart from those of other drawings on the page.
     """
     out = io.BytesIO()
-    with mpl.rc_context(_STYLE | {"svg.hashsalt": name}):
+    with _style({"svg.hashsalt": name}):
         unsigned = {"Date": None, "Creator": None}
         figure.savefig(out, format="svg", transparent=True, metadata=unsigned)
     svg = out.getvalue().decode()
@@ -152,6 +158,7 @@ def to_inline(figure: Figure, name: str) -> str:
         svg = svg.replace(hex_, f"var(--{color})")
     # The page gives size and font; here they would win over it.
     svg = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]+", _font, svg)
+    svg = re.sub(r"font-family: [^;\"]+;? ?", "", svg)
     label = escape(str(figure.get_label()), quote=True)
     head = re.match(r"<svg[^>]*>", svg)
     assert head is not None
@@ -162,6 +169,16 @@ def to_inline(figure: Figure, name: str) -> str:
     )
     opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     return opening + svg[head.end() :]
+
+
+@contextmanager
+def _style(more: dict[str, str] | None = None) -> Iterator[None]:
+    """Our settings, and silence about letters that no installed font has."""
+    installed = set(font_manager.get_font_names())
+    fonts = {"font.family": [name for name in _FONTS if name in installed]}
+    with warnings.catch_warnings(), mpl.rc_context(_STYLE | fonts | (more or {})):
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def byte_size(size: float) -> str:
@@ -242,10 +259,10 @@ def _frontier(record: Record, top: float) -> Figure | None:
     bright = {p.stage for p in chosen} or {stages[-1]}
     for stage in stages:
         line = sorted((p for p in points if p.stage == stage), key=lambda p: p.converted)
-        color = LIGHT["student" if stage in bright else "teacher"]
+        color, words = ("student", "student") if stage in bright else ("teacher", "muted")
         x, y = [p.converted for p in line], [p.ratio for p in line]
-        ax.plot(x, y, color=color, marker="o", markersize=4.5, markeredgewidth=0)
-        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=color)
+        ax.plot(x, y, color=LIGHT[color], marker="o", markersize=4.5, markeredgewidth=0)
+        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=LIGHT[words])
     for p in chosen:
         ax.plot(
             p.converted,
@@ -257,9 +274,9 @@ def _frontier(record: Record, top: float) -> Figure | None:
             markeredgewidth=1.8,
         )
     # A corner is free of lines: ratios rise to the right.
-    words = "\n".join(f"{p.converted} layers chosen, ratio {_ratio(p.ratio)}" for p in chosen)
+    choice = "\n".join(f"{p.converted} layers chosen, ratio {_ratio(p.ratio)}" for p in chosen)
     style: dict[str, Any] = {"va": "top", "color": LIGHT["student"], "weight": "semibold"}
-    ax.text(0.02, 0.98, words, transform=ax.transAxes, **style)
+    ax.text(0.02, 0.98, choice, transform=ax.transAxes, **style)
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     ax.set_xlabel("layers converted")
     ax.margins(x=0.04)
@@ -392,15 +409,15 @@ def _memory(record: Record, top: float) -> Figure | None:
     figure = _figure(2.85 + top)
     ax = _place(figure, 0.5, 0.5, 3.2, 2.05)
     x = [p.context for p in points]
-    lines = [("hybrid", "student", [p.student for p in points])]
+    lines = [("hybrid", "student", "student", [p.student for p in points])]
     teacher = [p.teacher for p in points if p.teacher is not None]
     if len(teacher) == len(points):
-        lines.insert(0, ("teacher", "teacher", teacher))
+        lines.insert(0, ("teacher", "teacher", "muted", teacher))
     unit, size = ("GiB", 2**30) if max(max(y) for *_, y in lines) >= 2**30 else ("MiB", 2**20)
-    for label, color, y in lines:
+    for label, color, words, y in lines:
         ax.plot(x, [v / size for v in y], color=LIGHT[color])
         text = f"{label}\n{y[-1] / size:.3g} {unit}"
-        style = {"ha": "left", "va": "center", "color": LIGHT[color], "weight": "semibold"}
+        style = {"ha": "left", "va": "center", "color": LIGHT[words], "weight": "semibold"}
         _note(ax, text, (x[-1], y[-1] / size), (7, 0), **style)
     ax.set_ylim(0, None)
     ax.set_xlim(0, max(x))

@@ -35,7 +35,7 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 4,
     autocast: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> report.Record:

@@ -369,7 +369,7 @@ class TambaCache(Cache):
     """
 
     def __init__(self, config: TambaConfig, max_rollback: int = 0) -> None:
-        super().__init__(layers=_make_layers(config, max_rollback))
+        super().__init__(layers=[_make_layer(k, config, max_rollback) for k in config.layer_types])
         self.max_rollback = max_rollback
         self.mask: Tensor | None = None
         """[B, S] bool, False at places that hold no token (padding, uneven rollback); or None."""
@@ -456,13 +456,22 @@ def adopt(cache: Cache, config: TambaConfig) -> Cache:
     `generate` builds a `DynamicCache` from `config.layer_types`; its recurrent layers cannot be
     rolled back, repeated or asked for their length. Filled layers of another kind are an error.
     """
-    ours = _make_layers(config, 0)
-    for index, made in enumerate(ours):
+    if isinstance(cache, TambaCache):
+        return cache
+    kinds: dict[str, tuple[type, ...]] = {
+        "linear_attention": (RecurrentLayer,),
+        "sliding_attention": (WindowLayer, StaticLayer),
+    }
+    for index, kind in enumerate(config.layer_types):
+        if index < len(cache.layers) and isinstance(
+            cache.layers[index], kinds.get(kind, (object,))
+        ):
+            continue  # the common case, once a token
+        made = _make_layer(kind, config, 0)
         if index >= len(cache.layers):
             cache.layers.append(made)
-        layer = cache.layers[index]
-        if isinstance(layer, (type(made), StaticLayer)):
             continue
+        layer = cache.layers[index]
         if isinstance(made, RecurrentLayer):
             if not isinstance(layer, LinearAttentionLayer) or any(
                 layer.has_previous_state.values()
@@ -470,24 +479,20 @@ def adopt(cache: Cache, config: TambaConfig) -> Cache:
                 raise ValueError(
                     f"cache layer {index} is a filled {type(layer).__name__}, not a RecurrentLayer"
                 )
-        elif not isinstance(made, WindowLayer) or layer.is_initialized:
-            continue
+        elif layer.is_initialized:
+            continue  # stock windows work, but for recording in some versions
         if layer.record_past:
             made.activate_past_recording()
         cache.layers[index] = made
     return cache
 
 
-def _make_layers(config: TambaConfig, max_rollback: int) -> list[Any]:
-    layers: list[Any] = []
-    for kind in config.layer_types:
-        if kind == "linear_attention":
-            layers.append(RecurrentLayer(max_rollback))
-        elif kind == "sliding_attention" and config.sliding_window is not None:
-            layers.append(WindowLayer(config.sliding_window, max_rollback))
-        else:
-            layers.append(DynamicLayer())
-    return layers
+def _make_layer(kind: str, config: TambaConfig, max_rollback: int) -> Any:
+    if kind == "linear_attention":
+        return RecurrentLayer(max_rollback)
+    if kind == "sliding_attention" and config.sliding_window is not None:
+        return WindowLayer(config.sliding_window, max_rollback)
+    return DynamicLayer()
 
 
 def _last(x: Tensor, n: int) -> Tensor:

@@ -53,6 +53,7 @@ class Mamba1Mixer(RecurrentMixer):
         ladder = torch.arange(1, spec.d_state + 1, dtype=torch.float32).log()
         initialization.copy_(self.A_log, ladder.expand(spec.d_inner, -1))
         initialization.ones_(self.D)
+        self.reset_convolution()
 
     def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""

@@ -49,6 +49,7 @@ class Mamba2Mixer(RecurrentMixer):
         initialization.copy_(self.dt_bias, inverse_softplus_of_dt(n, 1e-3, 1e-1))
         initialization.copy_(self.A_log, torch.empty(n).uniform_(1, 16).log())
         initialization.ones_(self.D)
+        self.reset_convolution()
 
     def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""

@@ -5,6 +5,7 @@ Class names must not contain "mamba": `generate` would pass the cache under anot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -113,19 +114,21 @@ class TambaModel(TambaPreTrainedModel):
     def _locate(
         self,
         hidden: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Mapping[str, Tensor | None] | None,
         positions: Tensor | None,
         cache: Cache | None,
         seq_idx: Tensor | None,
     ) -> Tokens:
         rows, length = hidden.shape[:2]
         kinds = set(self.config.layer_types)
-        ready = mask if mask is not None and mask.dim() == 4 else None
-        if ready is not None:
+        ready: Mapping[str, Tensor | None] | None = None
+        if isinstance(mask, Mapping) or (mask is not None and mask.dim() == 4):
+            # Masks ready for attention: one for all layers, or one for each of their kinds.
             if "linear_attention" in kinds:
                 raise ValueError(
                     "a 4-D attention mask says nothing to recurrent layers; pass [B, S]"
                 )
+            ready = mask if isinstance(mask, Mapping) else dict.fromkeys(kinds, mask)
             mask = None
         past = int(cache.get_seq_length()) if cache is not None and len(cache.layers) else 0
         mask = _full_mask(mask, cache, past, rows, length)
@@ -145,7 +148,7 @@ class TambaModel(TambaPreTrainedModel):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        ready: Tensor | None,
+        ready: Mapping[str, Tensor | None] | None,
         tokens: Tokens,
         cache: Cache | None,
         past: int,
@@ -170,7 +173,7 @@ class TambaModel(TambaPreTrainedModel):
         ):
             if kind in (kinds := self.config.layer_types):
                 masks[kind] = (
-                    ready
+                    ready[kind]
                     if ready is not None
                     else make(
                         config=self.config,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, initialization
 
 from tamba.model.cache import RecurrentLayer
 from tamba.model.tokens import Tokens
@@ -44,6 +44,14 @@ class RecurrentMixer(nn.Module):
     def reset_ssm_parameters(self) -> None:
         """Fill the parameters that no general initialisation knows."""
         raise NotImplementedError
+
+    def reset_convolution(self) -> None:
+        """torch's own start for a convolution: the general one of a language model is too small."""
+        convolution = self.get_submodule("conv1d")
+        assert isinstance(convolution, nn.Conv1d)
+        initialization.kaiming_uniform_(convolution.weight, a=math.sqrt(5))
+        if convolution.bias is not None:
+            initialization.zeros_(convolution.bias)
 
     def run(self, inputs: Sequence[Tensor], state: Cache | None, tokens: Tokens) -> Tensor:
         """`scan` over the new tokens, from and into the cache when there is one."""

@@ -37,6 +37,22 @@ class Tokens:
     attention_masks: dict[str, Tensor | None] = field(default_factory=dict)
     rotary: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
+        """The same on another device; asked for where a stack is spread over several."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device, non_blocking=non_blocking)
+
+        return Tokens(
+            positions=self.positions.to(device, non_blocking=non_blocking),
+            padding=move(self.padding),
+            order=move(self.order),
+            starts=move(self.starts),
+            mask=move(self.mask),
+            attention_masks={k: move(m) for k, m in self.attention_masks.items()},
+            rotary={k: (c.to(device), s.to(device)) for k, (c, s) in self.rotary.items()},
+        )
+
     def arrange(self, x: Tensor) -> Tensor:
         """[B, T, ...] with zeros at padding and, where needed, padding moved to the front."""
         if self.mask is not None:

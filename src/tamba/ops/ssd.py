@@ -16,7 +16,6 @@ Shape letters: `B` batch, `T` tokens, `H` heads, `G` groups, `P` head_dim, `N` d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, s
 _STEPS = 2
 # How many Q x Q matrices a tile holds. On a CPU its buffers then stay in a core's cache; elsewhere
 # the only concern is memory.
-_TILE = 32
+_TILE = 64
 _TILE_ELSEWHERE = 4096
 
 
@@ -94,8 +93,13 @@ def ssd(
     if x.shape[1] <= _STEPS:
         return _by_steps(x, dt, A, B, C, D, state, starts)
     chunk = 1 << (min(chunk_size, x.shape[1]) - 1).bit_length()
+    absent = -x.shape[1] % chunk
+    if absent:  # whole chunks from here on: tokens with dt = 0 pass the state on as it is
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, absent)) for t in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, absent))
+        starts = None if starts is None else F.pad(starts, (0, absent))
     y, state = _Chunked.apply(x, dt, A, B, C, D, state, starts, chunk)
-    return y, state
+    return y[:, : y.shape[1] - absent], state
 
 
 def _check_shapes(
@@ -151,77 +155,11 @@ def _by_steps(
     return y.to(x.dtype), state
 
 
-@dataclass
-class _Tile:
-    """Rows and chunks that are computed together, and the tokens they span."""
-
-    rows: slice
-    chunks: slice
-    tokens: slice
-    absent: int  # tokens that the last chunk lacks
-
-
-class _Plan:
-    """How a problem is cut into chunks and tiles, and the views that go with it."""
-
-    def __init__(self, x: Tensor, B: Tensor, chunk: int) -> None:
-        self.batch, self.length, self.heads, self.head_dim = x.shape
-        self.groups, self.d_state = B.shape[2:]
-        self.share = self.heads // self.groups
-        self.chunk = chunk
-        self.n_chunks = -(-self.length // chunk)
-        tile = _TILE if x.device.type == "cpu" else _TILE_ELSEWHERE
-        self.tile_chunks = max(1, min(self.n_chunks, tile // self.heads))
-        self.tile_rows = max(1, min(self.batch, tile // (self.heads * self.tile_chunks)))
-
-    def row_spans(self) -> list[slice]:
-        return [
-            slice(row, min(row + self.tile_rows, self.batch))
-            for row in range(0, self.batch, self.tile_rows)
-        ]
-
-    def tiles(self, rows: slice) -> list[_Tile]:
-        """The tiles of these rows in the order of time."""
-        tiles = []
-        for first in range(0, self.n_chunks, self.tile_chunks):
-            last = min(first + self.tile_chunks, self.n_chunks)
-            tokens = slice(first * self.chunk, min(last * self.chunk, self.length))
-            absent = last * self.chunk - tokens.stop
-            tiles.append(_Tile(rows, slice(first, last), tokens, absent))
-        return tiles
-
-    def cut(self, tensor: Tensor, tile: _Tile) -> Tensor:
-        """[B, T, I, J] to a tile's [S, K, I, Q, J]; tokens beyond the last are zeros."""
-        part = tensor[tile.rows, tile.tokens]
-        if tile.absent:
-            part = F.pad(part, (0, 0, 0, 0, 0, tile.absent))
-        part = part.unflatten(1, (-1, self.chunk))
-        return part.transpose(2, 3)
-
-    def put(self, tensor: Tensor, tile: _Tile, part: Tensor) -> None:
-        """The inverse of `cut`: write [S, K, I, Q, J] to its place in [B, T, I, J]."""
-        part = part.transpose(2, 3).flatten(1, 2) if tile.absent else part.transpose(2, 3)
-        if tile.absent:
-            tensor[tile.rows, tile.tokens].copy_(part[:, : -tile.absent])
-        else:
-            tensor[tile.rows, tile.tokens].unflatten(1, (-1, self.chunk)).copy_(part)
-
-    def scalars(self, values: Tensor) -> Tensor:
-        """[B, T, H] to [B, chunks, H, Q]; tokens beyond the last are 0."""
-        values = F.pad(values, (0, 0, 0, self.n_chunks * self.chunk - self.length))
-        return values.unflatten(1, (self.n_chunks, self.chunk)).transpose(2, 3).contiguous()
-
-    def by_groups(self, tensor: Tensor) -> Tensor:
-        """[S, K, H, ...] to [S, K, G, R, ...]."""
-        return tensor.unflatten(2, (self.groups, self.share))
-
-    def over_heads(self, tensor: Tensor) -> Tensor:
-        """[S, K, H, ...] summed over the heads of each group, [S, K, G, ...]."""
-        return tensor if self.share == 1 else self.by_groups(tensor).sum(3)
-
-    def unscalars(self, values: Tensor) -> Tensor:
-        """The inverse of `scalars`."""
-        return values.transpose(2, 3).flatten(1, 2)[:, : self.length]
+def _product_dtype(*operands: Tensor) -> torch.dtype:
+    """What matrix products take: bfloat16 when all operands are, else at least float32."""
+    if all(t.dtype == torch.bfloat16 for t in operands):
+        return torch.bfloat16
+    return compute_dtype(*operands)
 
 
 class _Decays:
@@ -232,8 +170,8 @@ class _Decays:
     second leaves up to there).
 
     Attributes:
-        from_start: [B, chunks, H, Q], from before the chunk to each token, that token's included.
-        to_end: [B, chunks, H, Q], from after each token to the end of the chunk.
+        from_start: [B, K, H, Q], from before the chunk to each token, that token's included.
+        to_end: [B, K, H, Q], from after each token to the end of the chunk.
     """
 
     def __init__(self, decay: Tensor) -> None:
@@ -244,38 +182,156 @@ class _Decays:
         while size < chunk:
             first, second = from_start.view(*lead, -1, 2, size).unbind(-2)
             left, right = to_end.view(*lead, -1, 2, size).unbind(-2)
-            self._levels.append((second, left))
+            self._levels.append((second[..., :, None], left[..., None, :]))
             from_start = torch.cat([first, first[..., -1:] * second], dim=-1)
             to_end = torch.cat([left * second[..., -1:], right], dim=-1)
             size *= 2
         self.from_start = from_start.view(*lead, chunk)
         self.to_end = to_end.view(*lead, chunk)
-        self._matrix: Tensor | None = None
 
-    def matrix(self, tile: _Tile) -> Tensor:
-        """[S, K, H, Q, Q]: the decay from after token j to token i, 1 on and 0 above the diagonal.
+    def fill(self, at: tuple[slice, slice], blocks: list[Tensor]) -> None:
+        """Write the decays between the tokens of a tile's chunks into `blocks` (`lower_blocks`)."""
+        for (second, left), block in zip(self._levels, blocks, strict=True):
+            torch.mul(second[at], left[at], out=block)
 
-        The result is overwritten by the next call.
-        """
-        lead, chunk = self.from_start[tile.rows, tile.chunks].shape[:-1], self.from_start.shape[-1]
-        if self._matrix is None or self._matrix.shape[:-2] != lead:
-            self._matrix = self.from_start.new_zeros(*lead, chunk, chunk)
-            self._matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        size = 1
-        for second, left in self._levels:
-            blocks = self._matrix.view(*lead, chunk // (2 * size), 2 * size, -1, 2 * size)
-            blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., size:, :size]
-            torch.mul(
-                second[tile.rows, tile.chunks][..., :, None],
-                left[tile.rows, tile.chunks][..., None, :],
-                out=blocks,
-            )
-            size *= 2
-        return self._matrix
+
+def _lower_blocks(matrix: Tensor) -> list[Tensor]:
+    """[..., Q, Q] to its blocks below the diagonal by size s = 1, 2, 4, …: [..., Q / 2s, s, s]."""
+    *lead, chunk, _ = matrix.shape
+    blocks, size = [], 1
+    while size < chunk:
+        grid = matrix.view(*lead, chunk // (2 * size), 2 * size, chunk // (2 * size), 2 * size)
+        diagonal = grid.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        blocks.append(diagonal[..., size:, :size])
+        size *= 2
+    return blocks
+
+
+class _Buffers:
+    """The operands of one tile's matrix products, and views of them; reused by tiles of one shape.
+
+    Attributes:
+        lead: (S, K, H).
+        decay: [S, K, H, Q, Q], from after token j to token i; 1 on and 0 above the diagonal.
+        left: [S K H, Q, Q + N], ``[C B^T ∘ decay | C · from_start]``.
+        right: [S K H, Q + N, P], ``[dt · x ; state before the chunk]``.
+        B_to_end: [S K H, Q, N], ``B · to_end``.
+        out: [S K H, Q, P].
+    """
+
+    def __init__(
+        self, lead: tuple[int, ...], sizes: tuple[int, int, int], groups: int, like: Tensor
+    ) -> None:
+        (rows, chunks, heads), (chunk, d_state, head_dim) = lead, sizes
+        count, width = rows * chunks * heads, chunk + d_state
+        self.lead = lead
+        wide = {"device": like.device, "dtype": compute_dtype(like)}
+        self.decay = torch.zeros(*lead, chunk, chunk, **wide)
+        self.decay.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        self.decay_blocks = _lower_blocks(self.decay)
+        self.left = like.new_empty(count, chunk, width)
+        self.right = like.new_empty(count, width, head_dim)
+        self.B_to_end = like.new_empty(count, chunk, d_state)
+        self.out = like.new_empty(count, chunk, head_dim)
+        most = max(chunk, d_state) * max(width, head_dim)
+        self._scratch = torch.empty(count * most, **wide)
+
+        self.inputs = self.right[:, :chunk]
+        by_head = self.right.view(*lead, width, head_dim)
+        self.inputs_by_head, self.states = by_head[..., :chunk, :], by_head[..., chunk:, :]
+        self.states_as_columns = self.right[:, chunk:].flatten(1)[..., None]
+        grouped = (rows, chunks, groups, heads // groups)
+        by_group = self.left.view(*grouped, chunk, width)
+        self.scores, self.C_from_start = by_group[..., :chunk], by_group[..., chunk:]
+        self.decay_by_group = self.decay.view(*grouped, chunk, chunk)
+        self.B_to_end_by_group = self.B_to_end.view(*grouped, chunk, d_state)
+
+    def scratch(self, shape: torch.Size) -> Tensor:
+        """Memory to work in, float32, until the next call."""
+        return self._scratch[: shape.numel()].view(shape)
+
+
+class _Problem:
+    """The arguments cut into chunks, and the tiles they are worked through in.
+
+    Attributes:
+        xs: [B, K, H, Q, P]; Bs, Cs: [B, K, G, Q, N]; dts: [B, K, H, Q]; views of the arguments.
+        starts: [B, K, 1, Q] bool or None.
+        decays: of all chunks.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        starts: Tensor | None,
+        chunk: int,
+    ) -> None:
+        self.chunk, self.product = chunk, _product_dtype(x, B, C)
+        self.xs, self.Bs, self.Cs = self.cut(x), self.cut(B), self.cut(C)
+        self.dts = self.cut(dt[..., None])[..., 0].contiguous()
+        self.starts = None if starts is None else self.cut(starts[..., None, None])[..., 0]
+        decay = torch.exp(self.dts * A[:, None])
+        if self.starts is not None:
+            decay = decay.masked_fill(self.starts, 0.0)
+        self.decays = _Decays(decay)
+        self.batch, self.n_chunks, self.heads = self.xs.shape[:3]
+        self.groups, self.d_state, self.head_dim = B.shape[2], B.shape[3], x.shape[3]
+        self._buffers: dict[tuple[int, ...], _Buffers] = {}
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """[B, T, I, J] to a view [B, K, I, Q, J]."""
+        return tensor.unflatten(1, (-1, self.chunk)).transpose(2, 3)
+
+    def tiles(self) -> list[list[tuple[slice, slice]]]:
+        """(rows, chunks) of the tiles: for each span of rows, those of its chunks in time order."""
+        limit = _TILE if self.xs.device.type == "cpu" else _TILE_ELSEWHERE
+        chunks = _spans(self.n_chunks, max(1, limit // self.heads))
+        longest = chunks[0].stop
+        rows = _spans(self.batch, max(1, limit // (self.heads * longest)))
+        return [[(row, chunk) for chunk in chunks] for row in rows]
+
+    def load(self, at: tuple[slice, slice]) -> _Buffers:
+        """The operands of a tile, all but the states."""
+        dts = self.dts[at]
+        lead = tuple(dts.shape[:3])
+        tile = self._buffers.get(lead)
+        if tile is None:
+            sizes = self.chunk, self.d_state, self.head_dim
+            like = torch.empty(0, device=self.xs.device, dtype=self.product)
+            tile = self._buffers[lead] = _Buffers(lead, sizes, self.groups, like)
+        B, C = (t[at].to(self.product).contiguous() for t in (self.Bs, self.Cs))
+        tile.B, tile.C = B.flatten(0, 2), C.flatten(0, 2)
+        tile.dt = dts
+        tile.from_start = self.decays.from_start[at][..., None]
+        tile.to_end = self.decays.to_end[at][..., None]
+        tile.through = tile.from_start[..., -1:, :]
+        self.decays.fill(at, tile.decay_blocks)
+        scores = torch.bmm(tile.C, tile.B.mT).view(*B.shape[:3], 1, self.chunk, self.chunk)
+        torch.mul(scores, tile.decay_by_group, out=tile.scores)
+        torch.mul(C.unsqueeze(3), self.by_groups(tile.from_start), out=tile.C_from_start)
+        torch.mul(B.unsqueeze(3), self.by_groups(tile.to_end), out=tile.B_to_end_by_group)
+        torch.mul(self.xs[at], dts[..., None], out=tile.inputs_by_head)
+        return tile
+
+    def by_groups(self, tensor: Tensor) -> Tensor:
+        """[S, K, H, ...] to [S, K, G, R, ...]."""
+        return tensor.unflatten(2, (self.groups, -1))
+
+
+def _spans(count: int, most: int) -> list[slice]:
+    """`count` things in as few spans of at most `most` as possible, nearly equal, longest first."""
+    n_spans = -(-count // most)
+    short, longer = divmod(count, n_spans)
+    stops = [i * short + min(i, longer) for i in range(n_spans + 1)]
+    return [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
 
 
 class _Chunked(torch.autograd.Function):
-    """The chunked form over all tiles, and its gradient."""
+    """The chunked form over all tiles, and its gradient. T is a multiple of the chunk."""
 
     @staticmethod
     def forward(
@@ -290,31 +346,31 @@ class _Chunked(torch.autograd.Function):
         starts: Tensor | None,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        plan = _Plan(x, B, chunk)
-        product = _product_dtype(x, B, C)
-        inside = _Inside(plan, dt, A, starts, product)
+        problem = _Problem(x, dt, A, B, C, starts, chunk)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        final = torch.empty_like(state)
-        needs_grad = any(ctx.needs_input_grad)
-        shape = (plan.batch, plan.n_chunks, plan.heads, plan.d_state, plan.head_dim)
-        entering = torch.empty(shape, dtype=product, device=x.device) if needs_grad else None
+        ys = problem.cut(y)
+        final = torch.empty_like(state, memory_format=torch.contiguous_format)
+        entering = None
+        if any(ctx.needs_input_grad):
+            shape = *problem.xs.shape[:3], problem.d_state, problem.head_dim
+            entering = torch.empty(shape, dtype=problem.product, device=x.device)
         skip = None if D is None else D.to(dt.dtype)[:, None, None]
-        for rows in plan.row_spans():
-            running = state[rows].transpose(2, 3)
-            for tile in plan.tiles(rows):
-                inside.load(tile, x, B, C)
-                added = torch.bmm(inside.B_to_end.flatten(0, 2).mT, inside.inputs)
-                added = added.view(inside.lead + added.shape[1:])
-                through = inside.from_start[..., -1, None, None]
-                for k in range(inside.lead[1]):
-                    inside.states[:, k] = running
-                    running = torch.addcmul(added[:, k], running, through[:, k])
+        for tiles in problem.tiles():
+            rows = tiles[0][0]
+            running = state[rows].transpose(2, 3)  # [S, H, N, P]
+            for at in tiles:
+                tile = problem.load(at)
+                added = torch.bmm(tile.B_to_end.mT, tile.inputs).view_as(tile.states)
+                for k in range(tile.lead[1]):
+                    tile.states[:, k] = running
+                    running = torch.addcmul(added[:, k], running, tile.through[:, k])
                 if entering is not None:
-                    entering[tile.rows, tile.chunks] = inside.states
-                out = torch.bmm(inside.left, inside.right).view(*inside.lead, chunk, -1)
-                if skip is not None:
-                    out = torch.addcmul(out, plan.cut(x, tile), skip)
-                plan.put(y, tile, out)
+                    entering[at] = tile.states
+                out = torch.bmm(tile.left, tile.right, out=tile.out).view_as(tile.inputs_by_head)
+                if skip is None:
+                    ys[at] = out
+                else:
+                    torch.addcmul(out, problem.xs[at], skip, out=ys[at])
             final[rows] = running.transpose(2, 3)
         ctx.save_for_backward(x, dt, A, B, C, D, starts, entering)
         ctx.chunk = chunk
@@ -326,153 +382,123 @@ class _Chunked(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         x, dt, A, B, C, D, starts, entering = ctx.saved_tensors
-        plan = _Plan(x, B, ctx.chunk)
-        inside = _Inside(plan, dt, A, starts, entering.dtype)
-        chunk, d_state = plan.chunk, plan.d_state
+        problem = _Problem(x, dt, A, B, C, starts, ctx.chunk)
         if grad_y is None:
             grad_y = torch.zeros_like(x)
-        grad_x, grad_B, grad_C = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
-        grad_dt = torch.empty_like(inside.dt)  # [B, chunks, H, Q]
-        grad_log = torch.empty_like(inside.dt)  # for dt * A, the logarithm of the decay
-        grad_skip = torch.empty_like(inside.dt) if D is not None else None
-        grad_state = dt.new_zeros(plan.batch, plan.heads, plan.head_dim, d_state)
+        grads = _Gradients(problem, x, B, C)
+        grad_state = dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+        grad_ys = problem.cut(grad_y)
         skip = None if D is None else D.to(dt.dtype)[:, None, None]
-        for rows in plan.row_spans():
-            # What the loss gains from the state after the tokens seen so far (from the right).
-            running = grad_state[rows].transpose(2, 3)
-            if grad_final is not None:
-                running = grad_final[rows].transpose(2, 3)
-            for tile in reversed(plan.tiles(rows)):
-                at = tile.rows, tile.chunks
-                inside.load(tile, x, B, C)
-                lead = inside.lead
-                inside.states.copy_(entering[at])
-                dy = plan.cut(grad_y, tile).to(entering.dtype).contiguous().flatten(0, 2)
-                d_right = torch.bmm(inside.left.mT, dy)
-                d_left = torch.bmm(dy, inside.right.mT)
-
-                through = inside.from_start[..., -1, None, None]
-                d_entering = d_right.view(*lead, chunk + d_state, -1)[..., chunk:, :]
-                leaving = torch.empty_like(d_entering, memory_format=torch.contiguous_format)
-                for k in reversed(range(lead[1])):
-                    leaving[:, k] = running
-                    running = torch.addcmul(d_entering[:, k], running, through[:, k])
-                leaving = leaving.flatten(0, 2)
-                d_B_to_end = torch.bmm(inside.inputs, leaving.mT)
-                B_to_end = inside.B_to_end.flatten(0, 2)
-                d_inputs = torch.baddbmm(d_right[:, :chunk], B_to_end, leaving)
-
-                # d loss / d log decay of token t: every path that crosses t, i.e. starts before it
-                # and ends at it or later. Paths by where they end, less those by where they start,
-                # summed from t on, plus those that leave the chunk.
-                paths = torch.mul(d_left, inside.left, out=inside.scratch)
-                ends, begins = paths.sum(-1), paths[..., :chunk].sum(-2)
-                out_of_chunk = torch.mul(d_B_to_end, B_to_end).sum(-1, dtype=dt.dtype)
-                through_chunk = (leaving.view_as(d_entering) * inside.states).sum(
-                    (-2, -1), dtype=dt.dtype
-                )
-                leaves = out_of_chunk.sum(-1) + through_chunk.flatten() * through.flatten()
-                crossing = (ends - begins - out_of_chunk).flip(-1).cumsum(-1).flip(-1)
-                crossing = (crossing + leaves[:, None]).view(*lead, chunk)
-                if inside.starts is not None:
-                    crossing = crossing.masked_fill(inside.starts[at], 0.0)
-                grad_log[at] = crossing
-
-                xs = plan.cut(x, tile)
-                d_inputs = d_inputs.view(*lead, chunk, -1)
-                dts = inside.dt[at]
-                grad_dt[at] = torch.mul(d_inputs, xs).sum(-1, dtype=dt.dtype)
-                d_x = torch.mul(d_inputs, dts[..., None])
-                if grad_skip is not None and skip is not None:
-                    dy = dy.view_as(d_inputs)
-                    grad_skip[at] = torch.mul(dy, xs).sum(-1, dtype=dt.dtype)
-                    d_x = torch.addcmul(d_x, dy, skip)
-                plan.put(grad_x, tile, d_x)
-
-                d_left = d_left.view(*lead, chunk, chunk + d_state)
-                d_scores = plan.over_heads(d_left[..., :chunk] * inside.decay).to(entering.dtype)
-                d_scores = d_scores.flatten(0, 2)
-                d_C = torch.bmm(d_scores, inside.B.flatten(0, 2)).view_as(inside.C)
-                d_B = torch.bmm(d_scores.mT, inside.C.flatten(0, 2)).view_as(inside.B)
-                d_C = d_C + plan.over_heads(d_left[..., chunk:] * inside.from_start[..., None])
-                d_B_to_end = d_B_to_end.view(*lead, chunk, d_state)
-                d_B = d_B + plan.over_heads(d_B_to_end * inside.to_end[..., None])
-                plan.put(grad_C, tile, d_C)
-                plan.put(grad_B, tile, d_B)
+        for tiles in problem.tiles():
+            rows = tiles[0][0]
+            running = (grad_state if grad_final is None else grad_final)[rows].transpose(2, 3)
+            for at in reversed(tiles):
+                tile = problem.load(at)
+                tile.states.copy_(entering[at])
+                dy = grad_ys[at].to(problem.product).contiguous()
+                running = grads.add(at, tile, dy, running, skip)
             grad_state[rows] = running.transpose(2, 3)
-        grad_A = (grad_log * inside.dt).sum((0, 1, 3))
-        grad_dt = plan.unscalars(grad_dt.add_(grad_log * A[:, None]))
-        grad_D = None
-        if grad_skip is not None:
-            grad_D = grad_skip.sum((0, 1, 3)).to(D.dtype)
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_state, None, None
+        log_decay = grads.balance.flip(-1).cumsum(-1).flip(-1).add_(grads.leaves[..., None])
+        if problem.starts is not None:
+            log_decay = log_decay.masked_fill_(problem.starts, 0.0)
+        grad_A = (log_decay * problem.dts).sum((0, 1, 3))
+        grad_dt = grads.dts.addcmul_(log_decay, A[:, None])
+        grad_dt = grad_dt.transpose(2, 3).flatten(1, 2)
+        grad_D = None if D is None else grads.skip.sum((0, 1, 3)).to(D.dtype)
+        return grads.x, grad_dt, grad_A, grads.B, grads.C, grad_D, grad_state, None, None
 
 
-def _product_dtype(*operands: Tensor) -> torch.dtype:
-    """What matrix products take: bfloat16 when all operands are, else at least float32."""
-    if all(t.dtype == torch.bfloat16 for t in operands):
-        return torch.bfloat16
-    return compute_dtype(*operands)
+class _Gradients:
+    """What the backward pass fills in, tile by tile.
 
-
-class _Inside:
-    """A tile's operands, which the forward pass and the backward pass both need.
-
-    Attributes, after `load`:
-        lead: (S, K, H).
-        dt: [B, chunks, H, Q] of the whole problem; `starts` likewise with H = 1, or None.
-        from_start, to_end: [S, K, H, Q], see `_Decays`.
-        decay: [S, K, H, Q, Q], see `_Decays.matrix`.
-        B, C: [S, K, G, Q, N].
-        B_to_end: [S, K, H, Q, N], B times what is left of it at the end of the chunk.
-        left: [S K H, Q, Q + N], ``[C B^T ∘ decay | C · from_start]``.
-        right: [S K H, Q + N, P], ``[dt · x ; state]``; `inputs` and `states` are its parts, and
-            `states` [S, K, H, N, P] is left for the caller to fill.
-        scratch: [S K H, Q, Q + N], free for use.
+    Attributes:
+        x, B, C: gradients, shaped as their arguments.
+        dts: [B, K, H, Q], of dt as the factor of x.
+        balance: [B, K, H, Q], paths that end at a token less paths that start there.
+        leaves: [B, K, H], paths that leave the chunk.
+        skip: [B, K, H, Q], of D, by token.
     """
 
-    def __init__(
-        self, plan: _Plan, dt: Tensor, A: Tensor, starts: Tensor | None, product: torch.dtype
-    ) -> None:
-        self._plan, self._product = plan, product
-        self.dt = plan.scalars(dt)
-        decay = torch.exp(self.dt * A[:, None])
-        self.starts = None
-        if starts is not None:
-            self.starts = plan.scalars(starts[..., None])
-            decay = decay.masked_fill(self.starts, 0.0)
-        self._decays = _Decays(decay)
-        self.lead = (0, 0, 0)
-
-    def load(self, tile: _Tile, x: Tensor, B: Tensor, C: Tensor) -> None:
-        plan, chunk = self._plan, self._plan.chunk
-        at = tile.rows, tile.chunks
-        self.from_start, self.to_end = self._decays.from_start[at], self._decays.to_end[at]
-        self._allocate(tuple(self.from_start.shape[:3]), x)
-        self.decay = self._decays.matrix(tile)
-        self.B = plan.cut(B, tile).to(self._product).contiguous()
-        self.C = plan.cut(C, tile).to(self._product).contiguous()
-        scores = torch.bmm(self.C.flatten(0, 2), self.B.flatten(0, 2).mT)
-        scores = scores.view(*self.lead[:2], plan.groups, 1, chunk, chunk)
-        left = plan.by_groups(self.left.view(*self.lead, chunk, -1))
-        torch.mul(scores, plan.by_groups(self.decay), out=left[..., :chunk])
-        from_start, to_end = plan.by_groups(self.from_start), plan.by_groups(self.to_end)
-        torch.mul(self.C.unsqueeze(3), from_start.unsqueeze(-1), out=left[..., chunk:])
-        torch.mul(
-            self.B.unsqueeze(3), to_end.unsqueeze(-1), out=plan.by_groups(self.B_to_end)
+    def __init__(self, problem: _Problem, x: Tensor, B: Tensor, C: Tensor) -> None:
+        self._problem = problem
+        self.x, self.B, self.C = (
+            torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C)
         )
-        inputs = self.inputs.view(*self.lead, chunk, -1)
-        torch.mul(plan.cut(x, tile), self.dt[at].unsqueeze(-1), out=inputs)
+        self._xs, self._Bs, self._Cs = (problem.cut(t) for t in (self.x, self.B, self.C))
+        self.dts, self.balance, self.skip = (torch.empty_like(problem.dts) for _ in range(3))
+        self.leaves = torch.empty_like(problem.dts[..., 0])
 
-    def _allocate(self, lead: tuple[int, ...], x: Tensor) -> None:
-        if lead == self.lead:
-            return
-        self.lead = lead
-        plan, like = self._plan, {"device": x.device, "dtype": self._product}
-        chunk, d_state, matrices = plan.chunk, plan.d_state, lead[0] * lead[1] * lead[2]
-        self.left = torch.empty(matrices, chunk, chunk + d_state, **like)
-        self.scratch = torch.empty_like(self.left, dtype=self.dt.dtype)
-        self.right = torch.empty(matrices, chunk + d_state, plan.head_dim, **like)
-        self.inputs = self.right[:, :chunk]
-        self.states = self.right.view(*lead, chunk + d_state, -1)[..., chunk:, :]
-        self.B_to_end = torch.empty(*lead, chunk, d_state, **like)
+    def add(
+        self,
+        at: tuple[slice, slice],
+        tile: _Buffers,
+        dy: Tensor,
+        running: Tensor,
+        skip: Tensor | None,
+    ) -> Tensor:
+        """Gradients of one tile.
+
+        Args:
+            at: its place.
+            tile: its operands, states included.
+            dy: [S, K, H, Q, P] gradient of the output.
+            running: [S, H, N, P] gradient of the state after the tile.
+            skip: D [H, 1, 1], or None.
+
+        Returns:
+            The gradient of the state before the tile.
+        """
+        problem, chunk = self._problem, self._problem.chunk
+        xs, flat_dy = problem.xs[at], dy.flatten(0, 2)
+
+        d_right = torch.bmm(tile.left.mT, flat_dy)
+        d_left = torch.bmm(flat_dy, tile.right.mT)
+        d_states = d_right.view(*tile.lead, *d_right.shape[1:])[..., chunk:, :]
+        leaving = torch.empty_like(d_states, memory_format=torch.contiguous_format)
+        for k in reversed(range(tile.lead[1])):
+            leaving[:, k] = running
+            running = torch.addcmul(d_states[:, k], running, tile.through[:, k])
+        flat_leaving = leaving.flatten(0, 2)
+        d_B_to_end = torch.bmm(tile.inputs, flat_leaving.mT)
+        d_inputs = torch.baddbmm(d_right[:, :chunk], tile.B_to_end, flat_leaving).view_as(dy)
+
+        work = tile.scratch(dy.shape)
+        self.dts[at] = torch.mul(d_inputs, xs, out=work).sum(-1)
+        if skip is None:
+            torch.mul(d_inputs, tile.dt[..., None], out=self._xs[at])
+        else:
+            self.skip[at] = torch.mul(dy, xs, out=work).sum(-1)
+            torch.mul(dy, skip, out=work)
+            torch.addcmul(work, d_inputs, tile.dt[..., None], out=self._xs[at])
+
+        # The decay of token t is a factor of every path that starts before t and ends at t or
+        # later: the paths by where they end, less those by where they start, summed from t on,
+        # plus those that leave the chunk. Only the terms here; the sum waits for all tiles.
+        paths = torch.mul(d_left, tile.left, out=tile.scratch(d_left.shape))
+        balance = paths.sum(-1).sub_(paths[..., :chunk].sum(-2))
+        work = tile.scratch(d_B_to_end.shape)
+        out_of_chunk = torch.mul(d_B_to_end, tile.B_to_end, out=work).sum(-1)
+        self.balance[at] = balance.sub_(out_of_chunk).view_as(tile.dt)
+        through = torch.bmm(flat_leaving.flatten(1)[:, None], tile.states_as_columns)
+        leaves = torch.addcmul(out_of_chunk.sum(-1), through.flatten(), tile.through.flatten())
+        self.leaves[at] = leaves.view(tile.lead)
+
+        d_left = problem.by_groups(d_left.view(*tile.lead, *d_left.shape[1:]))
+        work = tile.scratch(tile.decay_by_group.shape)
+        d_scores = torch.mul(d_left[..., :chunk], tile.decay_by_group, out=work)
+        alone = d_scores.shape[3] == 1  # each head has its own B and C
+        d_scores = d_scores[:, :, :, 0] if alone else d_scores.sum(3)
+        d_scores = d_scores.to(dy.dtype).flatten(0, 2)
+        shape = self._Bs[at].shape
+        d_C = torch.bmm(d_scores, tile.B).view(shape)
+        d_B = torch.bmm(d_scores.mT, tile.C).view(shape)
+        d_B_to_end = d_B_to_end.view_as(tile.B_to_end_by_group)
+        from_start, to_end = problem.by_groups(tile.from_start), problem.by_groups(tile.to_end)
+        if alone:
+            d_left, from_start = d_left[:, :, :, 0], from_start[:, :, :, 0]
+            torch.addcmul(d_C, d_left[..., chunk:], from_start, out=self._Cs[at])
+            torch.addcmul(d_B, d_B_to_end[:, :, :, 0], to_end[:, :, :, 0], out=self._Bs[at])
+        else:
+            torch.add(d_C, (d_left[..., chunk:] * from_start).sum(3), out=self._Cs[at])
+            torch.add(d_B, (d_B_to_end * to_end).sum(3), out=self._Bs[at])
+        return running

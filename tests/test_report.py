@@ -1,0 +1,358 @@
+"""The record holds what was asked for, and the page shows it without help from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pydantic
+import pytest
+
+from tamba import plots, report
+from tamba.errors import UserError
+from tamba.report import (
+    CachePoint,
+    Chat,
+    FrontierPoint,
+    Layers,
+    LossPoint,
+    Perplexity,
+    PlanLayer,
+    Record,
+    RepairStep,
+    number,
+    read_record,
+    render,
+    write_report,
+)
+
+ODD = "a <b> & $x^$ “日本”"
+
+
+def full_record(**sections) -> Record:
+    converted = {1, 3}
+    known = {
+        "teacher": "the teacher",
+        "command": "tamba run recipe.toml --out demo",
+        "date": "2026-11-22T10:00:00+00:00",
+        "perplexity": Perplexity(
+            teacher=20.0,
+            student=22.0,
+            ratio=1.1,
+            ratio_error=0.0041,
+            tokens=41203,
+            length=512,
+            kl=0.1,
+            agreement=0.85,
+            bits_per_byte={"teacher": 0.9, "student": 0.93},
+        ),
+        "layers": Layers(total=5, converted=2),
+        "plan": [
+            PlanLayer(
+                mixer="mamba2" if i in converted else "attention",
+                origin="converted" if i in converted else "kept",
+                source="the teacher",
+                source_layer=i,
+            )
+            for i in range(5)
+        ],
+        "scores": [0.9, 0.01, 0.3, 0.02, None],
+        "score_name": "loss added",
+        "frontier": [FrontierPoint(converted=n, ratio=1 + n / 9, stage="fitted") for n in range(4)]
+        + [FrontierPoint(converted=2, ratio=1.1, stage=ODD, chosen=True)],
+        "repair": [RepairStep(name="surgery", ratio=240.0), RepairStep(name="fit", ratio=1.1)],
+        "training": [LossPoint(stage="align", tokens=n * 100, loss=1 / n) for n in range(1, 60)],
+        "memory": [
+            CachePoint(context=c, teacher=c * 5000, student=c * 3000 + 10**6)
+            for c in (1024, 8192, 32768)
+        ],
+        "chat": [Chat(prompt=ODD, teacher="Paris.", student="<script>alert(1)</script>\nParis.")],
+        "answer": "Paris.",
+        "seconds": {"analyze": 61.2, "build": 9.0, "evaluate": 130.0},
+        "versions": {"torch": "2.13.0"},
+        "hardware": {"cpu": "some", "cores": "2"},
+        "digests": {"text": "ab" * 32},
+        "recipe": 'name = "demo"  # <tag>',
+    }
+    return Record(name=ODD, **(known | sections))
+
+
+class Page(HTMLParser):
+    """Elements, ids, words and unbalanced tags of a page."""
+
+    VOID = frozenset({"meta", "br", "link", "img"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [v for k, v in attrs if k == "id"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if not self.open or self.open[-1] != "style":
+            self.words += " " + text
+
+
+RECORDS = {
+    "full": full_record(),
+    "nothing": Record(name="bare"),
+    "model alone": Record(
+        name="m", perplexity=Perplexity(student=9.5, tokens=10, bits_per_byte={"student": 1.0})
+    ),
+    "no scores": full_record(scores=[]),
+    "one layer": full_record(
+        plan=[PlanLayer(mixer="mamba1", origin="reinitialized")], scores=[0.1]
+    ),
+    "donor": full_record(
+        plan=[PlanLayer(mixer="mamba1", origin="transplanted")] * 100, scores=[1.0] * 100
+    ),
+    "better": full_record(perplexity=Perplexity(teacher=3.0, student=2.0, ratio=2 / 3, tokens=5)),
+    "flat": full_record(
+        frontier=[FrontierPoint(converted=0, ratio=1.0, stage="s")],
+        repair=[RepairStep(name="one", ratio=1.0)],
+        training=[LossPoint(stage="a", tokens=1, loss=0.0)],
+        scores=[0.0] * 5,
+        seconds={"a": 0.0},
+    ),
+    "odd": full_record(
+        training=[LossPoint(stage=f"{ODD}{i % 3}", tokens=i, loss=-1.0 * i) for i in range(9)],
+        scores=[-1.0, 2.0, None, 1e-9, 5.0],
+        memory=[CachePoint(context=1000, student=5), CachePoint(context=2000, student=9)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_record_gives_a_whole_page_that_needs_nothing_else(name):
+    text = render(RECORDS[name])
+    page = Page(text)
+    assert "script" not in page.tags
+    assert len(page.ids) == len(set(page.ids))
+    outside = [v for k, v in page.attributes if v and "//" in v and not k.startswith("xmlns")]
+    assert outside == []
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    # References of drawings meet their own definitions.
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    assert used <= set(page.ids)
+    # A drawing that kept a colour of its own would not follow the dark theme.
+    drawings = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawings)) <= {"#000000", "#ffffff"} - set(
+        plots.LIGHT.values()
+    )
+    assert "font-family" not in drawings
+
+
+def test_the_page_says_what_matters():
+    words = " ".join(Page(render(full_record())).words.split())
+    for said in (
+        "2 of 5 layers are Mamba-2 now, and 90.9 % of the quality is kept.",
+        "On 41,203 held-out tokens the perplexity went from 20.00 to 22.00 , 1.100 times",
+        "± 0.0041",
+        "Cache at 8k tokens −38 %",
+        "Cache at 32k tokens −39 %",
+        "Time 3 min 20 s",
+        "<script>alert(1)</script>",
+        ODD,
+    ):
+        assert said in words, said
+
+
+def test_drawings_describe_themselves():
+    labels = [v for k, v in Page(render(full_record())).attributes if k == "aria-label"]
+    assert len(labels) == 6
+    assert any("2 layers: 1.10" in label for label in labels)
+    assert any("surgery: 240; fit: 1.10" in label for label in labels)
+
+
+def test_words_can_be_read_in_either_theme():
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for theme in (0, 1):
+        paper = luminance(plots.PALETTE["paper"][theme])
+        for name in ("ink", "muted", "student"):
+            color = luminance(plots.PALETTE[name][theme])
+            contrast = (max(paper, color) + 0.05) / (min(paper, color) + 0.05)
+            assert contrast >= 4.5, (name, theme)  # WCAG 2.2, criterion 1.4.3
+
+
+def test_the_record_survives_its_file(tmp_path):
+    record = full_record()
+    path = write_report(record, tmp_path / "demo")
+    assert path == tmp_path / "demo" / "report.json"
+    assert read_record(path) == record
+    raw = json.loads(path.read_text())
+    assert {"teacher", "student", "ratio", "tokens"} <= raw["perplexity"].keys()
+    assert raw["layers"] == {"total": 5, "converted": 2}
+    assert raw["seconds"]["build"] == 9.0
+    assert (raw["answer"], raw["versions"]) == ("Paris.", {"torch": "2.13.0"})
+    found = sorted(str(p.relative_to(tmp_path / "demo")) for p in (tmp_path / "demo").rglob("*.*"))
+    drawn = [f"plots/{n}.{e}" for n in sorted(plots.NAMES) for e in ("png", "svg")]
+    assert found == [*drawn, "report.html", "report.json"]
+    for path in (tmp_path / "demo" / "plots").glob("*.png"):
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_record_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_report(full_record(), tmp_path / name)
+    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
+
+
+def test_the_record_alone_needs_no_drawing(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "_MISSING", True)
+    write_report(full_record(), tmp_path / "a", html=False)
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["report.json"]
+    with pytest.raises(
+        UserError, match=r"matplotlib: is not installed; pip install 'tamba\[report\]'"
+    ):
+        write_report(full_record(), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    record = Record(name="x", answer="first")
+    write_report(record, tmp_path)
+    before = (tmp_path / "report.html").read_bytes()
+    write_bytes = report.Path.write_bytes
+
+    def fill(path, content):
+        if path.name.startswith("report.html"):
+            write_bytes(path, content[:100])
+            raise OSError(28, "No space left on device")
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(report.Path, "write_bytes", fill)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_report(record.updated(answer="second"), tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert read_record(tmp_path / "report.json").answer == "first"
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UserError, match="out"):
+        write_report(Record(name="x"), tmp_path / "out", html=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("{", "not a record"),
+        ('{"name": "x", "colour": 1}', "colour: not a record"),
+        (
+            '{"name": "x", "layers": {"total": "many", "converted": 1}}',
+            "layers.total: not a record",
+        ),
+    ],
+)
+def test_files_that_are_no_records(tmp_path, content, message):
+    path = tmp_path / "report.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_record(path)
+
+
+def test_a_record_takes_only_finite_numbers():
+    with pytest.raises(pydantic.ValidationError):
+        RepairStep(name="x", ratio=float("nan"))
+    with pytest.raises(pydantic.ValidationError):
+        full_record().updated(layers={"total": 1})
+    assert full_record().updated(answer="No.").answer == "No."
+
+
+def test_a_record_knows_where_it_was_made():
+    record = Record.begin("x", answer="yes")
+    assert record.versions["torch"]
+    assert int(record.hardware["cores"]) >= 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record.date)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (90.54, 3, "90.5"),
+        (100, 3, "100"),
+        (41203, 3, "41,203"),
+        (0.0041, 2, "0.0041"),
+        (0, 3, "0.00"),
+        (-1.2345, 3, "-1.23"),
+        (1234.5, 3, "1,234"),
+        (0.991, 3, "0.991"),
+        (5, 4, "5.000"),
+    ],
+)
+def test_numbers(value, digits, text):
+    assert number(value, digits) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(5, "5 B"), (1536, "1.5 KiB"), (7.5 * 2**20, "7.5 MiB"), (2**40, "1 TiB")]
+)
+def test_byte_sizes(size, text):
+    assert plots.byte_size(size) == text
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1180])
+def test_a_browser_shows_the_page_within_its_width(tmp_path, width):
+    write_report(full_record(), tmp_path)
+    probe = tmp_path / "probe.html"
+    # The page holds no scripts, so another page measures it from outside.
+    probe.write_text(
+        f"<body><iframe src='report.html' width='{width}' height='4000'></iframe><script>"
+        "onload = () => { const d = frames[0].document.documentElement;"
+        "document.title = d.scrollWidth + ' ' + d.querySelectorAll('svg').length }</script>"
+    )
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+    ]
+    command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
+    found = re.search(r"<title>(\d+) (\d+)</title>", shown.stdout)
+    assert found is not None, shown.stderr[-500:]
+    assert int(found.group(1)) <= width
+    assert int(found.group(2)) == 5
