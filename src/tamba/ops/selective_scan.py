@@ -145,142 +145,210 @@ def _by_steps(
 def _by_blocks(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Lay the arguments out for `_Scan`: channels last, the longer of group and member innermost."""
-    groups = B.shape[2]
+    """Lay the arguments out for `_Scan`: whole blocks, channels last, B and C to broadcast."""
+    groups, tokens = B.shape[2], x.shape[1]
     members = x.shape[2] // groups
-    if groups > members:  # order channels by member, then group
+    by_member = groups > members  # channels in order of member, then group: long rows broadcast
+    if by_member:
         x, dt, A, state = (
-            t.unflatten(dim, (groups, members)).transpose(dim, dim + 1).flatten(dim, dim + 1)
-            for t, dim in ((x, 2), (dt, 2), (A, 0), (state, 1))
+            _swap(t, dim, groups, members) for t, dim in ((x, 2), (dt, 2), (A, 0), (state, 1))
         )
-        B, C = (t.transpose(2, 3)[..., None, :] for t in (B, C))  # [B, T, N, 1, G]
-    else:
-        B, C = (t.transpose(2, 3)[..., None] for t in (B, C))  # [B, T, N, G, 1]
-    y, state = _Scan.apply(x, dt, A.mT, B, C, state.mT, starts)
-    state = state.mT
-    if groups > members:
-        y, state = (
-            t.unflatten(dim, (members, groups)).transpose(dim, dim + 1).flatten(dim, dim + 1)
-            for t, dim in ((y, 2), (state, 1))
-        )
+    cut = _Cut(x, A.shape[1])
+    absent = -tokens % cut.length
+    if absent:  # tokens with dt = 0 pass the state on as it is
+        x, dt = (F.pad(t, (0, 0, 0, absent)) for t in (x, dt))
+        B, C = (F.pad(t, (0, 0, 0, 0, 0, absent)) for t in (B, C))
+        starts = None if starts is None else F.pad(starts, (0, absent))
+    B, C = (t.transpose(2, 3).unsqueeze(-2 if by_member else -1) for t in (B, C))
+    y, state = _Scan.apply(x, dt, A.mT, B, C, state.mT, starts, cut)
+    y, state = y[:, :tokens], state.mT
+    if by_member:
+        y, state = _swap(y, 2, members, groups), _swap(state, 1, members, groups)
     return y, state
 
 
-class _Blocks:
-    """How [B, T, D] is cut into blocks, and the buffers that all blocks share.
+def _swap(tensor: Tensor, dim: int, first: int, second: int) -> Tensor:
+    """A dimension of first x second things in the order of second x first."""
+    return tensor.unflatten(dim, (first, second)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+class _Cut:
+    """How [B, T, D] is cut into blocks that all have one length, of about `_BLOCK` numbers.
 
     Attributes:
         rows: spans of the batch that are worked through one after another.
         length: tokens in a block, a multiple of `_RUN`.
     """
 
-    def __init__(self, x: Tensor, d_state: int, dtype: torch.dtype) -> None:
+    def __init__(self, x: Tensor, d_state: int) -> None:
         batch, tokens, channels = x.shape
         size = _BLOCK if x.device.type == "cpu" else _BLOCK_ELSEWHERE
-        most = -(-tokens // _RUN) * _RUN
-        n_rows = max(1, min(batch, size // (most * channels * d_state)))
-        fitting = size // (n_rows * channels * d_state) // _RUN * _RUN
-        # Not below d_state tokens, so that one kept state a block is no more than the arguments.
-        self.length = min(most, max(fitting, -(-d_state // _RUN) * _RUN))
+        n_rows = max(1, min(batch, size // (tokens * channels * d_state)))
         self.rows = [slice(row, min(row + n_rows, batch)) for row in range(0, batch, n_rows)]
-        self.tokens = [slice(t, min(t + self.length, tokens)) for t in range(0, tokens, self.length)]
-        self._shape = (self.length, n_rows, d_state, channels)
-        self._like = {"device": x.device, "dtype": dtype}
+        # Not below d_state tokens, so that one kept state a block is no more than the arguments.
+        length = max(_RUN, d_state, size // (n_rows * channels * d_state))
+        n_blocks = -(-tokens // length)
+        self.length = -(-tokens // (n_blocks * _RUN)) * _RUN
 
-    def buffer(self, extra: int = 0) -> Tensor:
-        """[length + extra, rows, N, D]."""
-        return torch.empty(self._shape[0] + extra, *self._shape[1:], **self._like)
-
-
-def _take(tensor: Tensor, rows: slice, tokens: slice, dtype: torch.dtype) -> Tensor:
-    """A block of [B, T, ...] as [t, rows, ...], in `dtype`, with zero tokens up to whole runs."""
-    part = tensor[rows, tokens].transpose(0, 1).to(dtype)
-    absent = -part.shape[0] % _RUN
-    if absent:
-        part = torch.cat([part, part.new_zeros(absent, *part.shape[1:])])
-    return part
+    def blocks(self, tensor: Tensor, rows: slice) -> list[Tensor]:
+        """[B, T, ...] to views [t, rows, ...] of its blocks."""
+        return list(tensor[rows].transpose(0, 1).split(self.length))
 
 
-def _runs(tensor: Tensor) -> Tensor:
-    """[t, ...] to [t / run, run, ...]."""
-    return tensor.unflatten(0, (-1, _RUN))
+class _Chain:
+    """``states[t + 1] += decay[t] * states[t]`` for all t in order, or its mirror image.
 
-
-def _scan_right(decay: Tensor, product: Tensor, states: Tensor) -> None:
-    """``states[t + 1] += decay[t] * states[t]`` for all t in order.
+    Runs of `_RUN` tokens advance together, one token at a time; then each run gets its share of
+    the state that the run before it ended with. The views that this needs are made once.
 
     Args:
         decay: [t, ...].
         product: [t, ...] memory for products of decays inside runs; may be `decay` itself.
-        states: [t + 1, ...]; states[0] is what comes in, the rest what each token adds.
+        states: [t + 1, ...]. states[0] is what comes in, the rest what each token adds.
+        backwards: ``states[t] += decay[t] * states[t + 1]`` from the last t to the first instead;
+            states[-1] is what comes in.
     """
-    length = decay.shape[0]
-    decays, products, body = _runs(decay), _runs(product), _runs(states[1:])
-    if product is not decay:
-        products[:, 0] = decays[:, 0]
-    for q in range(1, _RUN):
-        body[:, q].addcmul_(decays[:, q], body[:, q - 1])
-        torch.mul(decays[:, q], products[:, q - 1], out=products[:, q])
-    edges, whole = states[::_RUN].unbind(0), products[:, -1].unbind(0)
-    for k, through in enumerate(whole):
-        edges[k + 1].addcmul_(through, edges[k])
-    body[:, :-1].addcmul_(products[:, :-1], states[:length:_RUN, None])
+
+    def __init__(self, decay: Tensor, product: Tensor, states: Tensor, backwards: bool) -> None:
+        order = list(range(_RUN))
+        body, edges = states[1:], list(states[::_RUN].unbind(0))
+        rest, entering = slice(0, -1), states[:-1:_RUN]
+        if backwards:
+            order.reverse()
+            edges.reverse()
+            body, rest, entering = states[:-1], slice(1, None), states[_RUN::_RUN]
+        decays, products, runs = (t.unflatten(0, (-1, _RUN)) for t in (decay, product, body))
+        whole = list(products[:, order[-1]].unbind(0))
+        if backwards:
+            whole.reverse()
+        self._apart = product is not decay
+        self._tokens = [(decays[:, q], products[:, q], runs[:, q]) for q in order]
+        self._edges = list(zip(edges, whole, edges[1:], strict=False))
+        self._rest = runs[:, rest], products[:, rest], entering[:, None]
+
+    def advance(self) -> None:
+        decay, product, before = self._tokens[0]
+        if self._apart:
+            product.copy_(decay)
+        for decay, product_here, state in self._tokens[1:]:
+            state.addcmul_(decay, before)
+            torch.mul(decay, product, out=product_here)
+            product, before = product_here, state
+        for entering, whole, leaving in self._edges:
+            leaving.addcmul_(whole, entering)
+        states, products, edges = self._rest
+        states.addcmul_(products, edges)
 
 
-def _scan_left(decay: Tensor, product: Tensor, states: Tensor) -> None:
-    """``states[t] += decay[t] * states[t + 1]`` for all t in reverse.
+class _Groups:
+    """Products over the states or the channels of a block.
 
-    The arguments are those of `_scan_right`, but states[-1] is what comes in.
+    `per_state` tensors (B, C and their gradients) are [t, b, N, D1 or 1, D2 or 1], `per_channel`
+    ones [t, b, D], full ones [t, b, N, D]. With one group for all channels they are matrix
+    products, which cost a fraction of what the same elementwise work does.
     """
-    length = decay.shape[0]
-    decays, products, body = _runs(decay), _runs(product), _runs(states[:-1])
-    if product is not decay:
-        products[:, -1] = decays[:, -1]
-    for q in reversed(range(_RUN - 1)):
-        body[:, q].addcmul_(decays[:, q], body[:, q + 1])
-        torch.mul(decays[:, q], products[:, q + 1], out=products[:, q])
-    edges, whole = states[::_RUN].unbind(0), products[:, 0].unbind(0)
-    for k in reversed(range(len(whole))):
-        edges[k].addcmul_(whole[k], edges[k + 1])
-    body[:, 1:].addcmul_(products[:, 1:], states[_RUN :: _RUN, None])
 
+    def __init__(self, per_state: Tensor, channels: int) -> None:
+        first, second = per_state.shape[-2:]
+        self.single = (first, second) == (1, 1)
+        self._shared = -2 if first == 1 else -1  # the dimension of a group's members
+        if first == 1:
+            first = channels // second
+        self._shape = (first, channels // first)
 
-def _over_states(states: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """``out[t, b, d] = Σ_n weight[t, b, n, ·] states[t, b, n, d]``; weight [t, b, n, d1, d2]."""
-    if weight.shape[3:] == (1, 1):
-        torch.matmul(weight[..., 0].mT, states, out=out[:, :, None])
+    def outer(self, per_state: Tensor, per_channel: Tensor, out: Tensor) -> None:
+        """Their product [t, b, N, D], into `out`."""
+        channels = per_channel.unflatten(-1, self._shape)[:, :, None]
+        torch.mul(channels, per_state, out=out.unflatten(-1, self._shape))
+
+    def over_states(self, per_state: Tensor, full: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum over N of their product, [t, b, D]."""
+        if self.single:
+            weight = per_state.flatten(2)[:, :, None]
+            if out is None:
+                return torch.matmul(weight, full)[:, :, 0]
+            torch.matmul(weight, full, out=out[:, :, None])
+            return out
+        if out is None:
+            out = torch.empty_like(full[:, :, 0])
+        result, full = out.unflatten(-1, self._shape), full.unflatten(-1, self._shape)
+        torch.mul(full[:, :, 0], per_state[:, :, 0], out=result)
+        for n in range(1, full.shape[2]):
+            result.addcmul_(full[:, :, n], per_state[:, :, n])
         return out
-    shape = _channels(weight, states.shape[-1])
-    states, result = states.unflatten(-1, shape), out.unflatten(-1, shape)
-    torch.mul(states[:, :, 0], weight[:, :, 0], out=result)
-    for n in range(1, weight.shape[2]):
-        result.addcmul_(states[:, :, n], weight[:, :, n])
-    return out
+
+    def over_channels(self, per_channel: Tensor, full: Tensor) -> Tensor:
+        """The sum over each group's members of their product, shaped per state."""
+        if self.single:
+            return torch.matmul(per_channel[:, :, None], full.mT)[:, :, 0, :, None, None]
+        full, weight = full.unflatten(-1, self._shape), per_channel.unflatten(-1, self._shape)
+        states = range(full.shape[2])
+        parts = [(full[:, :, n] * weight).sum(self._shared, keepdim=True) for n in states]
+        return torch.stack(parts, dim=2)
+
+    def spread(self, per_state: Tensor) -> Tensor:
+        """[t, b, D1 or 1, D2 or 1] to a view [t, b, D] or one that broadcasts as it."""
+        if self.single:
+            return per_state.flatten(2)
+        return per_state.expand(*per_state.shape[:2], *self._shape).flatten(2)
+
+    def gather(self, per_channel: Tensor) -> Tensor:
+        """[t, b, D] summed over each group's members, [t, b, 1, D1 or 1, D2 or 1]."""
+        if self.single:
+            return per_channel.sum(-1)[:, :, None, None, None]
+        return per_channel.unflatten(-1, self._shape).sum(self._shared, keepdim=True)[:, :, None]
 
 
-def _over_channels(states: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-    """``Σ_d weight[t, b, d] states[t, b, n, d]`` over the members of each group, shaped as `like`."""
-    if like.shape[3:] == (1, 1):
-        return torch.matmul(states, weight[..., None])[..., None]
-    shape = _channels(like, states.shape[-1])
-    dim = -2 if like.shape[-2] == 1 else -1
-    states, weight = states.unflatten(-1, shape), weight.unflatten(-1, shape)
-    parts = [(states[:, :, n] * weight).sum(dim, keepdim=True) for n in range(states.shape[2])]
-    return torch.stack(parts, dim=2)
+class _Workspace:
+    """Buffers for one block, and the recurrence over them, reused by all blocks.
 
+    Attributes:
+        decay: [t, b, N, D]. When there is no gradient to follow, `states` overwrites it.
+        states: [t + 1, b, N, D], before and after each token.
+    """
 
-def _channels(weight: Tensor, channels: int) -> tuple[int, int]:
-    """D1, D2 from a [..., D1 or 1, D2 or 1] tensor."""
-    first, second = weight.shape[-2:]
-    return (first, channels // first) if second == 1 else (channels // second, second)
+    def __init__(
+        self, length: int, rows: int, A: Tensor, groups: _Groups, backward: bool = False
+    ) -> None:
+        shape = (rows, *A.shape)
+        self._A, self.groups = A, groups
+        self.decay = A.new_empty(length, *shape)
+        self.states = A.new_empty(length + 1, *shape)
+        product = self.decay
+        if backward:
+            product = torch.empty_like(self.decay)
+            self.adjoint = torch.empty_like(self.states)
+            self._back = _Chain(self.decay, product, self.adjoint, backwards=True)
+            self.back, self.ahead = self.adjoint[:-1], self.adjoint[1:]
+        self._forth = _Chain(self.decay, product, self.states, backwards=False)
+        self.before, self.after = self.states[:-1], self.states[1:]
+
+    def run(self, dt: Tensor, inputs: Tensor, B: Tensor, starts: Tensor | None) -> None:
+        """Fill `states`, whose first is given, from dt, dt * x [t, b, D] and B."""
+        torch.mul(dt[:, :, None], self._A, out=self.decay)
+        self.decay.exp_()
+        if starts is not None:
+            self.decay.masked_fill_(starts[:, :, None, None], 0.0)
+        self.groups.outer(B, inputs, self.after)
+        self._forth.advance()
+
+    def run_back(self, dy: Tensor, C: Tensor) -> None:
+        """Fill `adjoint`, whose last is given: what the loss gains from the state before a token.
+
+        That is the token's decay times what it gains from the state after it, which is what y
+        takes from there and what later tokens do.
+        """
+        self.groups.outer(C, dy, self.back)
+        self.back.mul_(self.decay)
+        self._back.advance()
 
 
 class _Scan(torch.autograd.Function):
     """The scan and its gradient, block by block.
 
     Arguments: x, dt [B, T, D]; A [N, D]; B, C [B, T, N, D1 or 1, D2 or 1]; state [B, N, D];
-    starts [B, T] bool or None. Gives y [B, T, D] in the dtype of dt
-    and the last state [B, N, D].
+    starts [B, T] bool or None; how to cut, T being a multiple of its length. Gives y [B, T, D] in
+    the dtype of dt and the last state [B, N, D].
     """
 
     @staticmethod
@@ -293,29 +361,30 @@ class _Scan(torch.autograd.Function):
         C: Tensor,
         state: Tensor,
         starts: Tensor | None,
+        cut: _Cut,
     ) -> tuple[Tensor, Tensor]:
-        dtype = dt.dtype
-        A = A.contiguous()
-        blocks = _Blocks(x, A.shape[0], dtype)
+        A, dtype = A.contiguous(), dt.dtype
+        groups = _Groups(B, x.shape[2])
         y = torch.empty_like(dt, memory_format=torch.contiguous_format)
         final = torch.empty_like(state, memory_format=torch.contiguous_format)
-        entering = None
-        if any(ctx.needs_input_grad):
-            entering = dt.new_empty(len(blocks.tokens), *state.shape)
-        decay, states = blocks.buffer(), blocks.buffer(1)
-        for rows in blocks.rows:
-            running = state[rows]
-            for k, tokens in enumerate(blocks.tokens):
+        n_blocks = x.shape[1] // cut.length
+        entering = dt.new_empty(n_blocks, *state.shape) if any(ctx.needs_input_grad) else None
+        work = None
+        for rows in cut.rows:
+            if work is None or rows.stop - rows.start != work.states.shape[1]:
+                work = _Workspace(cut.length, rows.stop - rows.start, A, groups)
+            work.states[-1] = state[rows]
+            xs, dts, Bs, Cs, ys = (cut.blocks(t, rows) for t in (x, dt, B, C, y))
+            begins = [None] * n_blocks if starts is None else cut.blocks(starts, rows)
+            for k in range(n_blocks):
+                work.states[0] = work.states[-1]
                 if entering is not None:
-                    entering[k, rows] = running
-                block = _Block(rows, tokens, x, dt, A, B, starts)
-                here, reached = block.run(decay, decay, states, running)
-                weight = _take(C, rows, tokens, dtype)
-                out = _over_states(reached[1:], weight, torch.empty_like(block.dt))
-                y[rows, tokens] = out[: block.real].transpose(0, 1)
-                running = reached[-1].clone()
-            final[rows] = running
+                    entering[k, rows] = work.states[0]
+                work.run(dts[k], xs[k] * dts[k], Bs[k].to(dtype), begins[k])
+                groups.over_states(Cs[k].to(dtype), work.after, out=ys[k])
+            final[rows] = work.states[-1]
         ctx.save_for_backward(x, dt, A, B, C, starts, entering)
+        ctx.cut = cut
         ctx.set_materialize_grads(False)
         return y, final
 
@@ -324,106 +393,42 @@ class _Scan(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, grad_y: Tensor | None, grad_final: Tensor | None) -> tuple[Any, ...]:
         x, dt, A, B, C, starts, entering = ctx.saved_tensors
-        dtype = dt.dtype
+        cut, dtype = ctx.cut, dt.dtype
+        groups = _Groups(B, x.shape[2])
         if grad_y is None:
             grad_y = torch.zeros_like(dt)
-        blocks = _Blocks(x, A.shape[0], dtype)
-        grad_x, grad_dt, grad_B, grad_C = (torch.empty_like(t) for t in (x, dt, B, C))
-        grad_state = torch.zeros_like(entering[0]) if grad_final is None else grad_final.clone()
-        decay, product, states = blocks.buffer(), blocks.buffer(), blocks.buffer(1)
-        adjoint, by_A = blocks.buffer(1), blocks.buffer().zero_()
-        for rows in blocks.rows:
-            running = grad_state[rows]
-            for k, tokens in reversed(list(enumerate(blocks.tokens))):
-                block = _Block(rows, tokens, x, dt, A, B, starts)
-                here, reached = block.run(decay, product, states, entering[k, rows])
-                dy = _take(grad_y, rows, tokens, dtype)
-                C_here = _take(C, rows, tokens, dtype)
-                d_C = _over_channels(reached[1:], dy, C_here)
+        grads = [torch.empty_like(t) for t in (x, dt, B, C)]
+        grad_state = torch.zeros_like(entering[0])
+        if grad_final is not None:
+            grad_state.copy_(grad_final)
+        work, grad_A = None, torch.zeros_like(A)
+        for rows in cut.rows:
+            if work is None or rows.stop - rows.start != work.states.shape[1]:
+                work = _Workspace(cut.length, rows.stop - rows.start, A, groups, backward=True)
+            work.adjoint[0] = grad_state[rows]
+            xs, dts, Bs, Cs, dys = (cut.blocks(t, rows) for t in (x, dt, B, C, grad_y))
+            places = zip(*(cut.blocks(t, rows) for t in grads), strict=True)
+            begins = [None] * len(xs) if starts is None else cut.blocks(starts, rows)
+            for k, (d_x, d_dt, d_B, d_C) in reversed(list(enumerate(places))):
+                work.states[0] = entering[k, rows]
+                B_here, C_here, dy = Bs[k].to(dtype), Cs[k].to(dtype), dys[k]
+                inputs = xs[k] * dts[k]
+                work.run(dts[k], inputs, B_here, begins[k])
+                d_C.copy_(groups.over_channels(dy, work.after))
+                work.adjoint[-1] = work.adjoint[0]
+                work.run_back(dy, C_here)
 
-                # back[t] is the gradient of the state before token t: decay times that of the
-                # state after it, which is what y_t takes from it plus back[t + 1].
-                back = adjoint[: here.shape[0] + 1, : here.shape[1]]
-                block.outer(dy, C_here, back[:-1])
-                back[:-1].mul_(here)
-                back[-1] = running
-                _scan_left(here, product[: here.shape[0], : here.shape[1]], back)
-                running = back[0].clone()
+                # A token's input goes to the state after it, from where y_t and later tokens take.
+                d_inputs = groups.over_states(B_here, work.ahead)
+                d_inputs.addcmul_(groups.spread((C_here * B_here).sum(2)), dy)
+                torch.mul(d_inputs, dts[k], out=d_x)
+                overlap = groups.gather(dy * inputs)
+                later = groups.over_channels(inputs, work.ahead)
+                torch.addcmul(later, C_here, overlap, out=d_B)
 
-                ahead = back[1:]
-                shape = _channels(block.B, x.shape[2])
-                met = (C_here * block.B).sum(2).expand(*dy.shape[:2], *shape).flatten(2)
-                d_inputs = _over_states(ahead, block.B, torch.empty_like(dy)).addcmul_(met, dy)
-                d_B = _over_channels(ahead, block.inputs, block.B)
-                overlap = dy * block.inputs
-                if block.B.shape[3:] == (1, 1):
-                    overlap = overlap.sum(-1)[:, :, None, None, None]
-                else:
-                    dim = -2 if block.B.shape[-2] == 1 else -1
-                    overlap = overlap.unflatten(-1, shape).sum(dim, keepdim=True)[:, :, None]
-                d_B = d_B.addcmul_(C_here, overlap)
-
-                # d loss / d (dt_t A), [t, rows, N, D].
-                d_log = back[:-1].mul_(reached[:-1])
-                by_A[: here.shape[0], : here.shape[1]].addcmul_(d_log, block.dt[:, :, None])
-                d_dt = d_log.mul_(A).sum(2).addcmul_(d_inputs, block.x)
-
-                for grad, part in (
-                    (grad_x, d_inputs * block.dt), (grad_dt, d_dt), (grad_B, d_B), (grad_C, d_C)
-                ):  # fmt: skip
-                    grad[rows, tokens] = part[: block.real].transpose(0, 1)
-            grad_state[rows] = running
-        return grad_x, grad_dt, by_A.sum((0, 1)), grad_B, grad_C, grad_state, None
-
-
-class _Block:
-    """A block's arguments, [t, rows, ...] in the computing dtype.
-
-    Attributes:
-        x, dt, inputs: [t, rows, D]; inputs is dt * x.
-        B: [t, rows, N, D1 or 1, D2 or 1].
-        real: how many of the t are tokens; the rest fill up the last run.
-    """
-
-    def __init__(
-        self,
-        rows: slice,
-        tokens: slice,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        starts: Tensor | None,
-    ) -> None:
-        dtype = dt.dtype
-        self.real = tokens.stop - tokens.start
-        self.x, self.dt, self.B = (_take(t, rows, tokens, dtype) for t in (x, dt, B))
-        self.inputs = self.x * self.dt
-        self._A = A
-        self._keep = None if starts is None else 1 - _take(starts, rows, tokens, dtype)
-
-    def outer(self, per_channel: Tensor, per_state: Tensor, out: Tensor) -> None:
-        """``out[t, b, n, d] = per_state[t, b, n, ·] * per_channel[t, b, d]``."""
-        shape = _channels(per_state, per_channel.shape[-1])
-        channels = per_channel.unflatten(-1, shape)[:, :, None]
-        torch.mul(channels, per_state, out=out.unflatten(-1, shape))
-
-    def run(
-        self, decay: Tensor, product: Tensor, states: Tensor, entering: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The decays [t, rows, N, D] and the states before and after each token [t + 1, ...].
-
-        With `product` the same memory as `decay`, the decays are lost.
-        """
-        length, rows = self.dt.shape[:2]
-        overwrites = product is decay
-        decay, states = decay[:length, :rows], states[: length + 1, :rows]
-        product = decay if overwrites else product[:length, :rows]
-        torch.mul(self.dt[:, :, None], self._A, out=decay)
-        decay.exp_()
-        if self._keep is not None:
-            decay.mul_(self._keep[:, :, None, None])
-        states[0] = entering
-        self.outer(self.inputs, self.B, states[1:])
-        _scan_right(decay, product, states)
-        return decay, states
+                d_log = work.before.mul_(work.back)  # of dt · A
+                grad_A.add_((d_log * dts[k][:, :, None]).sum((0, 1)))
+                torch.addcmul(d_log.mul_(A).sum(2), d_inputs, xs[k], out=d_dt)
+            grad_state[rows] = work.adjoint[0]
+        d_x, d_dt, d_B, d_C = grads
+        return d_x, d_dt, grad_A, d_B, d_C, grad_state, None, None
