@@ -31,8 +31,8 @@ _STEPS = 4
 # Elsewhere the only concern is memory.
 _BLOCK = 1 << 18
 _BLOCK_ELSEWHERE = 1 << 25
-# Tokens that advance one after another inside a block.
-_RUN = 4
+# Numbers that one operation should at least touch to be worth its call.
+_WORTH = 1 << 14
 
 
 @outside_autocast
@@ -177,7 +177,8 @@ class _Cut:
 
     Attributes:
         rows: spans of the batch that are worked through one after another.
-        length: tokens in a block, a multiple of `_RUN`.
+        run: tokens that advance one after another; the longer, the fewer runs follow one another.
+        length: tokens in a block, a multiple of `run`.
     """
 
     def __init__(self, x: Tensor, d_state: int) -> None:
@@ -185,39 +186,49 @@ class _Cut:
         size = _BLOCK if x.device.type == "cpu" else _BLOCK_ELSEWHERE
         n_rows = max(1, min(batch, size // (tokens * channels * d_state)))
         self.rows = [slice(row, min(row + n_rows, batch)) for row in range(0, batch, n_rows)]
+        token = n_rows * channels * d_state
+        self.run = min(16, max(2, _power_of_two(_WORTH // token)))
         # Not below d_state tokens, so that one kept state a block is no more than the arguments.
-        length = max(_RUN, d_state, size // (n_rows * channels * d_state))
+        length = _power_of_two(max(d_state, size // token))
         n_blocks = -(-tokens // length)
-        self.length = -(-tokens // (n_blocks * _RUN)) * _RUN
+        self.length = -(-tokens // (n_blocks * self.run)) * self.run
 
     def blocks(self, tensor: Tensor, rows: slice) -> list[Tensor]:
         """[B, T, ...] to views [t, rows, ...] of its blocks."""
         return list(tensor[rows].transpose(0, 1).split(self.length))
 
 
+def _power_of_two(number: int) -> int:
+    """The least power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 class _Chain:
     """``states[t + 1] += decay[t] * states[t]`` for all t in order, or its mirror image.
 
-    Runs of `_RUN` tokens advance together, one token at a time; then each run gets its share of
+    Runs of tokens advance together, one token at a time; then each run gets its share of
     the state that the run before it ended with. The views that this needs are made once.
 
     Args:
         decay: [t, ...].
         product: [t, ...] memory for products of decays inside runs; may be `decay` itself.
         states: [t + 1, ...]. states[0] is what comes in, the rest what each token adds.
+        run: tokens in a run.
         backwards: ``states[t] += decay[t] * states[t + 1]`` from the last t to the first instead;
             states[-1] is what comes in.
     """
 
-    def __init__(self, decay: Tensor, product: Tensor, states: Tensor, backwards: bool) -> None:
-        order = list(range(_RUN))
-        body, edges = states[1:], list(states[::_RUN].unbind(0))
-        rest, entering = slice(0, -1), states[:-1:_RUN]
+    def __init__(
+        self, decay: Tensor, product: Tensor, states: Tensor, run: int, backwards: bool
+    ) -> None:
+        order = list(range(run))
+        body, edges = states[1:], list(states[::run].unbind(0))
+        rest, entering = slice(0, -1), states[:-1:run]
         if backwards:
             order.reverse()
             edges.reverse()
-            body, rest, entering = states[:-1], slice(1, None), states[_RUN::_RUN]
-        decays, products, runs = (t.unflatten(0, (-1, _RUN)) for t in (decay, product, body))
+            body, rest, entering = states[:-1], slice(1, None), states[run::run]
+        decays, products, runs = (t.unflatten(0, (-1, run)) for t in (decay, product, body))
         whole = list(products[:, order[-1]].unbind(0))
         if backwards:
             whole.reverse()
@@ -308,9 +319,9 @@ class _Workspace:
     """
 
     def __init__(
-        self, length: int, rows: int, A: Tensor, groups: _Groups, backward: bool = False
+        self, cut: _Cut, rows: slice, A: Tensor, groups: _Groups, backward: bool = False
     ) -> None:
-        shape = (rows, *A.shape)
+        length, shape = cut.length, (rows.stop - rows.start, *A.shape)
         self._A, self.groups = A, groups
         self.decay = A.new_empty(length, *shape)
         self.states = A.new_empty(length + 1, *shape)
@@ -318,9 +329,9 @@ class _Workspace:
         if backward:
             product = torch.empty_like(self.decay)
             self.adjoint = torch.empty_like(self.states)
-            self._back = _Chain(self.decay, product, self.adjoint, backwards=True)
+            self._back = _Chain(self.decay, product, self.adjoint, cut.run, backwards=True)
             self.back, self.ahead = self.adjoint[:-1], self.adjoint[1:]
-        self._forth = _Chain(self.decay, product, self.states, backwards=False)
+        self._forth = _Chain(self.decay, product, self.states, cut.run, backwards=False)
         self.before, self.after = self.states[:-1], self.states[1:]
 
     def run(self, dt: Tensor, inputs: Tensor, B: Tensor, starts: Tensor | None) -> None:
@@ -372,7 +383,7 @@ class _Scan(torch.autograd.Function):
         work = None
         for rows in cut.rows:
             if work is None or rows.stop - rows.start != work.states.shape[1]:
-                work = _Workspace(cut.length, rows.stop - rows.start, A, groups)
+                work = _Workspace(cut, rows, A, groups)
             work.states[-1] = state[rows]
             xs, dts, Bs, Cs, ys = (cut.blocks(t, rows) for t in (x, dt, B, C, y))
             begins = [None] * n_blocks if starts is None else cut.blocks(starts, rows)
@@ -404,7 +415,7 @@ class _Scan(torch.autograd.Function):
         work, grad_A = None, torch.zeros_like(A)
         for rows in cut.rows:
             if work is None or rows.stop - rows.start != work.states.shape[1]:
-                work = _Workspace(cut.length, rows.stop - rows.start, A, groups, backward=True)
+                work = _Workspace(cut, rows, A, groups, backward=True)
             work.adjoint[0] = grad_state[rows]
             xs, dts, Bs, Cs, dys = (cut.blocks(t, rows) for t in (x, dt, B, C, grad_y))
             places = zip(*(cut.blocks(t, rows) for t in grads), strict=True)
