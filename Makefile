@@ -3,8 +3,9 @@
 export PYTHON TORCH_INDEX
 SHELL := bash
 BIN := .venv/bin
-# One thread a process: small tensors run slower on many.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Tiny models: a process a core with one thread each is faster than one process with many.
+CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help demo test lint format slow gpu clean
 .DEFAULT_GOAL := help
@@ -18,7 +19,7 @@ demo:  ## convert a real model, repair it, measure it, chat with it; leaves demo
 
 test:  ## the fast test suite (3 minutes on 2 cores)
 	@scripts/bootstrap test
-	@$(PYTEST) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) -n $(CORES) $(ARGS)
 
 lint:  ## style, formatting and types, as CI checks them
 	@scripts/bootstrap test
@@ -38,7 +39,7 @@ slow:  ## the long tests: a real small teacher through the whole way
 
 gpu:  ## the tests that need a CUDA device
 	@scripts/bootstrap test
-	@$(BIN)/python -m pytest -m gpu $(ARGS)
+	@$(PYTEST) -m gpu $(ARGS)
 
 clean:  ## remove caches and .venv; demo/ and runs/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,3 +168,13 @@ def faults_of_lateness(name: str, tree: ast.AST) -> list[str]:
 def test_late_imports_are_where_they_are_meant() -> None:
     assert not [f for path in modules() for f in faults_of_lateness(name_of(path), parsed(path))]
     assert faults_of_lateness("build", ast.parse("def f():\n    from tamba.data import x"))
+
+
+def test_the_readme_maps_every_room() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme[readme.index("## Map of the code") :]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    mapped = {room for row in rows for room in re.findall(r"`(\w+)`", row)}
+    rooms = {name_of(path).partition(".")[0] for path in modules()}
+    assert rooms - {"__init__", "_auto", "__main__"} <= mapped
+    assert mapped | {"__main__"} == set(FLOOR)
