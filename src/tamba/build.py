@@ -121,8 +121,12 @@ def build(
         UserError: a model, plan or option that cannot be, or a full disk; `out` is not made.
     """
     recipe = as_recipe(recipe)
-    teacher = open_checkpoint(recipe.model_path("teacher"))
-    donor = open_checkpoint(recipe.model_path("donor")) if recipe.donor else None
+    teacher = open_checkpoint(
+        recipe.model_path("teacher"), allow_pickle=recipe.teacher.allow_pickle
+    )
+    donor = None
+    if recipe.donor is not None:
+        donor = open_checkpoint(recipe.model_path("donor"), allow_pickle=recipe.donor.allow_pickle)
     plan = recipe.layer_plan(
         teacher.tamba_config.num_hidden_layers, None if analysis is None else Path(analysis)
     )

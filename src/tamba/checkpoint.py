@@ -452,7 +452,7 @@ def _open_pickles(folder: Path, files: list[Path] | None, allow_pickle: bool) ->
         raise UserError(
             str(files[0]),
             "pickled weights can hold code and are not read unless asked for",
-            "convert them to safetensors, or pass allow_pickle (--allow-pickle)",
+            "convert them to safetensors, or set allow_pickle to read them, weights only",
         )
     config = _read_config(folder)
     opened = {path: _PickleFile(path) for path in files}
