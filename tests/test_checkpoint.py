@@ -536,6 +536,29 @@ def test_two_writers_of_one_folder(tmp_path):
     assert left_in(tmp_path) == ["out"]
 
 
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be made"),
+        CheckpointWriter(tmp_path / "file" / "out", SPECS, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layers": ["mamba3"]}, "no block named 'mamba3'"),
+        ({"blocks": 3}, "not a valid tamba configuration"),
+    ],
+)
+def test_a_damaged_configuration_of_ours_is_an_error(change, says, tmp_path):
+    tiny_model("attention").save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda c: c.update(change))
+    with pytest.raises(UserError, match=says):
+        load(tmp_path)
+
+
 def test_what_a_killed_process_left_is_replaced(tmp_path):
     code = """
         import os, sys, signal, torch

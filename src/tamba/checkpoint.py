@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig
 
 from tamba.errors import UserError
@@ -169,6 +170,10 @@ class Checkpoint:
             except UserError as error:
                 raise UserError(
                     f"{self._config_place}: {error.where}", error.problem, error.remedy
+                ) from error
+            except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    self._config_place, f"not a valid tamba configuration: {error}"
                 ) from error
         shapes = {name: self._spec(name).shape for name in self._owner}
         config = self.family.to_tamba_config(self.config, shapes, self._config_place)

@@ -72,16 +72,26 @@ class CheckpointWriter:
             raise UserError(str(self.out), "already exists", "choose another folder or remove it")
 
     def __enter__(self) -> CheckpointWriter:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                self._explain(error)
+            raise UserError(
+                str(self.out), f"cannot be made ({error.strerror})", "choose another folder"
+            ) from error
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
+            self._lock = None
             raise UserError(
                 str(self.out), "another process is writing it", "wait for it"
             ) from error
+        except OSError:
+            pass  # a file system without locks; two writers there are the user's care
         try:
             for left in self.folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -125,7 +135,7 @@ class CheckpointWriter:
         """Raise UserError for a full disk, and `error` itself for anything else."""
         if error.errno in NO_ROOM:
             needed = sum(self._specs[name].nbytes for name in self._todo)
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(_existing(self.folder)).free
             raise _full(self.out.absolute().parent, needed, free) from error
         raise error
 
@@ -194,12 +204,16 @@ def _shards(specs: Mapping[str, TensorSpec], limit: int) -> dict[str, dict[str, 
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise _full(folder, needed, free)
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _full(folder: Path, needed: int, free: int) -> UserError:
