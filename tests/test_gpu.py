@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from compare import assert_same
 from models import STACKS, random_ids, tiny_model
-
 from tamba.model.cache import TambaCache
 
 pytestmark = [
