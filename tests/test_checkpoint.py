@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import assert_same
-from hf_models import some_ids, tiny_hf_model
-from models import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 import tamba  # noqa: F401  (registers the Auto classes)
+from compare import assert_same
+from hf_models import some_ids, tiny_hf_model
+from models import random_ids, tiny_model
 from tamba.checkpoint import (
     CheckpointWriter,
     TensorSpec,

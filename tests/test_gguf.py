@@ -13,10 +13,10 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from compare import assert_same
-from hf_models import some_ids, tiny_hf_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from compare import assert_same
+from hf_models import some_ids, tiny_hf_model
 from tamba.checkpoint import load, open_checkpoint
 from tamba.errors import UserError
 from tamba.formats.gguf import GGUFFile, read_tokenizer

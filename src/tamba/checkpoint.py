@@ -192,16 +192,18 @@ class Checkpoint:
         Raises:
             UserError: tensors that are missing, left over, or of the wrong shape.
         """
-        specs = parameter_specs(self.tamba_config)
-        self._check(specs)
-        return specs
+        self._check(self._wanted)
+        return self._wanted
+
+    @functools.cached_property
+    def _wanted(self) -> dict[str, TensorSpec]:
+        return parameter_specs(self.tamba_config)
 
     @functools.cached_property
     def _origins(self) -> dict[str, Origin]:
-        ours = parameter_specs(self.tamba_config)
         if self.family is None:
-            return {name: Origin((name,)) for name in ours}
-        return self.family.weights(self.tamba_config, self._owner, ours)
+            return {name: Origin((name,)) for name in self._wanted}
+        return self.family.weights(self.tamba_config, self._owner, self._wanted)
 
     def read_parameter(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Our parameter `name`, made from the tensors it comes from, in `dtype` if given."""
@@ -278,7 +280,7 @@ def parameter_specs(config: TambaConfig, dtype: torch.dtype | None = None) -> di
         dtype: type of the weights; None for the configuration's, else float32. The parameters of
             the recurrences stay at least float32.
     """
-    dtype = dtype or config.dtype or torch.float32
+    dtype = dtype or _as_dtype(config.dtype) or torch.float32
     with torch.device("meta"):
         model = TambaForCausalLM(config)
     return {
@@ -495,7 +497,7 @@ def load_model(
 ) -> TambaForCausalLM:
     """The model of an open checkpoint; see `load`."""
     config = copy.deepcopy(checkpoint.tamba_config)
-    wanted = _as_dtype(dtype) or config.dtype or torch.float32
+    wanted = _as_dtype(dtype) or _as_dtype(config.dtype) or torch.float32
     names = checkpoint.parameters
     config.dtype = wanted
     config.name_or_path = checkpoint.location

@@ -7,6 +7,7 @@ dark theme. Figures are half a text column wide, so their words stay readable on
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import warnings
@@ -112,9 +113,9 @@ def draw_all(record: Record, *, titles: bool) -> list[tuple[str, Figure]]:
     if _MISSING:
         raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
     drawings: dict[str, tuple[str, Callable[[Record, float], Figure | None]]] = {
-        "frontier": ("Layers converted against quality", _frontier),
+        "frontier": ("Perplexity ratio to the teacher, by layers converted", _frontier),
         "layers": ("Layers, bottom first", _layers),
-        "repair": ("Perplexity ratio after each step", _repair),
+        "repair": ("Perplexity ratio to the teacher, after each step", _repair),
         "training": ("Training loss", _training),
         "memory": ("Cache of one sequence", _memory),
     }
@@ -173,12 +174,18 @@ def to_inline(figure: Figure, name: str) -> str:
 
 @contextmanager
 def _style(more: dict[str, str] | None = None) -> Iterator[None]:
-    """Our settings, and silence about letters that no installed font has."""
+    """Our settings, and silence about letters and weights that no installed font has."""
+    log = logging.getLogger("matplotlib.font_manager")
+    level = log.level
     installed = set(font_manager.get_font_names())
     fonts = {"font.family": [name for name in _FONTS if name in installed]}
     with warnings.catch_warnings(), mpl.rc_context(_STYLE | fonts | (more or {})):
         warnings.simplefilter("ignore", UserWarning)
-        yield
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
 
 
 def byte_size(size: float) -> str:

@@ -120,7 +120,7 @@ def write_blocks(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
-    top_p: float = 0.95,
+    top_k: int = 50,
     seed: int = 0,
 ) -> TokenBlocks:
     """Let a model write until a budget is spent, and pack what it wrote into blocks.
@@ -133,6 +133,7 @@ def write_blocks(
         openings: texts to continue. None for requests on many topics in the model's chat template,
             which it must then have.
         max_new_tokens: tokens written a text, at most.
+        top_k: sample among so many likeliest tokens; 0 for all.
         seed: of the order of prompts and of sampling; the caller's random state is left alone.
 
     Raises:
@@ -148,8 +149,9 @@ def write_blocks(
     config = GenerationConfig(
         do_sample=True,
         temperature=temperature,
-        top_p=top_p,
-        top_k=0,
+        # Sorting a vocabulary for a nucleus would cost as much as a step of a small model.
+        top_k=top_k,
+        top_p=1.0,
         max_new_tokens=max_new_tokens,
         eos_token_id=end,
         pad_token_id=end,

@@ -12,10 +12,11 @@ well change the model.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -24,7 +25,18 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tamba.errors import UserError, nearest
-from tamba.model.config import AttentionSpec, BlockSpec, NormSpec, TambaConfig
+from tamba.model.config import (
+    AttentionSpec,
+    BlockSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    MLPSpec,
+    NormSpec,
+    TambaConfig,
+)
+
+M = TypeVar("M", AttentionSpec, Mamba1Spec, Mamba2Spec)
+V = TypeVar("V")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -291,7 +303,7 @@ def make_config(
         hidden_size=hf.hidden_size,
         blocks={name: block.to_dict() for name, block in layers},
         layers=[name for name, _ in layers],
-        final_norm=final_norm,
+        final_norm=dataclasses.asdict(final_norm),
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         initializer_range=hf.initializer_range,
         bos_token_id=hf.bos_token_id,
@@ -301,7 +313,22 @@ def make_config(
     )
 
 
-def same_everywhere(values: Iterable[Any], what: str, family: str) -> Any:
+def mixers_of(config: TambaConfig, kind: type[M], family: str) -> list[M]:
+    """The mixer of every layer. Raises UserError unless all are of `kind`."""
+    mixers = [b.mixer for b in config.block_specs]
+    found = [m for m in mixers if isinstance(m, kind)]
+    require(len(found) == len(mixers), f"a layer that is not {kind.kind}", family)
+    return found
+
+
+def mlps_of(config: TambaConfig, family: str) -> list[MLPSpec]:
+    """The MLP of every layer. Raises UserError unless all have one."""
+    found = [b.mlp for b in config.block_specs if b.mlp is not None]
+    require(len(found) == config.num_hidden_layers, "a layer without an MLP", family)
+    return found
+
+
+def same_everywhere(values: Iterable[V], what: str, family: str) -> V:
     """The one value that all layers share. Raises UserError when they differ."""
     values = list(values)
     if not values:

@@ -18,6 +18,8 @@ from tamba.families.family import (
     Shapes,
     check_activation,
     make_config,
+    mixers_of,
+    mlps_of,
     read_rope,
     read_with_transformers,
     renamed,
@@ -115,12 +117,12 @@ def fuse_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n_heads: int) 
 def _write(config: TambaConfig) -> dict[str, Any]:
     family = "gpt_neox"
     block = same_everywhere(config.block_specs, "the block", family)
-    attention, mlp, norm = block.mixer, block.mlp, block.norm
-    require(isinstance(attention, AttentionSpec), "a layer without attention", family)
+    attention = mixers_of(config, AttentionSpec, family)[0]
+    mlp, norm = mlps_of(config, family)[0], block.norm
     require(
         norm.kind == "layer" and norm == config.final_norm_spec, "mixed norms or RMSNorm", family
     )
-    require(mlp is not None and not mlp.gated and mlp.bias, "another MLP", family)
+    require(not mlp.gated and mlp.bias, "another MLP", family)
     require(attention.n_kv_heads == attention.n_heads, "grouped heads", family)
     require(attention.qkv_bias == attention.out_bias, "biases on some projections", family)
     require(

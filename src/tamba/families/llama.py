@@ -17,6 +17,8 @@ from tamba.families.family import (
     Shapes,
     check_activation,
     make_config,
+    mixers_of,
+    mlps_of,
     read_rope,
     read_with_transformers,
     renamed,
@@ -114,21 +116,16 @@ def read_decoder(
 def write_decoder(config: TambaConfig, model_type: str, architecture: str) -> dict[str, Any]:
     """What Llama-shaped families say alike. Raises UserError for a stack of another shape."""
     blocks = config.block_specs
-    for block in blocks:
-        require(isinstance(block.mixer, AttentionSpec), "a layer without attention", model_type)
-        require(block.residual == "sequential", "a parallel residual", model_type)
-        require(
-            block.mlp is not None and block.mlp.gated, "a layer without a gated MLP", model_type
-        )
+    mixers = mixers_of(config, AttentionSpec, model_type)
+    require(all(b.residual == "sequential" for b in blocks), "a parallel residual", model_type)
     norms = [b.norm for b in blocks] + [config.final_norm_spec]
     norm = same_everywhere(norms, "the norm", model_type)
     require(norm.kind == "rms", "LayerNorm", model_type)
-    mlp = same_everywhere((b.mlp for b in blocks), "the MLP", model_type)
-    attention = same_everywhere(
-        (_without_layer_choices(b.mixer) for b in blocks), "attention", model_type
-    )
+    mlp = same_everywhere(mlps_of(config, model_type), "the MLP", model_type)
+    require(mlp.gated, "an MLP without gate", model_type)
+    attention = same_everywhere(map(_without_layer_choices, mixers), "attention", model_type)
     require(attention.scale is None, "an attention scale of its own", model_type)
-    turning = [b.mixer for b in blocks if b.mixer.rotary_dim]
+    turning = [m for m in mixers if m.rotary_dim]
     require(all(a.rotary_dim == a.head_dim for a in turning), "partial rotary", model_type)
     return {
         "architectures": [architecture],
@@ -160,7 +157,7 @@ def window_layers(hf: Any) -> list[int | None]:
 
 def write_windows(config: TambaConfig, model_type: str) -> dict[str, Any]:
     """The keys that say which layers look through a window."""
-    windows = [b.mixer.sliding_window for b in config.block_specs]
+    windows = [m.sliding_window for m in mixers_of(config, AttentionSpec, model_type)]
     sizes = {w for w in windows if w is not None}
     require(len(sizes) <= 1, "windows of different sizes", model_type)
     return {
@@ -171,10 +168,10 @@ def write_windows(config: TambaConfig, model_type: str) -> dict[str, Any]:
 
 
 def _biases(config: TambaConfig, model_type: str) -> dict[str, bool]:
-    attention = config.block_specs[0].mixer
+    attention = mixers_of(config, AttentionSpec, model_type)[0]
     require(attention.qkv_bias == attention.out_bias, "q/k/v biases without an o bias", model_type)
     require(attention.qk_norm is None, "q/k norm", model_type)
-    return {"attention_bias": attention.qkv_bias, "mlp_bias": config.block_specs[0].mlp.bias}
+    return {"attention_bias": attention.qkv_bias, "mlp_bias": mlps_of(config, model_type)[0].bias}
 
 
 _LLAMA_KEYS = Keys(
@@ -189,8 +186,8 @@ def _read_llama(config: Mapping[str, Any], shapes: Shapes, where: str) -> TambaC
 
 
 def _write_llama(config: TambaConfig) -> dict[str, Any]:
+    mixers = mixers_of(config, AttentionSpec, "llama")
     out = write_decoder(config, "llama", "LlamaForCausalLM")
-    mixers = [b.mixer for b in config.block_specs]
     require(all(m.sliding_window is None for m in mixers), "a sliding window", "llama")
     require(all(m.rotary_dim for m in mixers), "attention without rotary", "llama")
     return {**out, **_biases(config, "llama")}
@@ -214,8 +211,8 @@ def _read_mistral(config: Mapping[str, Any], shapes: Shapes, where: str) -> Tamb
 
 
 def _write_mistral(config: TambaConfig) -> dict[str, Any]:
+    mixers = mixers_of(config, AttentionSpec, "mistral")
     out = write_decoder(config, "mistral", "MistralForCausalLM")
-    mixers = [b.mixer for b in config.block_specs]
     require(all(m.rotary_dim for m in mixers), "attention without rotary", "mistral")
     require(not any(_biases(config, "mistral").values()), "biases", "mistral")
     window = same_everywhere((m.sliding_window for m in mixers), "the window", "mistral")
@@ -263,8 +260,8 @@ def _read_smollm3(config: Mapping[str, Any], shapes: Shapes, where: str) -> Tamb
 
 
 def _write_smollm3(config: TambaConfig) -> dict[str, Any]:
+    mixers = mixers_of(config, AttentionSpec, "smollm3")
     out = write_decoder(config, "smollm3", "SmolLM3ForCausalLM")
-    mixers = [b.mixer for b in config.block_specs]
     require(out["head_dim"] * mixers[0].n_heads == config.hidden_size, "a free head_dim", "smollm3")
     return {
         **out,

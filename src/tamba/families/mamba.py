@@ -17,8 +17,10 @@ from tamba.families.family import (
     Family,
     Keys,
     Link,
+    M,
     Shapes,
     make_config,
+    mixers_of,
     read_with_transformers,
     renamed,
     require,
@@ -131,13 +133,13 @@ def original_config(config: TambaConfig, norm: NormSpec, ssm_cfg: dict[str, Any]
     }
 
 
-def only_block(config: TambaConfig, mixer: type, family: str) -> BlockSpec:
-    """The one block of a stack of mixers without MLPs. Raises UserError for any other stack."""
+def only_mixer(config: TambaConfig, kind: type[M], family: str) -> M:
+    """The mixer of a stack of one kind without MLPs. Raises UserError for any other stack."""
     block = same_everywhere(config.block_specs, "the block", family)
-    require(isinstance(block.mixer, mixer), "another mixer", family)
+    mixer = mixers_of(config, kind, family)[0]
     require(block.mlp is None and block.residual == "sequential", "an MLP", family)
     require(block.norm == config.final_norm_spec, "norms of two kinds", family)
-    return block
+    return mixer
 
 
 _KEYS = Keys(
@@ -182,7 +184,7 @@ def _read(config: Mapping[str, Any], shapes: Shapes, where: str) -> TambaConfig:
 
 
 def _plain_mixer(config: TambaConfig, family: str) -> Mamba1Spec:
-    mixer = only_block(config, Mamba1Spec, family).mixer
+    mixer = only_mixer(config, Mamba1Spec, family)
     require(mixer.dt_from == "inner" and mixer.n_groups == 1, "grouped B and C", family)
     require(mixer.gate and mixer.conv_activation == "silu", "a mixer without gate or SiLU", family)
     return mixer

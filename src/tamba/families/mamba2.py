@@ -27,7 +27,7 @@ from tamba.families.mamba import (
     ORIGINAL_ONLY,
     backbone_links,
     is_original,
-    only_block,
+    only_mixer,
     original_config,
     read_original,
 )
@@ -83,7 +83,7 @@ def _read(config: Mapping[str, Any], shapes: Shapes, where: str) -> TambaConfig:
 
 
 def _plain_mixer(config: TambaConfig, family: str) -> Mamba2Spec:
-    mixer = only_block(config, Mamba2Spec, family).mixer
+    mixer = only_mixer(config, Mamba2Spec, family)
     require(mixer.n_kv_heads is None, "x and B shared among heads", family)
     require(mixer.gate and mixer.conv_activation == "silu", "a mixer without gate or SiLU", family)
     return mixer

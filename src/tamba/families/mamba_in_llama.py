@@ -28,6 +28,7 @@ from tamba.families.family import (
     Link,
     Shapes,
     make_config,
+    mixers_of,
     renamed,
     require,
     same_everywhere,
@@ -85,8 +86,8 @@ def _read(config: Mapping[str, Any], shapes: Shapes, where: str) -> TambaConfig:
     plain = {k: v for k, v in config.items() if k != MAMBA_CONFIG}
     stock = llama.MISTRAL if config.get("model_type") == "mistral" else llama.LLAMA
     base = stock.read_config(plain, shapes, where)
-    name, block = base.layers[0], base.block_specs[0]
-    attention = block.mixer
+    (name,), block = set(base.layers or ()), base.block_specs[0]
+    attention = mixers_of(base, AttentionSpec, place)[0]
     n_layers = base.num_hidden_layers
     kept = set(extra.get("attn_layers") or ())
     if not kept <= set(range(n_layers)):

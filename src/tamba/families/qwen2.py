@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tamba.families.family import Family, Keys, Shapes, read_with_transformers, require
+from tamba.families.family import (
+    Family,
+    Keys,
+    Shapes,
+    mixers_of,
+    mlps_of,
+    read_with_transformers,
+    require,
+)
 from tamba.families.llama import (
     DECODER_KEYS,
     IGNORED,
@@ -16,7 +24,7 @@ from tamba.families.llama import (
     write_decoder,
     write_windows,
 )
-from tamba.model.config import TambaConfig
+from tamba.model.config import AttentionSpec, TambaConfig
 
 _KEYS = Keys(understood=DECODER_KEYS | WINDOW_KEYS, only={"use_mrope": (False,)})
 
@@ -28,8 +36,8 @@ def _read(config: Mapping[str, Any], shapes: Shapes, where: str) -> TambaConfig:
 
 def _write(config: TambaConfig) -> dict[str, Any]:
     out = write_decoder(config, "qwen2", "Qwen2ForCausalLM")
-    for block in config.block_specs:
-        attention, mlp = block.mixer, block.mlp
+    mixers, mlps = mixers_of(config, AttentionSpec, "qwen2"), mlps_of(config, "qwen2")
+    for attention, mlp in zip(mixers, mlps, strict=True):
         require(attention.rotary_dim > 0, "attention without rotary", "qwen2")
         require(attention.qkv_bias and not attention.out_bias, "other than q/k/v biases", "qwen2")
         require(attention.qk_norm is None, "q/k norm", "qwen2")

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tamba.families.family import Family, Keys, Shapes, read_with_transformers, require
+from tamba.families.family import (
+    Family,
+    Keys,
+    Shapes,
+    mixers_of,
+    mlps_of,
+    read_with_transformers,
+    require,
+)
 from tamba.families.llama import (
     DECODER_KEYS,
     IGNORED,
@@ -16,7 +24,7 @@ from tamba.families.llama import (
     write_decoder,
     write_windows,
 )
-from tamba.model.config import TambaConfig
+from tamba.model.config import AttentionSpec, TambaConfig
 
 _KEYS = Keys(understood=DECODER_KEYS | WINDOW_KEYS | {"attention_bias"})
 
@@ -31,14 +39,18 @@ def _read(config: Mapping[str, Any], shapes: Shapes, where: str) -> TambaConfig:
 
 def _write(config: TambaConfig) -> dict[str, Any]:
     out = write_decoder(config, "qwen3", "Qwen3ForCausalLM")
-    for block in config.block_specs:
-        attention, mlp = block.mixer, block.mlp
+    mixers, mlps = mixers_of(config, AttentionSpec, "qwen3"), mlps_of(config, "qwen3")
+    for attention, mlp in zip(mixers, mlps, strict=True):
         require(attention.rotary_dim > 0, "attention without rotary", "qwen3")
         require(attention.qkv_bias == attention.out_bias, "biases on some projections", "qwen3")
-        require(attention.qk_norm == block.norm, "other than q/k norm of the same epsilon", "qwen3")
+        require(
+            attention.qk_norm == config.final_norm_spec,
+            "other than q/k norm of the same epsilon",
+            "qwen3",
+        )
         require(not mlp.bias, "MLP biases", "qwen3")
-    bias = config.block_specs[0].mixer.qkv_bias
-    return {**out, **write_windows(config, "qwen3"), "attention_bias": bias}
+    windows = write_windows(config, "qwen3")
+    return {**out, **windows, "attention_bias": mixers[0].qkv_bias}
 
 
 QWEN3 = Family(

@@ -83,7 +83,7 @@ class SafetensorsFile:
         out = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.nbytes == 0:
             return out
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
+        view = out.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._offsets[name])
             done = 0
@@ -170,7 +170,7 @@ class SafetensorsWriter:
             )
         if spec.nbytes:
             flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            self._put(self._offsets[name], memoryview(flat.numpy()))
+            self._put(self._offsets[name], flat.numpy().data)
 
     def _put(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)

@@ -1,0 +1,70 @@
+"""The same model on a CUDA device: what the CPU says is the truth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compare import assert_same
+from models import STACKS, random_ids, tiny_model
+from tamba.model.cache import TambaCache
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stack", sorted(STACKS))
+def test_cut_padded_and_rolled_back_passes_equal_the_cpu(stack):
+    model, ids = tiny_model(stack), random_ids(3, 30)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    want = model(ids, attention_mask=mask).logits[mask.bool()]
+    model.cuda()
+    got = model(ids.cuda(), attention_mask=mask.cuda()).logits.cpu()[mask.bool()]
+    assert_same(got, want, "decode")
+
+    cache, pieces = TambaCache(model.config, max_rollback=8), []
+    end = 0
+    for piece in ids.cuda().split([17, 5, 1, 7], dim=1):
+        end += piece.shape[1]
+        seen = mask[:, :end].cuda()
+        pieces.append(model(piece, attention_mask=seen, past_key_values=cache).logits)
+    assert_same(torch.cat(pieces, dim=1).cpu()[mask.bool()], want, "decode")
+    cache.rollback(6)
+    again = model(ids[:, 24:].cuda(), past_key_values=cache).logits
+    assert_same(again, pieces[-1][:, 1:], "decode")
+
+
+@pytest.mark.parametrize("stack", sorted(STACKS))
+def test_gradients_equal_the_cpu(stack):
+    model, ids = tiny_model(stack, dtype=torch.float64), random_ids(2, 23)
+    model(ids, labels=ids).loss.backward()
+    want = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    model.cuda()
+    ids = ids.cuda()
+    model(ids, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        # sums run in another order on the device
+        torch.testing.assert_close(parameter.grad.cpu(), want[name], rtol=1e-7, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stack", sorted(STACKS))
+def test_bfloat16_stays_near_float32(stack):
+    model, ids = tiny_model(stack), random_ids(2, 23)
+    want = model(ids).logits
+    got = model.to(torch.bfloat16).cuda()(ids.cuda()).logits.float().cpu()
+    assert float((got - want).square().mean().sqrt() / want.square().mean().sqrt()) < 0.1
+
+
+@torch.no_grad()
+def test_generation_on_the_device():
+    model, ids = tiny_model("mixed"), random_ids(2, 9)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    want = model.generate(ids, **options)
+    got = model.cuda().generate(ids.cuda(), **options)
+    assert torch.equal(got.cpu(), want)
