@@ -32,3 +32,8 @@ def _same_each_time() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Bytes are no name: unreadable, and packed ones differ from process to process."""
+    return argname if isinstance(val, bytes) else None
