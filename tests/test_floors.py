@@ -16,7 +16,7 @@ FLOORS = [
     ["errors"],
     ["sections", "progress", "ops"],
     ["plan", "model"],
-    ["recipe", "families"],
+    ["recipe", "families", "surgery"],
     ["formats"],
     ["checkpoint"],
     ["data", "plots"],

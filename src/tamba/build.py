@@ -7,6 +7,8 @@ tables take. Every tensor is accounted for in `build.json`: copied, transformed 
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import platform
 from collections import Counter
@@ -16,9 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import transformers
 
-import tamba
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -464,11 +464,14 @@ def _record(report: BuildReport, models: Mapping[Source, Checkpoint]) -> dict[st
             }
             for source, model in models.items()
         },
-        "versions": {
-            "tamba": tamba.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": dict(_versions()),
         "table": [asdict(row) for row in report.rows],
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for package in ("tamba", "torch", "transformers"):
+        # Run from a source tree, tamba has no installed version.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)
