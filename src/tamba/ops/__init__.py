@@ -1,4 +1,4 @@
-"""The maths of the recurrent mixers, on plain tensors; `reference` holds the readable recurrences."""
+"""The maths of the recurrent mixers on plain tensors; `reference` holds the recurrences to read."""
 
 from tamba.ops.conv import causal_conv1d
 from tamba.ops.selective_scan import selective_scan

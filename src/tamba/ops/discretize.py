@@ -27,7 +27,7 @@ def step_sizes(
     limit: tuple[float, float] | None,
     padding: Tensor | None,
 ) -> Tensor:
-    """dt [B, T, ...] ready for use, in `dtype`: bias, softplus, limits, and 0 where there is no token.
+    """dt ready for use, in `dtype`: bias, softplus, limits, and 0 where there is no token.
 
     Args:
         dt: [B, T, H] or [B, T, D].

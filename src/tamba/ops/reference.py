@@ -3,16 +3,18 @@
 Plain torch, one obvious operation after another, in float32 or, when any input is float64, in
 float64. Nothing here is fast, and nothing here is shared with the fast paths.
 
-Shape letters: `B` batch, `T` tokens, `D` channels, `H` heads, `G` groups, `P` head_dim, `N` d_state,
-`W` conv width. An upper-case `A`, `B`, `C`, `D` alone is the SSM quantity of the papers. Head h uses
-group ``h // (H / G)``, channel d group ``d // (D / G)``.
+Shape letters: `B` batch, `T` tokens, `D` channels, `H` heads, `G` groups, `P` head_dim,
+`N` d_state, `W` conv width. An upper-case `A`, `B`, `C`, `D` alone is the SSM quantity of the
+papers. Head h uses group ``h // (H / G)``, channel d group ``d // (D / G)``.
 
-`starts[b, t]` (bool) is True where token t begins a new document: it sees nothing before itself, the
-given state included. `padding[b]` counts the leading positions of row b that are no tokens: they
-change neither state nor window, `starts` is ignored there, and what they give out means nothing.
+`starts[b, t]` (bool) is True where token t begins a new document: it sees nothing before itself,
+the given state included. `padding[b]` counts the leading positions of row b that are no tokens:
+they change neither state nor window, `starts` is ignored there, and what they give out means
+nothing.
 
-Sources: Gu and Dao 2023 (arXiv 2312.00752) section 3.2, algorithm 2, for the selective scan; Dao and
-Gu 2024 (arXiv 2405.21060) sections 3, 5 and 6 for SSD, its matrix form and its chunked form.
+Sources: Gu and Dao 2023 (arXiv 2312.00752), section 3.2 and algorithm 2, for the selective scan;
+Dao and Gu 2024 (arXiv 2405.21060), sections 3, 5 and 6, for SSD, its matrix form and its chunked
+form.
 """
 
 from __future__ import annotations
@@ -175,7 +177,7 @@ def ssd_mixing_matrix(
     scores = torch.einsum("bihn,bjhn->bhij", C, B)
     matrix = scores * decay * dt.transpose(1, 2)[:, :, None, :]
     if D is not None:
-        matrix = matrix + torch.diag_embed(D.to(dtype)[None, :, None].expand(dt.shape[0], -1, dt.shape[1]))
+        matrix = matrix + D.to(dtype)[:, None, None] * torch.eye(dt.shape[1], device=dt.device)
     return matrix
 
 
@@ -228,7 +230,9 @@ def ssd_chunked(
     return y.to(x.dtype), state
 
 
-def selective_scan_step(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Pair:
+def selective_scan_step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+) -> Pair:
     """One token of the selective scan: ``h' = exp(dt A) h + dt x B``, ``y = C · h'``.
 
     Args:
@@ -335,7 +339,7 @@ def selective_scan_mixing_matrix(
     matrix = torch.einsum("bidn,bjdn,bdijn->bdij", C, B, decay) * dt.transpose(1, 2)[:, :, None, :]
     matrix = torch.where(visible, matrix, 0.0)
     if D is not None:
-        matrix = matrix + torch.diag_embed(D.to(dtype)[None, :, None].expand(dt.shape[0], -1, dt.shape[1]))
+        matrix = matrix + D.to(dtype)[:, None, None] * torch.eye(dt.shape[1], device=dt.device)
     return matrix
 
 

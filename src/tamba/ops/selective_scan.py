@@ -130,11 +130,11 @@ def _by_steps(
     decay = torch.exp(dt[..., None] * A)
     if starts is not None:
         decay = decay.masked_fill(starts[:, :, None, None], 0.0)
-    inputs = (x * dt).view(batch, length, groups, -1, 1)
+    inputs = (x * dt).reshape(batch, length, groups, -1, 1)
     B, C = B.to(dt.dtype), C.to(dt.dtype)
     outputs = []
     for t in range(length):
-        state = (state * decay[:, t]).view(batch, groups, -1, d_state)
+        state = (state * decay[:, t]).reshape(batch, groups, -1, d_state)
         state = torch.addcmul(state, inputs[:, t], B[:, t, :, None])
         outputs.append(torch.matmul(state, C[:, t, :, :, None]).view(batch, channels))
         state = state.view(batch, channels, d_state)
@@ -160,8 +160,10 @@ def _by_blocks(
         B, C = (F.pad(t, (0, 0, 0, 0, 0, absent)) for t in (B, C))
         starts = None if starts is None else F.pad(starts, (0, absent))
     B, C = (t.transpose(2, 3).unsqueeze(-2 if by_member else -1) for t in (B, C))
-    y, state = _Scan.apply(x, dt, A.mT, B, C, state.mT, starts, cut)
-    y, state = y[:, :tokens], state.mT
+    y, state = _Scan.apply(  # type: ignore[no-untyped-call]
+        x, dt, A.mT, B, C, state.mT, starts, cut, torch.is_grad_enabled()
+    )
+    y, state = y[:, :tokens], state.mT.contiguous()
     if by_member:
         y, state = _swap(y, 2, members, groups), _swap(state, 1, members, groups)
     return y, state
@@ -169,7 +171,9 @@ def _by_blocks(
 
 def _swap(tensor: Tensor, dim: int, first: int, second: int) -> Tensor:
     """A dimension of first x second things in the order of second x first."""
-    return tensor.unflatten(dim, (first, second)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    return (
+        torch.unflatten(tensor, dim, (first, second)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+    )
 
 
 class _Cut:
@@ -228,13 +232,13 @@ class _Chain:
             order.reverse()
             edges.reverse()
             body, rest, entering = states[:-1], slice(1, None), states[run::run]
-        decays, products, runs = (t.unflatten(0, (-1, run)) for t in (decay, product, body))
+        decays, products, runs = (torch.unflatten(t, 0, (-1, run)) for t in (decay, product, body))
         whole = list(products[:, order[-1]].unbind(0))
         if backwards:
             whole.reverse()
         self._apart = product is not decay
         self._tokens = [(decays[:, q], products[:, q], runs[:, q]) for q in order]
-        self._edges = list(zip(edges, whole, edges[1:], strict=False))
+        self._edges = list(zip(edges[:-1], whole, edges[1:], strict=True))
         self._rest = runs[:, rest], products[:, rest], entering[:, None]
 
     def advance(self) -> None:
@@ -269,8 +273,8 @@ class _Groups:
 
     def outer(self, per_state: Tensor, per_channel: Tensor, out: Tensor) -> None:
         """Their product [t, b, N, D], into `out`."""
-        channels = per_channel.unflatten(-1, self._shape)[:, :, None]
-        torch.mul(channels, per_state, out=out.unflatten(-1, self._shape))
+        channels = torch.unflatten(per_channel, -1, self._shape)[:, :, None]
+        torch.mul(channels, per_state, out=torch.unflatten(out, -1, self._shape))
 
     def over_states(self, per_state: Tensor, full: Tensor, out: Tensor | None = None) -> Tensor:
         """The sum over N of their product, [t, b, D]."""
@@ -282,7 +286,7 @@ class _Groups:
             return out
         if out is None:
             out = torch.empty_like(full[:, :, 0])
-        result, full = out.unflatten(-1, self._shape), full.unflatten(-1, self._shape)
+        result, full = torch.unflatten(out, -1, self._shape), torch.unflatten(full, -1, self._shape)
         torch.mul(full[:, :, 0], per_state[:, :, 0], out=result)
         for n in range(1, full.shape[2]):
             result.addcmul_(full[:, :, n], per_state[:, :, n])
@@ -292,7 +296,10 @@ class _Groups:
         """The sum over each group's members of their product, shaped per state."""
         if self.single:
             return torch.matmul(per_channel[:, :, None], full.mT)[:, :, 0, :, None, None]
-        full, weight = full.unflatten(-1, self._shape), per_channel.unflatten(-1, self._shape)
+        full, weight = (
+            torch.unflatten(full, -1, self._shape),
+            torch.unflatten(per_channel, -1, self._shape),
+        )
         states = range(full.shape[2])
         parts = [(full[:, :, n] * weight).sum(self._shared, keepdim=True) for n in states]
         return torch.stack(parts, dim=2)
@@ -307,7 +314,9 @@ class _Groups:
         """[t, b, D] summed over each group's members, [t, b, 1, D1 or 1, D2 or 1]."""
         if self.single:
             return per_channel.sum(-1)[:, :, None, None, None]
-        return per_channel.unflatten(-1, self._shape).sum(self._shared, keepdim=True)[:, :, None]
+        return torch.unflatten(per_channel, -1, self._shape).sum(self._shared, keepdim=True)[
+            :, :, None
+        ]
 
 
 class _Workspace:
@@ -358,8 +367,8 @@ class _Scan(torch.autograd.Function):
     """The scan and its gradient, block by block.
 
     Arguments: x, dt [B, T, D]; A [N, D]; B, C [B, T, N, D1 or 1, D2 or 1]; state [B, N, D];
-    starts [B, T] bool or None; how to cut, T being a multiple of its length. Gives y [B, T, D] in
-    the dtype of dt and the last state [B, N, D].
+    starts [B, T] bool or None; how to cut, T being a multiple of its length; whether to keep what
+    the gradient needs. Gives y [B, T, D] in the dtype of dt and the last state [B, N, D].
     """
 
     @staticmethod
@@ -373,13 +382,16 @@ class _Scan(torch.autograd.Function):
         state: Tensor,
         starts: Tensor | None,
         cut: _Cut,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         A, dtype = A.contiguous(), dt.dtype
         groups = _Groups(B, x.shape[2])
         y = torch.empty_like(dt, memory_format=torch.contiguous_format)
         final = torch.empty_like(state, memory_format=torch.contiguous_format)
         n_blocks = x.shape[1] // cut.length
-        entering = dt.new_empty(n_blocks, *state.shape) if any(ctx.needs_input_grad) else None
+        entering = None
+        if keep and any(ctx.needs_input_grad):
+            entering = dt.new_empty(n_blocks, *state.shape)
         work = None
         for rows in cut.rows:
             if work is None or rows.stop - rows.start != work.states.shape[1]:
@@ -442,4 +454,4 @@ class _Scan(torch.autograd.Function):
                 torch.addcmul(d_log.mul_(A).sum(2), d_inputs, xs[k], out=d_dt)
             grad_state[rows] = work.adjoint[0]
         d_x, d_dt, d_B, d_C = grads
-        return d_x, d_dt, grad_A, d_B, d_C, grad_state, None, None
+        return d_x, d_dt, grad_A, d_B, d_C, grad_state, None, None, None

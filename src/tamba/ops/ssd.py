@@ -16,6 +16,7 @@ Shape letters: `B` batch, `T` tokens, `H` heads, `G` groups, `P` head_dim, `N` d
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def ssd(
     padding: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """State space duality: ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t``, ``y_t = h_t C_t + D x_t``.
+    """``h_t = exp(dt_t A) h_{t-1} + dt_t x_t ⊗ B_t``, ``y_t = h_t C_t + D x_t``, for every head.
 
     Any split of the tokens over several calls, each given the state that the last one returned,
     equals one call. Differentiable in every tensor but `starts` and `padding`.
@@ -98,7 +99,10 @@ def ssd(
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, absent)) for t in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, absent))
         starts = None if starts is None else F.pad(starts, (0, absent))
-    y, state = _Chunked.apply(x, dt, A, B, C, D, state, starts, chunk)
+    keep = torch.is_grad_enabled()
+    y, state = _Chunked.apply(  # type: ignore[no-untyped-call]
+        x, dt, A, B, C, D, state, starts, chunk, keep
+    )
     return y[:, : y.shape[1] - absent], state
 
 
@@ -140,12 +144,12 @@ def _by_steps(
     decay = torch.exp(dt * A)
     if starts is not None:
         decay = decay.masked_fill(starts[..., None], 0.0)
-    inputs = (x * dt[..., None]).view(batch, length, groups, rows, 1)
+    inputs = (x * dt[..., None]).reshape(batch, length, groups, rows, 1)
     B, C = B.to(dt.dtype), C.to(dt.dtype)
     outputs = []
     for t in range(length):
         state = state * decay[:, t, :, None, None]
-        state = state.view(batch, groups, rows, d_state)
+        state = state.reshape(batch, groups, rows, d_state)
         state = torch.addcmul(state, inputs[:, t], B[:, t, :, None])
         outputs.append(torch.matmul(state, C[:, t, :, :, None]).view(batch, heads, head_dim))
         state = state.view(batch, heads, head_dim, d_state)
@@ -217,7 +221,16 @@ class _Buffers:
         right: [S K H, Q + N, P], ``[dt · x ; state before the chunk]``.
         B_to_end: [S K H, Q, N], ``B · to_end``.
         out: [S K H, Q, P].
+        B, C: [S K G, Q, N]; dt: [S, K, H, Q]; from_start, to_end: [S, K, H, Q, 1], see `_Decays`;
+            through: [S, K, H, 1, 1], the decay of a whole chunk. All set by `_Problem.load`.
     """
+
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+    from_start: Tensor
+    to_end: Tensor
+    through: Tensor
 
     def __init__(
         self, lead: tuple[int, ...], sizes: tuple[int, int, int], groups: int, like: Tensor
@@ -225,8 +238,8 @@ class _Buffers:
         (rows, chunks, heads), (chunk, d_state, head_dim) = lead, sizes
         count, width = rows * chunks * heads, chunk + d_state
         self.lead = lead
-        wide = {"device": like.device, "dtype": compute_dtype(like)}
-        self.decay = torch.zeros(*lead, chunk, chunk, **wide)
+        wide = compute_dtype(like)
+        self.decay = like.new_zeros(*lead, chunk, chunk, dtype=wide)
         self.decay.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         self.decay_blocks = _lower_blocks(self.decay)
         self.left = like.new_empty(count, chunk, width)
@@ -234,7 +247,7 @@ class _Buffers:
         self.B_to_end = like.new_empty(count, chunk, d_state)
         self.out = like.new_empty(count, chunk, head_dim)
         most = max(chunk, d_state) * max(width, head_dim)
-        self._scratch = torch.empty(count * most, **wide)
+        self._scratch = like.new_empty(count * most, dtype=wide)
 
         self.inputs = self.right[:, :chunk]
         by_head = self.right.view(*lead, width, head_dim)
@@ -248,7 +261,7 @@ class _Buffers:
 
     def scratch(self, shape: torch.Size) -> Tensor:
         """Memory to work in, float32, until the next call."""
-        return self._scratch[: shape.numel()].view(shape)
+        return torch.narrow(self._scratch, 0, 0, shape.numel()).view(shape)
 
 
 class _Problem:
@@ -284,7 +297,7 @@ class _Problem:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """[B, T, I, J] to a view [B, K, I, Q, J]."""
-        return tensor.unflatten(1, (-1, self.chunk)).transpose(2, 3)
+        return torch.unflatten(tensor, 1, (-1, self.chunk)).transpose(2, 3)
 
     def tiles(self) -> list[list[tuple[slice, slice]]]:
         """(rows, chunks) of the tiles: for each span of rows, those of its chunks in time order."""
@@ -319,7 +332,7 @@ class _Problem:
 
     def by_groups(self, tensor: Tensor) -> Tensor:
         """[S, K, H, ...] to [S, K, G, R, ...]."""
-        return tensor.unflatten(2, (self.groups, -1))
+        return torch.unflatten(tensor, 2, (self.groups, -1))
 
 
 def _spans(count: int, most: int) -> list[slice]:
@@ -327,7 +340,7 @@ def _spans(count: int, most: int) -> list[slice]:
     n_spans = -(-count // most)
     short, longer = divmod(count, n_spans)
     stops = [i * short + min(i, longer) for i in range(n_spans + 1)]
-    return [slice(a, b) for a, b in zip(stops, stops[1:], strict=False)]
+    return [slice(a, b) for a, b in pairwise(stops)]
 
 
 class _Chunked(torch.autograd.Function):
@@ -345,13 +358,14 @@ class _Chunked(torch.autograd.Function):
         state: Tensor,
         starts: Tensor | None,
         chunk: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         problem = _Problem(x, dt, A, B, C, starts, chunk)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         ys = problem.cut(y)
         final = torch.empty_like(state, memory_format=torch.contiguous_format)
         entering = None
-        if any(ctx.needs_input_grad):
+        if keep and any(ctx.needs_input_grad):
             shape = *problem.xs.shape[:3], problem.d_state, problem.head_dim
             entering = torch.empty(shape, dtype=problem.product, device=x.device)
         skip = None if D is None else D.to(dt.dtype)[:, None, None]
@@ -405,7 +419,7 @@ class _Chunked(torch.autograd.Function):
         grad_dt = grads.dts.addcmul_(log_decay, A[:, None])
         grad_dt = grad_dt.transpose(2, 3).flatten(1, 2)
         grad_D = None if D is None else grads.skip.sum((0, 1, 3)).to(D.dtype)
-        return grads.x, grad_dt, grad_A, grads.B, grads.C, grad_D, grad_state, None, None
+        return grads.x, grad_dt, grad_A, grads.B, grads.C, grad_D, grad_state, None, None, None
 
 
 class _Gradients:
