@@ -118,23 +118,28 @@ class Build(Section):
 class _Stage(Section):
     tokens: Count
     length: Count | None = None
+    dtype: Dtype = "bfloat16"
 
 
 class LeastSquares(_Stage):
-    """Closed-form fit of every converted layer's output projection to the teacher's mixer output.
+    """Closed-form fit of every converted layer to the teacher's mixer output.
 
     Args:
         tokens: text to fit on.
-        length: tokens of a row; None for ``data.length``.
+        length: tokens of a row, which divides ``data.length``; None for all of it.
+        dtype: of matrix products; the sums and the solution are wider.
+        fit: the ``output`` projection alone, or the whole ``mixer``: memories, rotation, centre and
+            gate too, which takes a Mamba-2 mixer with the attention's heads and starts it anew.
         ridge: weight of the pull towards the projection at hand, relative to the mean feature
             power.
-        inputs: fit layer by layer from the bottom on the student's own inputs, or all on the
-            teacher's.
+        inputs: fit to the teacher's output on the student's own inputs, layer by layer from the
+            bottom, or all layers on the teacher's inputs.
     """
 
     stage: Literal["least_squares"]
-    ridge: float = Field(default=1e-3, ge=0)
-    inputs: Literal["student", "teacher"] = "student"
+    fit: Literal["output", "mixer"] = "output"
+    ridge: float = Field(default=0.1, ge=0)
+    inputs: Literal["student", "teacher"] = "teacher"
 
 
 class _GradientStage(_Stage):
@@ -142,7 +147,7 @@ class _GradientStage(_Stage):
 
     Args:
         tokens: text to train on, in all.
-        length: tokens of a row; None for ``data.length``.
+        length: tokens of a row, which divides ``data.length``; None for all of it.
         batch: rows of a step.
         lr: highest learning rate.
         schedule: of the learning rate after warm-up.
@@ -160,7 +165,6 @@ class _GradientStage(_Stage):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
-    dtype: Dtype = "bfloat16"
 
 
 class Align(_GradientStage):

@@ -1,0 +1,393 @@
+"""Score the teacher's layers and choose which to convert.
+
+The score that counts is the harm done: how far the teacher's next-token distribution moves when one
+layer's attention is replaced by the mixer that a conversion would put there, as it is (``swap``) or
+after its closed-form fit (``least_squares``). Layers below the replaced one need not run again. The
+angular distances of *E-Tamba* (equation 1) look at hidden states alone.
+
+Shape letters: `n` rows, `T` tokens of a row, `L` layers, `D` d_model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamba.calibrate import calibrate, can_calibrate, fit_output
+from tamba.checkpoint import load_model, open_checkpoint
+from tamba.data import Batch, TokenBlocks
+from tamba.errors import UserError
+from tamba.model.attention import Attention
+from tamba.model.block import Block
+from tamba.model.config import AttentionSpec
+from tamba.model.modeling import TambaForCausalLM
+from tamba.model.recurrent import RecurrentMixer
+from tamba.ops.losses import Weights, next_token_loss
+from tamba.plan import ConvertOptions, LayerPlan, PlanEntry, write_plan
+from tamba.progress import track
+from tamba.recipe import Recipe, as_recipe
+from tamba.surgery import convert_layer
+from tamba.text import prepare_text, read_text
+from tamba.trace import Trace, climb, computing, each, enter, finish, trace
+
+_DTYPE = torch.bfloat16
+"""Of matrix products, where weights are wider: scores need two digits."""
+_HELD_BYTES = 3 << 30
+"""Activations held at once."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found about each layer.
+
+    Args:
+        score: the name of the score, as in the recipe.
+        scores: by layer, bottom first; None for layers that cannot be converted. ``swap`` and
+            ``least_squares`` are KL(teacher, changed teacher) in nats a token, the others angles
+            from 0 to 1.
+        order: convertible layers, least harm first.
+        plan: the chosen conversion.
+        frontier: (layers converted, perplexity ratio) on the text scored on, in `order` and without
+            any training.
+        distances: [L, L] angular distances d(l, n) of the hidden states before layers l and l + n
+            (row l, column n - 1; NaN beyond the last layer), where the score rests on them.
+    """
+
+    score: str
+    scores: list[float | None]
+    order: list[int]
+    plan: LayerPlan
+    frontier: list[tuple[int, float]]
+    distances: list[list[float | None]] | None = None
+
+
+def analyze(
+    recipe: Recipe | str | Path, out: str | Path, *, text: str | Path | None = None
+) -> Analysis:
+    """Score the layers of a recipe's teacher and write the plan that converts the least harmful.
+
+    Text to fit and to score on are different rows of the recipe's training text, or of its held-out
+    text where it trains on none.
+
+    Args:
+        recipe: the recipe or its file.
+        out: the folder to make: `scores.json`, `plan.toml`, and `record.json` for the report.
+        text: the folder of prepared text; None to prepare it here.
+
+    Raises:
+        UserError: more layers to convert than there is attention, a layer to keep that is not
+            there, or a model or text that cannot be; `out` is not made.
+    """
+    recipe = as_recipe(recipe)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(str(out), "already exists", "choose another folder or remove it")
+    checkpoint = open_checkpoint(recipe.model_path("teacher"))
+    _check(recipe, checkpoint.tamba_config.block_specs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prepared = prepare_text(recipe) if text is None else read_text(text)
+    blocks = prepared.train or prepared.heldout
+    if blocks is None:
+        raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
+    dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
+    teacher = load_model(checkpoint, dtype, device)
+    teacher.requires_grad_(False)
+    found = analyze_model(teacher, blocks, recipe)
+    _write(out, found)
+    return found
+
+
+def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
+    wanted = recipe.analyze
+    for layer in wanted.always_keep:
+        if not 0 <= layer < len(specs):
+            raise UserError(
+                recipe.where("analyze.always_keep"),
+                f"there is no layer {layer}",
+                f"the teacher's are 0 to {len(specs) - 1}",
+            )
+    free = [
+        i
+        for i, spec in enumerate(specs)
+        if isinstance(spec.mixer, AttentionSpec) and i not in wanted.always_keep
+    ]
+    if wanted.convert > len(free):
+        raise UserError(
+            recipe.where("analyze.convert"),
+            f"{wanted.convert} layers are to be converted and {len(free)} can be",
+            "convert fewer or keep fewer",
+        )
+
+
+def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe) -> Analysis:
+    """Score the layers of a model in memory; see `analyze`.
+
+    Args:
+        teacher: without gradients.
+        blocks: text, of which ``analyze.tokens`` are scored on and as many fitted on.
+        recipe: its ``analyze`` and ``build.convert`` sections decide.
+    """
+    wanted, options = recipe.analyze, recipe.build.convert
+    fit, score = _divide(blocks, wanted.tokens)
+    convertible = [
+        i for i, s in enumerate(teacher.config.block_specs) if isinstance(s.mixer, AttentionSpec)
+    ]
+    distances = None
+    frontier: list[tuple[int, float]] = []
+    if wanted.score in ("own_turn", "column_mean"):
+        table = angular_distances(teacher, score)
+        scores = {
+            i: float(table[i, 0] if wanted.score == "own_turn" else table[i].nanmean())
+            for i in convertible
+        }
+        distances = [[None if math.isnan(x) else x for x in row] for row in table.tolist()]
+    else:
+        closed = fit if wanted.score == "least_squares" else None
+        replaced, scores = swap_scores(teacher, convertible, options, score, closed, recipe.seed)
+        order = sorted(scores, key=lambda i: (scores[i], i))
+        counts = {round(wanted.convert * share) for share in (0.5, 1.0, 1.5, 2.0)}
+        counts = {n for n in counts if 0 < n <= len(order)}
+        frontier = perplexity_ratios(
+            teacher, {n: {i: replaced[i] for i in order[:n]} for n in sorted(counts)}, score
+        )
+    order = sorted(scores, key=lambda i: (scores[i], i))
+    chosen = [i for i in order if i not in wanted.always_keep][: wanted.convert]
+    entries = tuple(
+        PlanEntry(
+            "convert" if i in chosen else "keep",
+            i,
+            note=f"{wanted.score} {scores[i]:.4f}" if i in scores else "no attention",
+        )
+        for i in range(teacher.config.num_hidden_layers)
+    )
+    by_layer = [scores.get(i) for i in range(len(entries))]
+    plan = LayerPlan(entries, options)
+    return Analysis(wanted.score, by_layer, order, plan, frontier, distances)
+
+
+def _divide(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """Rows to fit on and other rows to score on, `tokens` of each where there are so many."""
+    if len(blocks) < 2:
+        raise UserError(
+            "analyze.tokens",
+            f"{len(blocks)} row of text cannot be divided into text to fit and text to score on",
+            "give more text, or shorter rows (data.length)",
+        )
+    n = max(1, min(tokens // blocks.length, len(blocks) // 2))
+
+    def rows(first: int) -> TokenBlocks:
+        part = slice(first, first + n)
+        return TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length)
+
+    return rows(0), rows(n)
+
+
+def swap_scores(
+    teacher: TambaForCausalLM,
+    layers: Sequence[int],
+    options: ConvertOptions,
+    blocks: TokenBlocks,
+    fit: TokenBlocks | None = None,
+    seed: int = 0,
+) -> tuple[dict[int, Block], dict[int, float]]:
+    """KL(teacher, teacher with one layer converted), in nats a token, for each of `layers`.
+
+    Args:
+        layers: attention layers.
+        options: how each is converted.
+        blocks: text to score on.
+        fit: text for the closed-form fit of the converted layer; None to leave it as converted.
+            Mixers that `calibrate` does not know are fitted in their output projection.
+        seed: of what the conversion draws.
+
+    Returns:
+        The converted layer, and the score, by layer.
+    """
+    L, D = teacher.config.num_hidden_layers, teacher.config.hidden_size
+    n_tokens = len(blocks) * blocks.length + (0 if fit is None else 2 * len(fit) * fit.length)
+    size = max(1, _HELD_BYTES // (4 * D * n_tokens))
+    converted: dict[int, Block] = {}
+    scores: dict[int, float] = {}
+    for first in range(0, len(layers), size):
+        some = layers[first : first + size]
+        reference = trace(teacher, blocks, streams=[*some, L], dtype=_DTYPE)
+        seen = (
+            Trace() if fit is None else trace(teacher, fit, mixers=some, heads=True, dtype=_DTYPE)
+        )
+
+        def one(
+            index: int, _: Any, reference: Trace = reference, seen: Trace = seen
+        ) -> tuple[Block, float]:
+            original = teacher.model.layers[index]
+            assert isinstance(original, Block)
+            layer = convert_layer(original, teacher.config, options, index, seed=seed)
+            if index in seen.mixers:
+                _fit(teacher, layer, index, seen)
+            return layer, _harm(teacher, {index: layer}, blocks, reference, index)
+
+        found = each(one, some, device=teacher.device, label="score layers")
+        for index, (layer, score) in zip(some, found, strict=True):
+            converted[index], scores[index] = layer, score
+    return converted, scores
+
+
+def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> None:
+    attention = teacher.model.layers[index].mixer
+    assert isinstance(attention, Attention)
+    key = attention.rotary_key
+    angles = None if key is None else teacher.model._rotary[key]
+    layer.requires_grad_(False)
+    mixer = layer.mixer
+    assert isinstance(mixer, RecurrentMixer)
+    if can_calibrate(mixer, attention):
+        calibrate(mixer, attention, angles, seen.mixers[index], dtype=_DTYPE)
+    else:
+        fit_output(mixer, seen.mixers[index], dtype=_DTYPE)
+
+
+def _harm(
+    teacher: TambaForCausalLM,
+    replaced: Mapping[int, Block],
+    blocks: TokenBlocks,
+    reference: Trace,
+    first: int,
+) -> float:
+    """KL of the teacher with layers replaced, from the stream before layer `first` on."""
+    top = reference.streams[len(teacher.model.layers)]
+    total, count = 0.0, 0
+    with computing(teacher, _DTYPE):
+        for row, batch in enumerate(blocks.batches(1)):
+            batch = batch.to(teacher.device)
+            _, tokens = enter(teacher, batch)
+            hidden = _climb(
+                teacher, replaced, reference.streams[first][row : row + 1], tokens, first
+            )
+            here = batch.predicted
+            n = int(here.sum())
+            if n == 0:
+                continue
+            loss = next_token_loss(
+                finish(teacher, hidden)[:, :-1][here],
+                teacher.lm_head.weight,
+                teacher_hidden=finish(teacher, top[row : row + 1])[:, :-1][here],
+                teacher_head=teacher.lm_head.weight,
+            )
+            total, count = total + float(loss) * n, count + n
+    return total / max(1, count)
+
+
+def _climb(
+    teacher: TambaForCausalLM,
+    replaced: Mapping[int, Block],
+    hidden: Tensor,
+    tokens: Any,
+    first: int,
+) -> Tensor:
+    """To the top from layer `first`, through `replaced` in place of the layers of those numbers."""
+    at = first
+    for index in sorted(replaced):
+        hidden = climb(teacher, hidden, tokens, at, index)
+        hidden = replaced[index](hidden, None, tokens)
+        at = index + 1
+    return climb(teacher, hidden, tokens, at)
+
+
+def perplexity_ratios(
+    teacher: TambaForCausalLM,
+    sets: Mapping[int, Mapping[int, Block]],
+    blocks: TokenBlocks,
+) -> list[tuple[int, float]]:
+    """(key, perplexity ratio to the teacher) for each set of replaced layers."""
+
+    def loss(replaced: Mapping[int, Block], batch: Batch) -> tuple[float, int]:
+        here = batch.predicted
+        hidden, tokens = enter(teacher, batch)
+        hidden = finish(teacher, _climb(teacher, replaced, hidden, tokens, 0))[:, :-1][here]
+        targets = batch.tokens[:, 1:][here]
+        only_text = Weights(kl=0.0, ce=1.0)
+        nats = next_token_loss(hidden, teacher.lm_head.weight, targets, weights=only_text)
+        return float(nats) * len(targets), len(targets)
+
+    sums = dict.fromkeys([None, *sets], 0.0)
+    count = 0
+    with computing(teacher, _DTYPE):
+        for batch in track(blocks.batches(4), "frontier", -(-len(blocks) // 4)):
+            batch = batch.to(teacher.device)
+            for key in sums:
+                nats, n = loss({} if key is None else sets[key], batch)
+                sums[key] += nats
+            count += n
+    return [(n, math.exp((sums[n] - sums[None]) / max(1, count))) for n in sets]
+
+
+def angular_distances(model: TambaForCausalLM, blocks: TokenBlocks) -> Tensor:
+    """[L, L] float64: mean angle, in half turns, of the hidden states before layers l and l + n.
+
+    Row l, column n - 1; NaN where there is no layer l + n. The last state is what the last layer
+    gives, before the final norm (*E-Tamba*, equation 1, which leaves that open).
+    """
+    L = len(model.model.layers)
+    total = torch.zeros(L + 1, L + 1, dtype=torch.float64)
+    for batch in track(blocks.batches(1), "angles", len(blocks)):
+        one = TokenBlocks(batch.tokens.int(), batch.starts, batch.tokens.numel())
+        states = trace(model, one, streams=range(L + 1), dtype=_DTYPE).streams
+        unit = torch.stack([_unit(states[i][0]) for i in range(L + 1)])  # [L + 1, T, D]
+        for low in range(L):
+            # 2 asin(|u - v| / 2) keeps the digits that arccos loses at small angles.
+            apart = (unit[low + 1 :] - unit[low]).norm(dim=-1).double()
+            angle = 2.0 * torch.asin((apart / 2.0).clamp_max(1.0)) / math.pi
+            total[low, low + 1 :] += angle.mean(-1).cpu()
+    table = torch.full((L, L), math.nan, dtype=torch.float64)
+    for low in range(L):
+        table[low, : L - low] = total[low, low + 1 :] / len(blocks)
+    return table
+
+
+def _unit(states: Tensor) -> Tensor:
+    """[T, D] with every row of length one."""
+    length = states.norm(dim=-1, keepdim=True)
+    if bool((length == 0).any()):
+        raise UserError(
+            "analyze", "a hidden state is zero and has no direction", "check the weights"
+        )
+    return states / length
+
+
+def _write(out: Path, found: Analysis) -> None:
+    """The folder, whole or not at all."""
+    partial = out.absolute().parent / f".{out.absolute().name}.partial"
+    record = {
+        "scores": found.scores,
+        "score_name": "KL (nats/token)" if found.frontier else found.score,
+        "frontier": [
+            {"converted": n, "ratio": ratio, "stage": found.score} for n, ratio in found.frontier
+        ],
+    }
+    scores = {
+        "score": found.score,
+        "scores": found.scores,
+        "order": found.order,
+        "frontier": found.frontier,
+        "distances": found.distances,
+    }
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+        (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_plan(replace(found.plan, name="plan.toml"), partial / "plan.toml")
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError(str(out), problem, "choose another folder or free some room") from error
