@@ -125,7 +125,8 @@ def build(
     with _step():
         from tamba.build import build as step
 
-        step(settings, out)
+        report = step(settings, out)
+    typer.echo(str(report))
     stderr.print(f"wrote {out}")
 
 
