@@ -30,7 +30,10 @@ def _same_each_time() -> Iterator[None]:
     random.seed(0)
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
+    # Deterministic mode fills fresh memory with NaN: what is read before it is written shows.
+    torch.use_deterministic_algorithms(True)
     yield
+    torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(dtype)
 
 
