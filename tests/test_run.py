@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tamba
 from hf_models import tiny_hf_model
@@ -223,8 +225,14 @@ def test_hears_of_each_step(folder: Path, steps: Steps) -> None:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Path:
-    """A tiny Llama, text for it, and a recipe whose every step is the real one."""
+    """A tiny Llama, text for it, and a recipe whose every step is the real one.
+
+    The weights are pickled, which every step that opens them must have been allowed to read.
+    """
     tiny_hf_model("llama").save_pretrained(tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
     character_tokenizer().save_pretrained(tmp_path / "teacher")
     nouns = ["cat", "dog", "owl", "fox", "elk", "bee", "ant", "hen", "ram", "cow", "pig", "yak"]
     paragraphs = [f"the {a} is in the house of the {b}. " * 4 for a in nouns for b in nouns]
@@ -233,6 +241,7 @@ def real(tmp_path: Path) -> Path:
     more = '[[train]]\nstage = "distil"\ntokens = 512\nlr = 1e-3\n'
     recipe = RECIPE.replace("text.txt", "text.jsonl").replace("tokens = 100", "tokens = 1000")
     recipe = recipe.replace("[analyze]", "[analyze]\ntokens = 512")
+    recipe = recipe.replace("[data]", "allow_pickle = true\n[data]")
     (tmp_path / "recipe.toml").write_text(recipe + more)
     return tmp_path
 

@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,13 +32,18 @@ from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 
+if TYPE_CHECKING:
+    from tamba.recipe import Recipe
+
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorSpec",
     "load",
+    "load_model",
     "load_tokenizer",
     "open_checkpoint",
+    "open_model",
     "parameter_specs",
 ]
 
@@ -332,6 +337,17 @@ def open_checkpoint(
         case ".bin" | ".pt" | ".pth":
             return _open_pickles(path.parent, [path], allow_pickle)
     raise UserError(str(path), "not a checkpoint", "give a folder, a .safetensors or a .gguf file")
+
+
+def open_model(recipe: Recipe, role: Literal["teacher", "donor"] = "teacher") -> Checkpoint:
+    """Open a model that a recipe names, as its section says, without reading its weights.
+
+    Raises:
+        UserError: the recipe has no such section, or what `open_checkpoint` raises.
+    """
+    path = recipe.model_path(role)
+    source = recipe.teacher if role == "teacher" else recipe.donor
+    return open_checkpoint(path, allow_pickle=source is not None and source.allow_pickle)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -152,14 +152,14 @@ def _train(recipe: Recipe, out: Path) -> None:
 
 
 def _evaluate(recipe: Recipe, out: Path) -> None:
-    from tamba.checkpoint import open_checkpoint
+    from tamba.checkpoint import open_model
     from tamba.evaluate.student import evaluate_student
     from tamba.report import write_report
     from tamba.text import read_text
 
     heldout = read_text(out / "text").heldout
     assert heldout is not None, "run refuses a recipe without held-out text"
-    n_teacher = len(open_checkpoint(recipe.model_path("teacher")).tamba_config.layers or [])
+    n_teacher = len(open_model(recipe).tamba_config.layers or [])
     plan = recipe.layer_plan(n_teacher, _analysis(recipe, out))
     known: dict[str, Any] = {}
     for folder in ("analysis", "built", "student"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from tamba import progress, report
-from tamba.checkpoint import load
+from tamba.checkpoint import load, load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import _layers, _memory, _of_two
@@ -49,8 +49,9 @@ def evaluate_student(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begun = time.monotonic()
     ours, tokenizer = load(student, device=device)
-    teacher, teacher_tokenizer = load(recipe.model_path("teacher"), recipe.teacher.dtype, device)
-    tokenizer = tokenizer or teacher_tokenizer
+    checkpoint = open_model(recipe)
+    teacher = load_model(checkpoint, recipe.teacher.dtype, device)
+    tokenizer = tokenizer or load_tokenizer(checkpoint)
     if tokenizer is None:
         raise UserError(str(student), "has no tokenizer", "put tokenizer.json beside the weights")
     seconds = {"load": time.monotonic() - begun}
