@@ -192,8 +192,17 @@ BAD = {
     "wrong type": (
         nothing,
         ["evaluate", "teacher", "--text", "text.txt", "--dtype", "float8"],
-        ["--dtype", "'float8' is no type to compute in"],
+        ["dtype", "'float8' is no type of weights"],
     ),
+    "no such device": (tiny_teacher, [*ANSWER, "--device", "banana"], ["device", "e.g. cpu"]),
+    "device that is not there": (
+        tiny_teacher,
+        [*ANSWER, "--device", "xpu:7"],
+        ["device", "torch finds no 'xpu' here", "use cpu"],
+    ),
+    "seed too large": (nothing, [*ANSWER, "--seed", str(2**64)], ["seed", "64 bits"]),
+    "seed below 0": (nothing, [*ANSWER, "--seed", "-1"], ["seed", "64 bits"]),
+    "seed of a recipe": (nothing, [*RUN, "--set", f"seed={2**64}"], ["recipe.toml: seed"]),
 }
 
 

@@ -505,8 +505,11 @@ def load(
 
     Raises:
         UserError: what `open_checkpoint` raises, unsupported family or key, missing or unexpected
-            tensors, NaN weights.
+            tensors, NaN weights, a type or device that cannot be.
     """
+    # Before the hub is asked for anything.
+    _as_dtype(dtype)
+    _as_device(device)
     checkpoint = open_checkpoint(path_or_name, allow_pickle=allow_pickle)
     return load_model(checkpoint, dtype, device), load_tokenizer(checkpoint)
 
@@ -519,12 +522,12 @@ def load_model(
     """The model of an open checkpoint; see `load`."""
     config = copy.deepcopy(checkpoint.tamba_config)
     wanted = _as_dtype(dtype) or _as_dtype(config.dtype) or torch.float32
+    place = _as_device(device)
     names = checkpoint.parameters
     config.dtype = wanted
     config.name_or_path = checkpoint.location
     with torch.device("meta"):
         model = TambaForCausalLM(config)
-    place = torch.device(device or "cpu")
     for name in names:
         tensor = checkpoint.read_parameter(name, _kept_dtype(name, wanted)).to(place)
         module = model.get_submodule(name.rpartition(".")[0])
@@ -545,9 +548,25 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise UserError("dtype", f"{dtype!r} is no type of weights", "e.g. float32, bfloat16")
     return found
+
+
+def _as_device(device: torch.device | str | None) -> torch.device:
+    try:
+        place = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise UserError("device", f"'{device}' is no device", "e.g. cpu, cuda, cuda:1") from error
+    if place.type in ("cpu", "meta"):
+        return place
+    # Other kinds have a module of torch named after them, where this build of torch knows them.
+    module = getattr(torch, place.type, None)
+    if module is None or not module.is_available():
+        raise UserError("device", f"torch finds no '{place.type}' here", "use cpu")
+    if (place.index or 0) >= module.device_count():
+        raise UserError("device", f"there are {module.device_count()}, not '{place}'")
+    return place
 
 
 def load_tokenizer(checkpoint: Checkpoint | str | os.PathLike[str]) -> Any:
