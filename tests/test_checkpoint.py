@@ -260,6 +260,12 @@ BAD_FOLDERS = {
     "empty file": (lambda f: (f / SAFE).write_bytes(b""), "cut short in its header"),
     "cut in the header": (lambda f: cut(f / SAFE, 0.01), "cut short in its header"),
     "cut in the data": (lambda f: cut(f / SAFE, 0.9), "cut short"),
+    "header is nested": (
+        lambda f: (f / SAFE).write_bytes(
+            (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995
+        ),
+        "header is damaged",
+    ),
     "header is no JSON": (
         lambda f: (f / SAFE).write_bytes(b"\x04" + b"\0" * 7 + b"abcd"),
         "header is damaged",

@@ -73,7 +73,7 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_k: sample among so many; 0 for all.
         top_p: sample among the likeliest that hold this share together.
-        seed: of sampling, of at most 64 bits; the caller's random state is left alone when one is given.
+        seed: of sampling, 64 bits; the caller's random state is left alone when one is given.
         chat: frame the prompt by the tokenizer's chat template; None where it has one.
         system: system message, for chat.
         stream: gets the text piece by piece as it comes.
