@@ -7,6 +7,7 @@ that went in, and transformers' own GGUF loader.
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 
 import gguf
@@ -186,6 +187,35 @@ def test_metadata_that_is_not_understood_is_an_error(more, says, tmp_path):
     write_gguf(tmp_path / "m.gguf", "llama", **more)
     with pytest.raises(UserError, match=says):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "says"),
+    [
+        ("linear", {}, "rope.scaling.factor"),
+        ("yarn", {"rope__scaling__original_context_length": 32}, "rope.scaling.factor"),
+        ("yarn", {"rope__scaling__factor": 2.0}, "rope.scaling.original_context_length"),
+    ],
+)
+def test_half_a_scaling_is_an_error(kind, more, says, tmp_path, monkeypatch):
+    add = gguf.GGUFWriter.add_key_length
+
+    def with_kind(writer, length):
+        add(writer, length)
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_length", with_kind)
+    write_gguf(tmp_path / "m.gguf", "llama", **more)
+    with pytest.raises(UserError, match=says + r": is None, which \w+ scaling needs"):
+        load(tmp_path / "m.gguf")
+
+
+def test_arrays_nested_without_end_are_an_error(tmp_path):
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    nested = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000
+    (tmp_path / "m.gguf").write_bytes(head + nested + bytes(64))
+    with pytest.raises(UserError, match="nested too deeply"):
+        GGUFFile(tmp_path / "m.gguf")
 
 
 def test_an_unsupported_architecture_is_an_error(tmp_path):

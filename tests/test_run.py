@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import tamba
 from hf_models import tiny_hf_model
@@ -126,8 +129,49 @@ def test_a_missing_artefact_is_made_again(folder: Path, steps: Steps) -> None:
     (folder / "out" / "student").unlink()
     # The report rests on the student; what it is made of is unchanged, so the others stay.
     assert steps.run(folder)[0] == "train"
-    (folder / "out" / "run.json").write_text("{ not json")
-    assert steps.run(folder) == ALL
+
+
+def test_what_no_run_made_is_not_touched(folder: Path, steps: Steps) -> None:
+    for name in ("student", "text", "report.json", "report.html", "plots", "recipe.toml"):
+        (folder / "out" / name).mkdir(parents=True)
+        (folder / "out" / name / "precious").write_text("mine")
+        for force in (False, True):
+            with pytest.raises(UserError, match=f"{name}: already exists and was not made by"):
+                steps.run(folder, force=force)
+        assert (folder / "out" / name / "precious").read_text() == "mine"
+        assert [p.name for p in (folder / "out").iterdir()] == [name]
+        shutil.rmtree(folder / "out")
+    assert steps.done == []
+
+
+@pytest.mark.parametrize("content", ["{ not json", "[]", "{}", '{"steps": 3, "begun": []}'])
+def test_a_damaged_memory_makes_nothing_ours(folder: Path, steps: Steps, content: str) -> None:
+    steps.run(folder)
+    (folder / "out" / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: already exists and was not made by"):
+        steps.run(folder)
+    assert steps.done == [] and (folder / "out" / "student").read_text() == "train"
+
+
+def test_what_an_interrupted_step_left_is_known(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    steps.fail_in = "build"
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(folder, "build.convert.conv=random")
+    # The step was cut off after it had made something; the student of the run before is ours too.
+    (folder / "out" / "built").write_text("half")
+    assert (folder / "out" / "student").exists()
+    steps.fail_in = ""
+    assert steps.run(folder) == ["analyze", "build", "train", "evaluate"]
+
+
+def test_artefacts_of_other_recipes_stay_known(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    a, b = RECIPE.index("[[train]]"), RECIPE.index("[evaluate]")
+    (folder / "recipe.toml").write_text(RECIPE[:a] + RECIPE[b:])
+    steps.run(folder)
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert "build" in steps.run(folder)
 
 
 def test_an_interrupted_run_goes_on(folder: Path, steps: Steps) -> None:
@@ -181,8 +225,14 @@ def test_hears_of_each_step(folder: Path, steps: Steps) -> None:
 
 @pytest.fixture
 def real(tmp_path: Path) -> Path:
-    """A tiny Llama, text for it, and a recipe whose every step is the real one."""
+    """A tiny Llama, text for it, and a recipe whose every step is the real one.
+
+    The weights are pickled, which every step that opens them must have been allowed to read.
+    """
     tiny_hf_model("llama").save_pretrained(tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
     character_tokenizer().save_pretrained(tmp_path / "teacher")
     nouns = ["cat", "dog", "owl", "fox", "elk", "bee", "ant", "hen", "ram", "cow", "pig", "yak"]
     paragraphs = [f"the {a} is in the house of the {b}. " * 4 for a in nouns for b in nouns]
@@ -191,6 +241,7 @@ def real(tmp_path: Path) -> Path:
     more = '[[train]]\nstage = "distil"\ntokens = 512\nlr = 1e-3\n'
     recipe = RECIPE.replace("text.txt", "text.jsonl").replace("tokens = 100", "tokens = 1000")
     recipe = recipe.replace("[analyze]", "[analyze]\ntokens = 512")
+    recipe = recipe.replace("[data]", "allow_pickle = true\n[data]")
     (tmp_path / "recipe.toml").write_text(recipe + more)
     return tmp_path
 

@@ -24,7 +24,7 @@ from tamba.checkpoint import (
     CheckpointWriter,
     TensorSpec,
     load_tokenizer,
-    open_checkpoint,
+    open_model,
     parameter_specs,
 )
 from tamba.errors import UserError
@@ -121,12 +121,8 @@ def build(
         UserError: a model, plan or option that cannot be, or a full disk; `out` is not made.
     """
     recipe = as_recipe(recipe)
-    teacher = open_checkpoint(
-        recipe.model_path("teacher"), allow_pickle=recipe.teacher.allow_pickle
-    )
-    donor = None
-    if recipe.donor is not None:
-        donor = open_checkpoint(recipe.model_path("donor"), allow_pickle=recipe.donor.allow_pickle)
+    teacher = open_model(recipe)
+    donor = None if recipe.donor is None else open_model(recipe, "donor")
     plan = recipe.layer_plan(
         teacher.tamba_config.num_hidden_layers, None if analysis is None else Path(analysis)
     )

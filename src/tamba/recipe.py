@@ -239,7 +239,8 @@ class Recipe(Section):
     """A whole experiment. Read one with `read_recipe`."""
 
     name: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    # Steps multiply it into seeds of their own, which must fit in 64 bits.
+    seed: int = Field(default=0, ge=0, lt=2**32)
     teacher: ModelSource
     donor: ModelSource | None = None
     data: Data = Data()

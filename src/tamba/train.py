@@ -40,6 +40,7 @@ from tamba.checkpoint import (
     load_model,
     load_tokenizer,
     open_checkpoint,
+    open_model,
     parameter_specs,
 )
 from tamba.data import Batch, TokenBlocks, text_digest
@@ -547,7 +548,7 @@ def train(
     if blocks is None:
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
     model = load_model(checkpoint, torch.float32, device)
-    teacher = load_model(open_checkpoint(recipe.model_path("teacher")), torch.float32, device)
+    teacher = load_model(open_model(recipe), torch.float32, device)
     teacher.requires_grad_(False)
     pairs = {i: plan.entries[i].index for i in plan.converted}
     _check_pairs(teacher, model, pairs, source)

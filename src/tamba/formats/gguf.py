@@ -281,6 +281,14 @@ class GGUFFile:
             return self._llama3_scaling(config)
         if kind == "none":
             return None
+        needed = {"linear": ["factor"], "yarn": ["factor", "original_context_length"]}
+        for key in needed.get(str(kind), []):
+            if not isinstance(scaling.get(key), int | float):
+                raise UserError(
+                    f"{self.path}: {self.architecture}.rope.scaling.{key}",
+                    f"is {scaling.get(key)!r}, which {kind} scaling needs as a number",
+                    _DAMAGED,
+                )
         if kind == "linear":
             return {"rope_type": "linear", "factor": float(scaling["factor"])}
         if kind == "yarn":
@@ -380,6 +388,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[_Tensor], int]:
             return _parse(path, _Cursor(data))
     except EOFError as error:
         raise UserError(str(path), "cut short in its header", _DAMAGED) from error
+    except RecursionError as error:  # arrays in arrays in arrays
+        raise UserError(str(path), "its metadata is nested too deeply", _DAMAGED) from error
     except ValueError as error:  # an empty file, a bad type, bytes that are no text
         if isinstance(error, UserError):
             raise
