@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,6 +261,12 @@ BAD_FOLDERS = {
     "empty file": (lambda f: (f / SAFE).write_bytes(b""), "cut short in its header"),
     "cut in the header": (lambda f: cut(f / SAFE, 0.01), "cut short in its header"),
     "cut in the data": (lambda f: cut(f / SAFE, 0.9), "cut short"),
+    "header is nested": (
+        lambda f: (f / SAFE).write_bytes(
+            (200_000).to_bytes(8, "little") + b'{"a":' + b"[" * 199_995
+        ),
+        "header is damaged",
+    ),
     "header is no JSON": (
         lambda f: (f / SAFE).write_bytes(b"\x04" + b"\0" * 7 + b"abcd"),
         "header is damaged",
@@ -475,6 +482,21 @@ def test_an_exception_leaves_nothing(error, tmp_path):
     assert left_in(tmp_path / "deep") == []
 
 
+@pytest.mark.parametrize("above", ["/proc/no_such_place", "a_file"])
+def test_a_place_that_cannot_be_made_is_said_to_be_that(above, tmp_path):
+    """Not that it has no room, though a place that is no disk has none."""
+    (tmp_path / "a_file").write_text("")
+    with pytest.raises(UserError, match=r"out: cannot be made \(.*choose another folder"):
+        CheckpointWriter(tmp_path / above / "out", SPECS, {})
+
+
+def test_no_room_leaves_no_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(UserError, match="not enough room"):
+        CheckpointWriter(tmp_path / "a" / "b" / "out", SPECS, {})
+    assert left_in(tmp_path) == []
+
+
 def test_an_unfinished_checkpoint_is_not_committed(tmp_path):
     with (
         pytest.raises(ValueError, match="announced but not written: t1"),
@@ -534,6 +556,29 @@ def test_two_writers_of_one_folder(tmp_path):
             pass
         fill(first)
     assert left_in(tmp_path) == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="cannot be made"),
+        CheckpointWriter(tmp_path / "file" / "out", SPECS, {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layers": ["mamba3"]}, "no block named 'mamba3'"),
+        ({"blocks": 3}, "not a valid tamba configuration"),
+    ],
+)
+def test_a_damaged_configuration_of_ours_is_an_error(change, says, tmp_path):
+    tiny_model("attention").save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", lambda c: c.update(change))
+    with pytest.raises(UserError, match=says):
+        load(tmp_path)
 
 
 def test_what_a_killed_process_left_is_replaced(tmp_path):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -14,6 +16,8 @@ import tamba
 from hf_models import tiny_hf_model
 from models import tiny_model
 from tamba import cli
+from tamba.model.config import TambaConfig
+from tamba.model.modeling import TambaForCausalLM
 from tokens import character_tokenizer
 
 RECIPE = """
@@ -113,8 +117,69 @@ def other_vocabulary(folder: Path) -> None:
     tiny_hf_model("llama").save_pretrained(folder / "other")
 
 
+def with_donor(convert: Callable[[str], str] = str, **entries: object) -> Callable[[Path], None]:
+    """A recipe that transplants, from a donor whose tokenizer and configuration are changed."""
+
+    def prepare(folder: Path) -> None:
+        tiny_teacher(folder)
+        config = tiny_model(["mamba1", "mamba1"]).config.to_dict()
+        TambaForCausalLM(TambaConfig(**(config | entries))).save_pretrained(folder / "donor")
+        character_tokenizer().save_pretrained(folder / "donor")
+        tokenizer = folder / "donor" / "tokenizer.json"
+        tokenizer.write_text(convert(tokenizer.read_text()))
+        recipe = RECIPE.replace("convert 1", "transplant 1")
+        recipe = recipe.replace("[data]", '[donor]\npath = "donor"\n[data]')
+        (folder / "recipe.toml").write_text(recipe)
+
+    return prepare
+
+
+def letters_swapped(tokenizer: str) -> str:
+    found = json.loads(tokenizer)
+    vocabulary = found["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    return json.dumps(found)
+
+
+def gguf_file(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def prepare(folder: Path) -> None:
+        writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
+        writer.add_block_count(1)
+        writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (folder / "m.gguf").write_bytes(change((folder / "m.gguf").read_bytes()))
+
+    return prepare
+
+
+def after_teacher(old: str, new: str) -> Callable[[Path], None]:
+    """A teacher that opens, and a changed recipe."""
+
+    def prepare(folder: Path) -> None:
+        tiny_teacher(folder)
+        changed(old, new)(folder)
+
+    return prepare
+
+
+def taken(name: str) -> Callable[[Path], None]:
+    """A teacher, and something of the user's in the way."""
+
+    def prepare(folder: Path) -> None:
+        tiny_teacher(folder)
+        (folder / "teacher" / "t.txt").write_text("the cat is in the house. " * 20)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+
+    return prepare
+
+
 RUN = ["run", "recipe.toml", "--out", "out"]
 ANSWER = ["generate", "teacher", "--prompt", "hi"]
+BUILD = ["build", "recipe.toml", "--out", "out"]
 MEASURE = ["evaluate", "teacher", "--text", "teacher/t.txt", "--length", "8"]
 
 # Bad input: what the user did, the command, and what the one line must say: place and remedy.
@@ -162,6 +227,45 @@ BAD = {
     ),
     "no text to measure on": (changed("heldout =", "train_ = 1 #"), RUN, ["data.train_"]),
     "out is a file": (write("out", ""), RUN, ["out", "cannot be made", "choose another --out"]),
+    "out is another's": (
+        write("report.html", ""),
+        ["run", "recipe.toml", "--out", "."],
+        ["report.html", "was not made by tamba run", "choose another --out"],
+    ),
+    "built already": (taken("out/mine"), BUILD, ["out", "already exists", "choose another"]),
+    "out of the measures is a file": (
+        taken("mine"),
+        [*MEASURE, "--out", "mine"],
+        ["mine", "is no folder", "choose another --out"],
+    ),
+    "no such layer": (
+        after_teacher("convert 1", "convert 99"),
+        BUILD,
+        ["build.plan", "layers[1] 'convert 99'", "no layer 99", "its layers are 0 to 1"],
+    ),
+    "no such layer to keep": (
+        after_teacher(
+            '[build]\nplan = ["keep 0", "convert 1"]',
+            "[analyze]\nconvert = 1\nalways_keep = [7]",
+        ),
+        ["analyze", "recipe.toml", "--out", "out"],
+        ["analyze.always_keep", "there is no layer 7", "the teacher's are 0 to 1"],
+    ),
+    "donor of another width": (
+        with_donor(hidden_size=40),
+        BUILD,
+        ["donor", "40 wide and the teacher 32", "models of one width"],
+    ),
+    "donor of another vocabulary": (
+        with_donor(letters_swapped),
+        BUILD,
+        ["donor", "another vocabulary: 'a' is", "tokens they were trained on"],
+    ),
+    "missing student": (
+        write("recipe.toml", RECIPE + '[[train]]\nstage = "align"\ntokens = 9\nlr = 1e-3\n'),
+        ["train", "recipe.toml", "--out", "out", "--student", "nowhere"],
+        ["nowhere", "no such"],
+    ),
     # Checkpoints.
     "missing model": (nothing, ["inspect", "./nowhere"], ["nowhere", "no such"]),
     "no hub": (nothing, ["inspect", "owner/model"], ["owner/model", "hub cannot be reached"]),
@@ -169,6 +273,16 @@ BAD = {
     "truncated weights": (truncated, ANSWER, ["model.safetensors", "fetch"]),
     "damaged header": (damaged, ANSWER, ["model.safetensors"]),
     "not a GGUF": (write("m.gguf", "GGUF"), ["inspect", "m.gguf"], ["m.gguf"]),
+    "truncated GGUF": (
+        gguf_file(lambda data: data[:-64]),
+        ["inspect", "m.gguf"],
+        ["m.gguf", "cut short: 'token_embd.weight'", "fetch"],
+    ),
+    "corrupt GGUF": (
+        gguf_file(lambda data: data.replace(b"architecture", b"\xff" * 12)),
+        ["inspect", "m.gguf"],
+        ["m.gguf", "not a GGUF file, or damaged", "fetch"],
+    ),
     "pickled weights": (pickled, ANSWER, ["pytorch_model.bin", "convert them to safetensors"]),
     "shard outside": (shard_outside, ANSWER, ["index.json", "'../model.safetensors' leads out"]),
     "NaN weights": (not_a_number, ANSWER, ["NaN or infinity", "damaged"]),
@@ -192,8 +306,17 @@ BAD = {
     "wrong type": (
         nothing,
         ["evaluate", "teacher", "--text", "text.txt", "--dtype", "float8"],
-        ["--dtype", "'float8' is no type to compute in"],
+        ["dtype", "'float8' is no type of weights"],
     ),
+    "no such device": (tiny_teacher, [*ANSWER, "--device", "banana"], ["device", "e.g. cpu"]),
+    "device that is not there": (
+        tiny_teacher,
+        [*ANSWER, "--device", "xpu:7"],
+        ["device", "torch finds no 'xpu' here", "use cpu"],
+    ),
+    "seed too large": (nothing, [*ANSWER, "--seed", str(2**64)], ["seed", "64 bits"]),
+    "seed below 0": (nothing, [*ANSWER, "--seed", "-1"], ["seed", "64 bits"]),
+    "seed of a recipe": (nothing, [*RUN, "--set", f"seed={2**64}"], ["recipe.toml: seed"]),
 }
 
 

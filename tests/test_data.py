@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from compare import assert_same
 from tamba import data
@@ -359,6 +360,33 @@ def test_blocks_survive_a_file(tmp_path):
     assert_same(again.tokens, blocks.tokens, "exact")
     assert_same(again.starts.int(), blocks.starts.int(), "exact")
     assert (again.n_tokens, again.bytes_per_token) == (blocks.n_tokens, blocks.bytes_per_token)
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, OSError])
+def test_a_full_disk_is_the_users_and_leaves_nothing(tmp_path, monkeypatch, kind):
+    """The library raises its own error, which is no OSError, for what the disk refuses."""
+    blocks = TokenBlocks.from_texts(TEXTS, byte_tokenizer(), 8)
+    path = tmp_path / "blocks.safetensors"
+
+    def full(tensors, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise kind("No space left on device (os error 28)")
+
+    monkeypatch.setattr(data, "save_file", full)
+    with pytest.raises(UserError, match=r"blocks\.safetensors: cannot be written .*No space"):
+        blocks.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_library_raises_its_own_error_for_an_unwritable_file(tmp_path):
+    blocks = TokenBlocks.from_texts(TEXTS, byte_tokenizer(), 8)
+    with pytest.raises(UserError, match="cannot be written"):
+        blocks.save(tmp_path / "nowhere" / "blocks.safetensors")
+
+
+def test_a_name_that_the_hub_refuses():
+    with pytest.raises(UserError, match="check the address and the network"):
+        read_texts("hf://datasets/-owner-/na--me/part.jsonl")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"rubbish, and long enough to be read as a header"])

@@ -26,10 +26,12 @@ from tamba.checkpoint import load
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import cache_bytes, compare, evaluate, perplexity
+from tamba.evaluate.parts import layers_of
 from tamba.model.cache import TambaCache
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
-from tamba.report import read_record
+from tamba.plan import LayerPlan, parse_entries
+from tamba.report import Layers, read_record
 from texts import byte_tokenizer, document
 
 scores = sys.modules[
@@ -413,6 +415,25 @@ def test_one_call_measures_teacher_and_student(folder, tmp_path):
     assert {"torch", "transformers", "python"} <= set(got.versions)
     assert read_record(tmp_path / "report.json") == got
     assert (tmp_path / "report.html").is_file()
+
+
+def test_converted_layers_are_the_plans(folder):
+    """A transplanted Mamba layer was converted from nothing."""
+    student, _ = load(folder / "student")
+    entries = parse_entries(["convert 0", "keep 1", "transplant 0"], "here")
+    assert layers_of(student, LayerPlan(entries)) == Layers(total=3, converted=1)
+    assert layers_of(student) == Layers(total=3, converted=2)
+
+
+def test_a_place_for_the_report_is_looked_at_first(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("tamba.evaluate.load", None)  # nothing is opened
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/deep/er"):
+        with pytest.raises(UserError, match="file is no folder; choose another --out"):
+            evaluate(folder / "student", folder / "text.txt", out=tmp_path / out)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(UserError, match="may not be written to; choose another --out"):
+        evaluate(folder / "student", folder / "text.txt", out=tmp_path / "new" / "one")
 
 
 def test_one_call_measures_a_model_alone(folder):

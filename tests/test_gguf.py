@@ -7,6 +7,7 @@ that went in, and transformers' own GGUF loader.
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 
 import gguf
@@ -127,7 +128,8 @@ def test_a_gguf_is_the_model_it_was_made_from(case, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "F16", "BF16", "Q5_0"])
-def test_quantised_tensors_equal_transformers_loader(kind, tmp_path):
+def test_quantised_tensors_equal_transformers_loader(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("tamba.formats.gguf._AT_ONCE", 100)  # three rows of most matrices
     write_gguf(tmp_path / "m.gguf", "llama", gguf.GGMLQuantizationType[kind])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     ours, _ = load(tmp_path / "m.gguf", dtype="float32")
@@ -185,6 +187,35 @@ def test_metadata_that_is_not_understood_is_an_error(more, says, tmp_path):
     write_gguf(tmp_path / "m.gguf", "llama", **more)
     with pytest.raises(UserError, match=says):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "says"),
+    [
+        ("linear", {}, "rope.scaling.factor"),
+        ("yarn", {"rope__scaling__original_context_length": 32}, "rope.scaling.factor"),
+        ("yarn", {"rope__scaling__factor": 2.0}, "rope.scaling.original_context_length"),
+    ],
+)
+def test_half_a_scaling_is_an_error(kind, more, says, tmp_path, monkeypatch):
+    add = gguf.GGUFWriter.add_key_length
+
+    def with_kind(writer, length):
+        add(writer, length)
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_length", with_kind)
+    write_gguf(tmp_path / "m.gguf", "llama", **more)
+    with pytest.raises(UserError, match=says + r": is None, which \w+ scaling needs"):
+        load(tmp_path / "m.gguf")
+
+
+def test_arrays_nested_without_end_are_an_error(tmp_path):
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    nested = struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 20_000
+    (tmp_path / "m.gguf").write_bytes(head + nested + bytes(64))
+    with pytest.raises(UserError, match="nested too deeply"):
+        GGUFFile(tmp_path / "m.gguf")
 
 
 def test_an_unsupported_architecture_is_an_error(tmp_path):
@@ -258,6 +289,40 @@ def test_the_tokenizer_cuts_as_the_file_says(tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("abc  12 a").input_ids == tokenizer("abc  12 a").input_ids
     assert again.chat_template == tokenizer.chat_template
+
+
+def test_a_sentencepiece_vocabulary_is_read(tmp_path):
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    kinds = [2, 3, 3, *[6] * 256]
+    pieces = ["▁", "a", "b", "c", "▁a", "ab", "▁ab", "bc", "▁abc"]
+    scores = [0.0] * len(words) + [-float(i) for i in range(len(pieces), 0, -1)]
+    metadata = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": words + pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds + [1] * len(pieces),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    tokenizer = read_tokenizer(metadata, "here")
+    assert tokenizer.tokenize("abc ab") == ["▁abc", "▁ab"]
+    # transformers makes merges of the same scores; its module has moved between releases.
+    try:
+        from transformers.integrations.gguf import convert_gguf_tokenizer
+    except ImportError:
+        from transformers.integrations.ggml import convert_gguf_tokenizer
+    named = {"model": "tokenizer_type", "unknown_token_id": "unk_token_id"}
+    plain = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()}
+    theirs, _ = convert_gguf_tokenizer("llama", {named.get(k, k): v for k, v in plain.items()})
+    for text in ("abc", "ab abc", "cab bcab", "aabbcc", "x é"):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+    ids = tokenizer("abc ab é").input_ids
+    assert ids[0] == 1  # these files begin with BOS unless they say otherwise
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "abc ab é"
+    assert tokenizer("a</s>").input_ids[-1] == 2
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_an_error():

@@ -149,6 +149,39 @@ def test_packed_documents_do_not_meet(stack, how):
             at += len(doc)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_the_last_packed_document_can_be_continued(stack, padded):
+    model, cache = tiny_model(stack), None
+    lengths = [[4, 7], [9, 2]]
+    docs = [[random_ids(1, n, seed=n)[0] for n in row] for row in lengths]
+    ids = torch.stack([torch.cat(row) for row in docs])
+    seq_idx = torch.tensor([[0] * a + [1] * b for a, b in lengths])
+    mask = torch.ones_like(ids)
+    if padded:
+        rubbish = random_ids(2, 2, seed=77)
+        ids, mask = torch.cat([ids, rubbish], 1), torch.cat([mask, torch.zeros_like(rubbish)], 1)
+        seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, 2)], 1)
+    cache, more = TambaCache(model.config), random_ids(2, 5, seed=3)
+    logits_of(model, ids, seq_idx=seq_idx, attention_mask=mask, past_key_values=cache)
+    got = [logits_of(model, piece, past_key_values=cache) for piece in more.split([2, 3], dim=1)]
+    if padded and stack in ("sliding", "mixed"):
+        return  # a window counts places, and padding lies between
+    for b in range(2):
+        want = logits_of(model, torch.cat([docs[b][1], more[b]])[None])[0, -5:]
+        assert_same(torch.cat(got, dim=1)[b], want, "decode")
+
+
+def test_packed_rows_of_one_layout_and_stock_caches():
+    model, ids = tiny_model("mixed"), random_ids(3, 9)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    got = logits_of(model, ids, position_ids=positions)
+    assert_same(got, logits_of(model, ids, position_ids=positions.expand(3, -1)), "exact")
+    assert_same(got[:, 4:], logits_of(model, ids[:, 4:]), "decode")
+    with pytest.raises(ValueError, match="TambaCache"):
+        logits_of(model, ids, seq_idx=positions, past_key_values=DynamicCache(config=model.config))
+
+
 @pytest.mark.parametrize("stack", STACK_NAMES)
 @pytest.mark.parametrize("window", [6, 30])
 def test_rollback_equals_a_fresh_run(stack, window):
@@ -205,6 +238,11 @@ def test_rollback_beyond_the_record_is_refused():
     logits_of(model, random_ids(1, 12), past_key_values=cache)
     with pytest.raises(ValueError, match="max_rollback=5"):
         cache.rollback(5)
+    attention = TambaCache(tiny_model("attention").config)
+    logits_of(tiny_model("attention"), random_ids(1, 4), past_key_values=attention)
+    for n in (5, -1):
+        with pytest.raises(ValueError, match="of 4 tokens"):
+            attention.rollback(n)
     plain = TambaCache(model.config)
     logits_of(model, random_ids(1, 12), past_key_values=plain)
     with pytest.raises(ValueError, match="cannot take back 1"):
@@ -384,7 +422,7 @@ def test_ignored_padding_and_boundaries_are_seen(monkeypatch):
 
     def blind(*args, **kwargs):
         tokens = locate(*args, **kwargs)
-        tokens.padding = tokens.order = tokens.starts = None
+        tokens.padding = tokens.order = tokens.starts = tokens.documents = None
         return tokens
 
     monkeypatch.setattr(modeling, "locate", blind)

@@ -1,20 +1,25 @@
-"""The order of steps and what is left out; the steps themselves are stand-ins that write a file."""
+"""The order of steps and what is left out, with stand-ins for the steps; and the whole way."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from models import tiny_model
+import tamba
+from hf_models import tiny_hf_model
 from tamba import run as run_module
 from tamba.errors import UserError
-from tamba.plan import uniform_plan, write_plan
+from tamba.evaluate import perplexity
 from tamba.recipe import Recipe, read_recipe
 from tamba.report import read_record
 from tamba.run import Step, run, steps_of
+from tamba.text import read_text
 from tokens import character_tokenizer
 
 RECIPE = """
@@ -124,8 +129,49 @@ def test_a_missing_artefact_is_made_again(folder: Path, steps: Steps) -> None:
     (folder / "out" / "student").unlink()
     # The report rests on the student; what it is made of is unchanged, so the others stay.
     assert steps.run(folder)[0] == "train"
-    (folder / "out" / "run.json").write_text("{ not json")
-    assert steps.run(folder) == ALL
+
+
+def test_what_no_run_made_is_not_touched(folder: Path, steps: Steps) -> None:
+    for name in ("student", "text", "report.json", "report.html", "plots", "recipe.toml"):
+        (folder / "out" / name).mkdir(parents=True)
+        (folder / "out" / name / "precious").write_text("mine")
+        for force in (False, True):
+            with pytest.raises(UserError, match=f"{name}: already exists and was not made by"):
+                steps.run(folder, force=force)
+        assert (folder / "out" / name / "precious").read_text() == "mine"
+        assert [p.name for p in (folder / "out").iterdir()] == [name]
+        shutil.rmtree(folder / "out")
+    assert steps.done == []
+
+
+@pytest.mark.parametrize("content", ["{ not json", "[]", "{}", '{"steps": 3, "begun": []}'])
+def test_a_damaged_memory_makes_nothing_ours(folder: Path, steps: Steps, content: str) -> None:
+    steps.run(folder)
+    (folder / "out" / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: already exists and was not made by"):
+        steps.run(folder)
+    assert steps.done == [] and (folder / "out" / "student").read_text() == "train"
+
+
+def test_what_an_interrupted_step_left_is_known(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    steps.fail_in = "build"
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(folder, "build.convert.conv=random")
+    # The step was cut off after it had made something; the student of the run before is ours too.
+    (folder / "out" / "built").write_text("half")
+    assert (folder / "out" / "student").exists()
+    steps.fail_in = ""
+    assert steps.run(folder) == ["analyze", "build", "train", "evaluate"]
+
+
+def test_artefacts_of_other_recipes_stay_known(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    a, b = RECIPE.index("[[train]]"), RECIPE.index("[evaluate]")
+    (folder / "recipe.toml").write_text(RECIPE[:a] + RECIPE[b:])
+    steps.run(folder)
+    (folder / "recipe.toml").write_text(RECIPE)
+    assert "build" in steps.run(folder)
 
 
 def test_an_interrupted_run_goes_on(folder: Path, steps: Steps) -> None:
@@ -177,43 +223,57 @@ def test_hears_of_each_step(folder: Path, steps: Steps) -> None:
     assert heard == [(name, "skipped") for name in ALL]
 
 
-def test_text_and_report_are_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Analysis and build stand in (the student is the teacher); text and report do not."""
-    teacher = tiny_model(["mamba2", "attention"], max_position_embeddings=512)
-    tokenizer = character_tokenizer()
-    teacher.save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    paragraphs = (f"the {w} is in the house of the {w}. " * 8 for w in "abcdefgh")
-    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs) * 60)
-    (tmp_path / "recipe.toml").write_text(
-        RECIPE[: RECIPE.index("[[train]]")] + RECIPE[RECIPE.index("[evaluate]") :]
-    )
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """A tiny Llama, text for it, and a recipe whose every step is the real one.
 
-    def build(recipe: Recipe, out: Path) -> None:
-        teacher.save_pretrained(out / "student")
-        tokenizer.save_pretrained(out / "student")
-        sections = {"scores": [0.5, 0.25], "score_name": "loss"}
-        (out / "student" / "record.json").write_text(json.dumps(sections))
+    The weights are pickled, which every step that opens them must have been allowed to read.
+    """
+    tiny_hf_model("llama").save_pretrained(tmp_path / "teacher")
+    weights = tmp_path / "teacher" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    character_tokenizer().save_pretrained(tmp_path / "teacher")
+    nouns = ["cat", "dog", "owl", "fox", "elk", "bee", "ant", "hen", "ram", "cow", "pig", "yak"]
+    paragraphs = [f"the {a} is in the house of the {b}. " * 4 for a in nouns for b in nouns]
+    lines = [json.dumps({"text": text}) for text in paragraphs]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    more = '[[train]]\nstage = "distil"\ntokens = 512\nlr = 1e-3\n'
+    recipe = RECIPE.replace("text.txt", "text.jsonl").replace("tokens = 100", "tokens = 1000")
+    recipe = recipe.replace("[analyze]", "[analyze]\ntokens = 512")
+    recipe = recipe.replace("[data]", "allow_pickle = true\n[data]")
+    (tmp_path / "recipe.toml").write_text(recipe + more)
+    return tmp_path
 
-    def analyze(recipe: Recipe, out: Path) -> None:
-        (out / "analysis").mkdir()
-        write_plan(uniform_plan(2, 0.5), out / "analysis" / "plan.toml")
 
-    monkeypatch.setattr(run_module, "_build", build)
-    monkeypatch.setattr(run_module, "_analyze", analyze)
-    path = run(tmp_path / "recipe.toml", tmp_path / "out")
+def test_the_whole_way(real: Path) -> None:
+    path = run(real / "recipe.toml", real / "out")
     record = read_record(path)
     assert record.perplexity and record.layers and record.parameters
-    assert record.perplexity.ratio == pytest.approx(1.0, abs=1e-5)
-    assert record.perplexity.tokens > 30 and record.perplexity.kl == pytest.approx(0, abs=1e-6)
-    assert (record.layers.total, record.layers.converted) == (2, 1)
-    assert [(p.origin, p.source, p.source_layer) for p in record.plan] == [
-        ("converted", "teacher", 0),
-        ("kept", "teacher", 1),
-    ]
-    assert record.scores == [0.5, 0.25]
-    assert record.answer == record.chat[0].student == record.chat[0].teacher
-    assert list(record.seconds)[:3] == ["text", "analyze", "build"]
-    assert {"python", "torch"} <= set(record.versions)
-    assert set(record.digests) == {"text", "analyze", "build"}
-    assert (tmp_path / "out" / "report.html").exists()
+    assert record.perplexity.tokens > 30 and record.perplexity.kl is not None
+    assert (record.layers.total, record.layers.converted) == (3, 1)
+    assert [p.origin for p in record.plan].count("converted") == 1
+    # The layer whose score is lowest is the one that was converted.
+    chosen = min(range(3), key=lambda i: record.scores[i] or 0)
+    assert record.plan[chosen].origin == "converted"
+    assert {point.stage for point in record.training} >= {"distil"}
+    assert record.answer == record.chat[0].student
+    steps = ["text", "analyze", "build", "train"]
+    assert list(record.seconds)[:4] == steps and set(record.digests) == set(steps)
+    assert {"python", "torch", "transformers"} <= set(record.versions)
+    assert record.recipe == (real / "out" / "recipe.toml").read_text()
+    assert (real / "out" / "report.html").exists()
+    # The student is a checkpoint like any other, and the report's figure is its figure.
+    model, tokenizer = tamba.load(real / "out" / "student")
+    assert model.config.layer_types.count("linear_attention") == 1 and tokenizer is not None
+    heldout = read_text(real / "out" / "text").heldout
+    assert heldout is not None
+    again = perplexity(model, heldout.take(64 // 16))
+    assert again.ppl == pytest.approx(record.perplexity.student, rel=1e-5)
+    # Nothing is left over but what was promised, and nothing is done twice.
+    names = {p.name for p in (real / "out").iterdir()}
+    folders = {"analysis", "built", "plots", "student", "text"}
+    assert names == folders | {"recipe.toml", "report.html", "report.json", "run.json"}
+    heard: list[str] = []
+    run(real / "recipe.toml", real / "out", report=lambda step, what: heard.append(what))
+    assert heard == ["skipped"] * 5

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from models import tiny_model
 from tamba import text as text_module
@@ -104,6 +105,18 @@ def test_the_teacher_writes(folder: Path) -> None:
     assert "<user>" in said and "<assistant>" in said
 
 
+def test_a_pickled_teacher_is_read_where_the_recipe_allows_it(folder: Path) -> None:
+    weights = folder / "teacher" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    recipe = recipe_of(folder, ["teacher-written"], [])
+    with pytest.raises(UserError, match="not read unless asked for"):
+        prepare_text(recipe)
+    said = recipe.file.read_text().replace("[build]", "allow_pickle = true\n[build]")
+    recipe.file.write_text(said)
+    assert prepare_text(read_recipe(recipe.file)).train
+
+
 @pytest.mark.parametrize("ends_at", [3, 5, 8, None])
 def test_the_document_over_the_cut_is_on_one_side(ends_at: int | None) -> None:
     """Of a document that began before the cut, the held-out side scores nothing."""
@@ -140,23 +153,3 @@ def test_saved_text_reads_back(folder: Path) -> None:
     assert read_text(folder / "half").train is None
     with pytest.raises(UserError, match="no such folder of text"):
         read_text(folder / "nowhere")
-
-
-def test_hub_files_are_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def fetch(repo: str, name: str, *, repo_type: str, revision: str | None) -> str:
-        asked.append((repo, name, repo_type, revision))
-        return str(folder / "a.jsonl")
-
-    monkeypatch.setattr(text_module, "hf_hub_download", fetch)
-    recipe = recipe_of(folder, ["hf://datasets/owner/name@v1/en/part.json.gz"], [])
-    found = prepare_text(recipe)
-    assert found.train and words_in(found.train) == set(WORDS)
-    assert asked == [("owner/name", "en/part.json.gz", "dataset", "v1")]
-
-
-def test_no_network_is_one_line(folder: Path) -> None:
-    recipe = recipe_of(folder, ["hf://datasets/owner/name/part.jsonl"], [])
-    with pytest.raises(UserError, match=r"part\.jsonl: cannot be fetched"):
-        prepare_text(recipe)

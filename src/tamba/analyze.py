@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tamba.calibrate import calibrate, can_calibrate, fit_output
-from tamba.checkpoint import load_model, open_checkpoint
+from tamba.checkpoint import load_model, open_model
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
@@ -92,7 +92,7 @@ def analyze(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "already exists", "choose another folder or remove it")
-    checkpoint = open_checkpoint(recipe.model_path("teacher"))
+    checkpoint = open_model(recipe)
     _check(recipe, checkpoint.tamba_config.block_specs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)

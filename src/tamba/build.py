@@ -7,6 +7,8 @@ tables take. Every tensor is accounted for in `build.json`: copied, transformed 
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import platform
 from collections import Counter
@@ -16,15 +18,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import transformers
 
-import tamba
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     TensorSpec,
     load_tokenizer,
-    open_checkpoint,
+    open_model,
     parameter_specs,
 )
 from tamba.errors import UserError
@@ -121,8 +121,8 @@ def build(
         UserError: a model, plan or option that cannot be, or a full disk; `out` is not made.
     """
     recipe = as_recipe(recipe)
-    teacher = open_checkpoint(recipe.model_path("teacher"))
-    donor = open_checkpoint(recipe.model_path("donor")) if recipe.donor else None
+    teacher = open_model(recipe)
+    donor = None if recipe.donor is None else open_model(recipe, "donor")
     plan = recipe.layer_plan(
         teacher.tamba_config.num_hidden_layers, None if analysis is None else Path(analysis)
     )
@@ -460,11 +460,14 @@ def _record(report: BuildReport, models: Mapping[Source, Checkpoint]) -> dict[st
             }
             for source, model in models.items()
         },
-        "versions": {
-            "tamba": tamba.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": dict(_versions()),
         "table": [asdict(row) for row in report.rows],
     }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    for package in ("tamba", "torch", "transformers"):
+        # Run from a source tree, tamba has no installed version.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)

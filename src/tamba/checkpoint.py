@@ -17,9 +17,10 @@ import os
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, GenerationConfig
 
 from tamba.errors import UserError
@@ -31,13 +32,18 @@ from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 
+if TYPE_CHECKING:
+    from tamba.recipe import Recipe
+
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorSpec",
     "load",
+    "load_model",
     "load_tokenizer",
     "open_checkpoint",
+    "open_model",
     "parameter_specs",
 ]
 
@@ -169,6 +175,10 @@ class Checkpoint:
             except UserError as error:
                 raise UserError(
                     f"{self._config_place}: {error.where}", error.problem, error.remedy
+                ) from error
+            except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    self._config_place, f"not a valid tamba configuration: {error}"
                 ) from error
         shapes = {name: self._spec(name).shape for name in self._owner}
         config = self.family.to_tamba_config(self.config, shapes, self._config_place)
@@ -329,6 +339,17 @@ def open_checkpoint(
     raise UserError(str(path), "not a checkpoint", "give a folder, a .safetensors or a .gguf file")
 
 
+def open_model(recipe: Recipe, role: Literal["teacher", "donor"] = "teacher") -> Checkpoint:
+    """Open a model that a recipe names, as its section says, without reading its weights.
+
+    Raises:
+        UserError: the recipe has no such section, or what `open_checkpoint` raises.
+    """
+    path = recipe.model_path(role)
+    source = recipe.teacher if role == "teacher" else recipe.donor
+    return open_checkpoint(path, allow_pickle=source is not None and source.allow_pickle)
+
+
 def _open_gguf(path: Path) -> Checkpoint:
     try:
         from tamba.formats.gguf import GGUFFile
@@ -452,7 +473,7 @@ def _open_pickles(folder: Path, files: list[Path] | None, allow_pickle: bool) ->
         raise UserError(
             str(files[0]),
             "pickled weights can hold code and are not read unless asked for",
-            "convert them to safetensors, or pass allow_pickle (--allow-pickle)",
+            "convert them to safetensors, or set allow_pickle to read them, weights only",
         )
     config = _read_config(folder)
     opened = {path: _PickleFile(path) for path in files}
@@ -484,8 +505,11 @@ def load(
 
     Raises:
         UserError: what `open_checkpoint` raises, unsupported family or key, missing or unexpected
-            tensors, NaN weights.
+            tensors, NaN weights, a type or device that cannot be.
     """
+    # Before the hub is asked for anything.
+    _as_dtype(dtype)
+    _as_device(device)
     checkpoint = open_checkpoint(path_or_name, allow_pickle=allow_pickle)
     return load_model(checkpoint, dtype, device), load_tokenizer(checkpoint)
 
@@ -498,12 +522,12 @@ def load_model(
     """The model of an open checkpoint; see `load`."""
     config = copy.deepcopy(checkpoint.tamba_config)
     wanted = _as_dtype(dtype) or _as_dtype(config.dtype) or torch.float32
+    place = _as_device(device)
     names = checkpoint.parameters
     config.dtype = wanted
     config.name_or_path = checkpoint.location
     with torch.device("meta"):
         model = TambaForCausalLM(config)
-    place = torch.device(device or "cpu")
     for name in names:
         tensor = checkpoint.read_parameter(name, _kept_dtype(name, wanted)).to(place)
         module = model.get_submodule(name.rpartition(".")[0])
@@ -524,9 +548,25 @@ def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
         raise UserError("dtype", f"{dtype!r} is no type of weights", "e.g. float32, bfloat16")
     return found
+
+
+def _as_device(device: torch.device | str | None) -> torch.device:
+    try:
+        place = torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise UserError("device", f"'{device}' is no device", "e.g. cpu, cuda, cuda:1") from error
+    if place.type in ("cpu", "meta"):
+        return place
+    # Other kinds have a module of torch named after them, where this build of torch knows them.
+    module = getattr(torch, place.type, None)
+    if module is None or not module.is_available():
+        raise UserError("device", f"torch finds no '{place.type}' here", "use cpu")
+    if (place.index or 0) >= module.device_count():
+        raise UserError("device", f"there are {module.device_count()}, not '{place}'")
+    return place
 
 
 def load_tokenizer(checkpoint: Checkpoint | str | os.PathLike[str]) -> Any:

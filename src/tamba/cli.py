@@ -20,11 +20,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from tamba.errors import UserError, nearest
+from tamba.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from tamba.inspect import Inspection
     from tamba.recipe import Recipe
     from tamba.report import Perplexity
@@ -125,7 +123,8 @@ def build(
     with _step():
         from tamba.build import build as step
 
-        step(settings, out)
+        report = step(settings, out)
+    typer.echo(str(report))
     stderr.print(f"wrote {out}")
 
 
@@ -177,7 +176,7 @@ def evaluate(
             length=length,
             limit=limit,
             out=out,
-            dtype=_torch_dtype(dtype),
+            dtype=dtype,
             device=device,
         )
     if as_json:
@@ -289,15 +288,6 @@ def _read(recipe: Path, overrides: list[str] | None) -> Recipe:
 def _write_now(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _torch_dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise UserError("--dtype", f"'{name}' is no type to compute in", nearest(name, known))
-    return None if name is None else known[name]
 
 
 def _perplexity_line(found: Perplexity) -> str:

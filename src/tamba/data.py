@@ -11,6 +11,7 @@ Shape letters: `B` batch, `T` tokens of a block.
 from __future__ import annotations
 
 import ast
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -530,12 +531,24 @@ class TokenBlocks:
             yield Batch(self.tokens[picked].long(), self.starts[picked])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the blocks to one safetensors file, whole or not at all."""
+        """Write the blocks to one safetensors file, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written; a full disk, most often.
+        """
         partial = f"{os.fspath(path)}.partial"
         tensors = {"tokens": self.tokens.contiguous(), "starts": self.starts.contiguous()}
         facts = {"n_tokens": self.n_tokens, "bytes_per_token": self.bytes_per_token}
-        save_file(tensors, partial, metadata={"token_blocks": json.dumps(facts)})
-        os.replace(partial, path)
+        try:
+            save_file(tensors, partial, metadata={"token_blocks": json.dumps(facts)})
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:  # the library wraps a full disk in its own
+            raise UserError(
+                os.fspath(path), f"cannot be written ({error})", "make room, or write elsewhere"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenBlocks:

@@ -73,7 +73,7 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_k: sample among so many; 0 for all.
         top_p: sample among the likeliest that hold this share together.
-        seed: of sampling; the caller's random state is left alone when one is given.
+        seed: of sampling, 64 bits; the caller's random state is left alone when one is given.
         chat: frame the prompt by the tokenizer's chat template; None where it has one.
         system: system message, for chat.
         stream: gets the text piece by piece as it comes.
@@ -84,6 +84,8 @@ def generate(
         UserError: an empty prompt, a setting that cannot be, or a checkpoint that cannot be opened.
     """
     _check(prompt, new_tokens, temperature, top_k, top_p)
+    if seed is not None and not 0 <= seed < 2**64:
+        raise UserError("seed", f"{seed} is not a number of 64 bits", "use 0 or more, below 2**64")
     if isinstance(model, str | Path):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -42,10 +42,12 @@ class ModelSource(Section):
         path: a checkpoint folder or GGUF file (relative to the recipe), a name on the hub
             (``owner/name``), or ``package:NAME`` for weights inside an installed Python package.
         dtype: type to compute in; None for the one it is stored in.
+        allow_pickle: read pickled weights too (weights only, no code), where there are no others.
     """
 
     path: str = Field(min_length=1)
     dtype: Dtype | None = None
+    allow_pickle: bool = False
 
 
 class Data(Section):
@@ -237,7 +239,8 @@ class Recipe(Section):
     """A whole experiment. Read one with `read_recipe`."""
 
     name: str = Field(min_length=1)
-    seed: int = Field(default=0, ge=0)
+    # Steps multiply it into seeds of their own, which must fit in 64 bits.
+    seed: int = Field(default=0, ge=0, lt=2**32)
     teacher: ModelSource
     donor: ModelSource | None = None
     data: Data = Data()

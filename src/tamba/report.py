@@ -61,7 +61,7 @@ class Perplexity(_Part):
 
 
 class Layers(_Part):
-    """How many layers there are and how many are no longer the teacher's attention."""
+    """How many layers there are, and how many of them were converted from attention."""
 
     total: int
     converted: int

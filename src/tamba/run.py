@@ -3,8 +3,9 @@
 Each step leaves one artefact in the output folder. Beside them, ``run.json`` remembers for each
 step a digest of what went into it: the recipe sections it reads, the files those name, the
 artefacts of earlier steps, and the version of tamba. A step whose digest and artefact are still
-there is skipped. A step may leave a ``record.json`` in its artefact with sections of the final
-record (scores, frontier, training losses); the report gathers them.
+there is skipped. It also lists every artefact that a run began: only those are ever replaced. A
+step may leave a ``record.json`` in its artefact with sections of the final record (scores,
+frontier, training losses); the report gathers them.
 
 Steps are called by their public names, so that one that is skipped is not even imported.
 """
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,8 @@ def run(
         The path of ``report.json``.
 
     Raises:
-        UserError: what the steps raise, or `out` cannot be written to.
+        UserError: what the steps raise, or `out` cannot be written to or holds, under the name of
+            an artefact, what no run made.
     """
     recipe = as_recipe(recipe)
     recipe.check_inputs()
@@ -80,9 +83,12 @@ def run(
             str(out), f"cannot be made ({error.strerror})", "choose another --out"
         ) from None
     say = report or (lambda step, what: None)
-    done = {} if force else _read_state(out)
+    steps = steps_of(recipe)
+    state = _read_state(out)
+    _refuse_foreign(out, steps, state)
+    done = {} if force else state.steps
     digests: dict[str, str] = {}
-    for step in steps_of(recipe):
+    for step in steps:
         digest = digests[step.name] = _digest(step, recipe, digests)
         known = done.get(step.name, {})
         if known.get("digest") == digest and (out / step.artefact).exists():
@@ -90,14 +96,15 @@ def run(
             continue
         # What follows rests on the artefact that is about to go.
         done = {name: done[name] for name in digests if name in done and name != step.name}
-        _write_state(out, done)
+        state = _State(done, state.begun | {step.artefact})
+        _write_state(out, state)
         _remove(out / step.artefact)
         say(step.name, "begun")
         begun = time.monotonic()
         step.work(recipe, out)
         seconds = time.monotonic() - begun
         done[step.name] = {"digest": digest, "seconds": round(seconds, 3)}
-        _write_state(out, done)
+        _write_state(out, _State(done, state.begun))
         say(step.name, f"{seconds:.1f} s")
     _write(out / "recipe.toml", recipe.text)
     return out / "report.json"
@@ -145,20 +152,20 @@ def _train(recipe: Recipe, out: Path) -> None:
 
 
 def _evaluate(recipe: Recipe, out: Path) -> None:
-    from tamba.checkpoint import open_checkpoint
+    from tamba.checkpoint import open_model
     from tamba.evaluate.student import evaluate_student
     from tamba.report import write_report
     from tamba.text import read_text
 
     heldout = read_text(out / "text").heldout
     assert heldout is not None, "run refuses a recipe without held-out text"
-    n_teacher = len(open_checkpoint(recipe.model_path("teacher")).tamba_config.layers or [])
+    n_teacher = len(open_model(recipe).tamba_config.layers or [])
     plan = recipe.layer_plan(n_teacher, _analysis(recipe, out))
     known: dict[str, Any] = {}
     for folder in ("analysis", "built", "student"):
         known |= _sections(out / folder / "record.json")
     record = evaluate_student(recipe, out / "student", heldout, plan, **known)
-    steps = _read_state(out)
+    steps = _read_state(out).steps
     digests = {name: str(step["digest"]) for name, step in steps.items()}
     seconds = {name: float(step["seconds"]) for name, step in steps.items()}
     write_report(record.updated(seconds=seconds | record.seconds, digests=digests), out)
@@ -212,17 +219,61 @@ def _fingerprint(path: Path) -> list[tuple[str, int, int]]:
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
-def _read_state(out: Path) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class _State:
+    """What ``run.json`` remembers.
+
+    Args:
+        steps: digest and seconds of each step that is done.
+        begun: artefacts that a run made or began to make, whatever became of them.
+    """
+
+    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
+    begun: frozenset[str] = frozenset()
+
+
+def _read_state(out: Path) -> _State:
+    """The state that a run left; an empty one where there is none.
+
+    Raises:
+        UserError: there is a ``run.json``, but not one that says what runs made.
+    """
+    path = out / "run.json"
+    if not os.path.lexists(path):
+        return _State()
     try:
-        state = json.loads((out / "run.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        # Without a readable memory every step is done again, which is always right.
-        return {}
-    return state if isinstance(state, dict) else {}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        steps, begun = found["steps"], found["begun"]
+        if all(isinstance(step, dict) for step in steps.values()):
+            return _State(steps, frozenset(map(str, begun)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise _foreign(path)
 
 
-def _write_state(out: Path, steps: dict[str, dict[str, Any]]) -> None:
-    _write(out / "run.json", json.dumps({"steps": steps}, indent=2) + "\n")
+def _refuse_foreign(out: Path, steps: list[Step], state: _State) -> None:
+    """Refuse to replace what no run began. Raises UserError."""
+    names = [step.artefact for step in steps if step.artefact not in state.begun]
+    if not state.begun:
+        names += ["report.html", "plots", "recipe.toml"]
+    elif "report.json" not in state.begun:
+        names += ["report.html", "plots"]
+    for name in names:
+        if os.path.lexists(out / name):
+            raise _foreign(out / name)
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(
+        str(path),
+        "already exists and was not made by tamba run",
+        "choose another --out or remove it",
+    )
+
+
+def _write_state(out: Path, state: _State) -> None:
+    data = {"steps": state.steps, "begun": sorted(state.begun)}
+    _write(out / "run.json", json.dumps(data, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -6,17 +6,14 @@ here, with the teacher that the recipe names.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from tamba.checkpoint import load, load_tokenizer, open_checkpoint
+from tamba.checkpoint import load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks, read_texts, split_texts
 from tamba.errors import UserError
 from tamba.recipe import Recipe
@@ -80,7 +77,7 @@ def prepare_text(recipe: Recipe, *, teacher: Any = None, tokenizer: Any = None) 
             written = _written(recipe, teacher, tokenizer)
             pieces = [written] if len(sides) == 1 else _divided(written, data.heldout_share)
         else:
-            texts = read_texts(_local(source), key=data.text_key)
+            texts = read_texts(source, key=data.text_key)
             halves = split_texts(texts, data.heldout_share) if len(sides) == 2 else (texts,)
             pieces = [
                 TokenBlocks.from_texts(half, tokenizer, data.length, fill=side == "heldout")
@@ -94,10 +91,12 @@ def prepare_text(recipe: Recipe, *, teacher: Any = None, tokenizer: Any = None) 
 
 
 def _tokenizer(recipe: Recipe) -> Any:
-    path = recipe.model_path("teacher")
-    tokenizer = load_tokenizer(open_checkpoint(path))
+    checkpoint = open_model(recipe)
+    tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
-        raise UserError(path, "has no tokenizer", "put tokenizer.json beside the weights")
+        raise UserError(
+            checkpoint.location, "has no tokenizer", "put tokenizer.json beside the weights"
+        )
     return tokenizer
 
 
@@ -109,7 +108,7 @@ def _written(recipe: Recipe, teacher: Any, tokenizer: Any) -> TokenBlocks:
         openings = file.read_text(encoding="utf-8").splitlines()
     if teacher is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        teacher, _ = load(recipe.model_path("teacher"), recipe.teacher.dtype, device)
+        teacher = load_model(open_model(recipe), recipe.teacher.dtype, device)
     return write_blocks(
         teacher,
         tokenizer,
@@ -158,19 +157,3 @@ def _mixed(parts: Sequence[TokenBlocks], seed: int) -> TokenBlocks | None:
     if None not in sizes:
         density = sum((s or 0) * p.n_tokens for s, p in zip(sizes, parts, strict=True)) / n_tokens
     return TokenBlocks(tokens[order], starts[order], n_tokens, density)
-
-
-def _local(source: str) -> str:
-    """The file behind an ``hf://`` address, fetched once; other sources as they are."""
-    found = re.fullmatch(r"hf://datasets/([^/]+/[^/@]+)(?:@([^/]+))?/(.+)", source)
-    if not found:
-        return source
-    repo, revision, name = found.groups()
-    try:
-        return str(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            source,
-            f"cannot be fetched ({type(error).__name__})",
-            "check the address and the network, or give a file",
-        ) from error

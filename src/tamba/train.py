@@ -33,13 +33,14 @@ from torch import Tensor, nn
 
 import tamba
 from tamba import progress
-from tamba.calibrate import calibrate, fit_output
+from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     load_model,
     load_tokenizer,
     open_checkpoint,
+    open_model,
     parameter_specs,
 )
 from tamba.data import Batch, TokenBlocks, text_digest
@@ -188,7 +189,9 @@ def align(
     """
     dtype = _gradient_dtype(stage)
     schedule = _Schedule(stage, blocks.length)
-    learners = {i: _Learner(_mixer(student, i).parameters(), stage, schedule) for i in pairs}
+    learners = {
+        i: _Learner(dict(_mixer(student, i).named_parameters()), stage, schedule) for i in pairs
+    }
     curve = _Curve(stage.stage, schedule.tokens, len(pairs))
     bytes_each = 2 * len(pairs) * teacher.config.hidden_size * dtype.itemsize * blocks.length
     for pool, steps in _pools(blocks, bytes_each, stage.batch, schedule.steps):
@@ -269,7 +272,7 @@ def distil(
         parameter.requires_grad_(False)
     for parameter in moving.values():
         parameter.requires_grad_(True)
-    learner = _Learner(moving.values(), stage, schedule)
+    learner = _Learner(moving, stage, schedule)
     top = len(student.model.layers)
     bytes_each = blocks.length * student.config.hidden_size * 8
     try:
@@ -390,13 +393,18 @@ class _Learner:
     """AdamW over some parameters, one step after another."""
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], stage: Align | Distil, schedule: _Schedule
+        self, named: Mapping[str, nn.Parameter], stage: Align | Distil, schedule: _Schedule
     ) -> None:
-        self.parameters = list(parameters)
+        self.parameters = list(named.values())
         self._schedule = schedule
         self._clip = stage.clip
-        matrices = [p for p in self.parameters if p.dim() == 2]
-        others = [p for p in self.parameters if p.dim() != 2]
+        decayed = {
+            name
+            for name, p in named.items()
+            if p.dim() == 2 and name.rpartition(".")[2] not in RecurrentMixer.FLOAT32
+        }
+        matrices = [p for name, p in named.items() if name in decayed]
+        others = [p for name, p in named.items() if name not in decayed]
         self._adam = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": stage.weight_decay},
@@ -530,6 +538,8 @@ def train(
     source = Path(student)
     if not recipe.train:
         raise UserError(recipe.where("train"), "has no stages", "add a [[train]] section")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UserError(str(out), "already exists", "choose another folder or remove it")
     checkpoint = open_checkpoint(source)
     plan = _plan_of(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -538,11 +548,12 @@ def train(
     if blocks is None:
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
     model = load_model(checkpoint, torch.float32, device)
-    teacher = load_model(open_checkpoint(recipe.model_path("teacher")), torch.float32, device)
+    teacher = load_model(open_model(recipe), torch.float32, device)
     pairs = {i: plan.entries[i].index for i in plan.converted}
     _check_pairs(teacher, model, pairs, source)
     # Converted, transplanted or fresh: whatever is not the teacher's own.
     made = [i for i, entry in enumerate(plan.entries) if entry.action != "keep"]
+    _check_stages(recipe, model, teacher, pairs, made, blocks)
     memory = _Memory(Path(out), recipe, checkpoint, blocks)
     logs = memory.restore(model)
     for stage in recipe.train[len(logs) :]:
@@ -557,11 +568,52 @@ def train(
                 model, teacher if stage.uses_teacher else None, names, rows, stage, recipe.seed
             )
         logs.append(log)
-        if len(logs) < len(recipe.train):
-            memory.keep(model, logs)
+        memory.keep(model, logs)
     _write(Path(out), recipe, checkpoint, model, logs, memory.digest)
     memory.forget()
     return logs
+
+
+def _check_stages(
+    recipe: Recipe,
+    student: TambaForCausalLM,
+    teacher: TambaForCausalLM,
+    pairs: Pairs,
+    made: Sequence[int],
+    blocks: TokenBlocks,
+) -> None:
+    """Refuse a stage that cannot run before the first of them does."""
+    for index, stage in enumerate(recipe.train):
+        where = recipe.where(f"train.{index} ({stage.stage})")
+        _of_length(blocks, stage.length, recipe)
+        if isinstance(stage, Distil):
+            _gradient_dtype(stage)
+            if not trained_parameters(student, made, stage.train):
+                raise UserError(
+                    where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
+                )
+            if stage.uses_teacher and student.config.vocab_size != teacher.config.vocab_size:
+                raise UserError(
+                    where,
+                    f"the teacher has {teacher.config.vocab_size} words and the student "
+                    f"{student.config.vocab_size}",
+                    "set kl = 0 and ce = 1",
+                )
+            continue
+        if isinstance(stage, Align):
+            _gradient_dtype(stage)
+        if not pairs:
+            raise UserError(where, "the plan converts no layer", "leave this stage out")
+        if isinstance(stage, LeastSquares) and stage.fit == "mixer":
+            for ours, theirs in pairs.items():
+                attention = teacher.model.layers[theirs].mixer
+                assert isinstance(attention, Attention)
+                if not can_calibrate(_mixer(student, ours), attention):
+                    raise UserError(
+                        where,
+                        f"fit = 'mixer' cannot set the mixer of layer {ours}",
+                        "use fit = 'output'",
+                    )
 
 
 def _plan_of(folder: Path) -> LayerPlan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,10 @@ from tamba.checkpoint import load
 from tamba.data import Source, TokenBlocks, read_texts, text_digest
 from tamba.errors import UserError
 from tamba.evaluate.memory import cache_bytes
+from tamba.evaluate.parts import layers_of, memory_of, of_one, of_two
 from tamba.evaluate.perplexity import Comparison, PerplexityResult, compare, perplexity
 
 __all__ = ["Comparison", "PerplexityResult", "cache_bytes", "compare", "evaluate", "perplexity"]
-
-CONTEXTS = tuple(2**k * 1024 for k in range(6))
-"""Context lengths at which caches are compared: 1k to 32k."""
 
 
 def evaluate(
@@ -55,6 +54,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise UserError("limit", f"{limit} windows leave nothing to measure", "use 1 or more")
+    if out is not None:
+        _check_folder(Path(out))
     texts = read_texts(data)
     seconds: dict[str, float] = {}
     begun = time.monotonic()
@@ -75,19 +76,19 @@ def evaluate(
     options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast}
     if teacher is None:
         alone = perplexity(student, blocks, **options)
-        found = _of_one(alone, length)
+        found = of_one(alone, length)
     else:
-        found = _of_two(compare(teacher, student, blocks, **options), length)
+        found = of_two(compare(teacher, student, blocks, **options), length)
     seconds["perplexity"] = time.monotonic() - begun
 
     record = report.Record.begin(
         name=os.path.basename(os.fspath(model).rstrip("/")),
         teacher=None if against is None else os.path.basename(os.fspath(against).rstrip("/")),
         perplexity=found,
-        layers=_layers(student),
+        layers=layers_of(student),
         parameters={"student": student.num_parameters()}
         | ({} if teacher is None else {"teacher": teacher.num_parameters()}),
-        memory=_memory(student, teacher),
+        memory=memory_of(student, teacher),
         seconds=seconds,
         digests={"text": text_digest(texts)},
     )
@@ -96,49 +97,15 @@ def evaluate(
     return record
 
 
-def _of_one(result: PerplexityResult, length: int) -> report.Perplexity:
-    density = result.bits_per_byte
-    return report.Perplexity(
-        student=result.ppl,
-        tokens=result.tokens,
-        length=length,
-        bits_per_byte=None if density is None else {"student": density},
-    )
-
-
-def _of_two(found: Comparison, length: int) -> report.Perplexity:
-    density = {
-        name: result.bits_per_byte
-        for name, result in (("teacher", found.teacher), ("student", found.student))
-        if result.bits_per_byte is not None
-    }
-    return report.Perplexity(
-        teacher=found.teacher.ppl,
-        student=found.student.ppl,
-        ratio=found.ratio,
-        ratio_error=found.ratio_error,
-        tokens=found.student.tokens,
-        length=length,
-        kl=found.kl,
-        agreement=found.agreement,
-        bits_per_byte=density or None,
-    )
-
-
-def _layers(model: Any) -> report.Layers:
-    mixers = [block.mixer.kind for block in model.config.block_specs]
-    return report.Layers(total=len(mixers), converted=sum(kind != "attention" for kind in mixers))
-
-
-def _memory(student: Any, teacher: Any | None) -> list[report.CachePoint]:
-    return [
-        report.CachePoint(
-            context=context,
-            student=cache_bytes(student.config, context),
-            teacher=None if teacher is None else cache_bytes(teacher.config, context),
-        )
-        for context in CONTEXTS
-    ]
+def _check_folder(out: Path) -> None:
+    """Refuse, before hours of work, a folder that could not be written to after them."""
+    above = out
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise UserError(str(out), f"{above} is no folder", "choose another --out")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(str(out), f"{above} may not be written to", "choose another --out")
 
 
 def _check_length(model: Any | None, length: int) -> None:

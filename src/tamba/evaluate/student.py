@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 
 from tamba import progress, report
-from tamba.checkpoint import load
+from tamba.checkpoint import load, load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
-from tamba.evaluate import _layers, _memory, _of_two
+from tamba.evaluate.parts import layers_of, memory_of, of_two
 from tamba.evaluate.perplexity import compare
 from tamba.generate import generate
 from tamba.plan import Action, LayerPlan
@@ -49,8 +49,9 @@ def evaluate_student(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     begun = time.monotonic()
     ours, tokenizer = load(student, device=device)
-    teacher, teacher_tokenizer = load(recipe.model_path("teacher"), recipe.teacher.dtype, device)
-    tokenizer = tokenizer or teacher_tokenizer
+    checkpoint = open_model(recipe)
+    teacher = load_model(checkpoint, recipe.teacher.dtype, device)
+    tokenizer = tokenizer or load_tokenizer(checkpoint)
     if tokenizer is None:
         raise UserError(str(student), "has no tokenizer", "put tokenizer.json beside the weights")
     seconds = {"load": time.monotonic() - begun}
@@ -74,10 +75,10 @@ def evaluate_student(
 
     known = {
         "teacher": recipe.teacher.path,
-        "perplexity": _of_two(found, blocks.length),
-        "layers": _layers(ours),
+        "perplexity": of_two(found, blocks.length),
+        "layers": layers_of(ours, plan),
         "parameters": {"teacher": teacher.num_parameters(), "student": ours.num_parameters()},
-        "memory": _memory(ours, teacher),
+        "memory": memory_of(ours, teacher),
         "chat": chat,
         "answer": chat[0].student if chat else None,
         "seconds": seconds,

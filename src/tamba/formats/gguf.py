@@ -26,6 +26,7 @@ from tamba.formats.safetensors import TensorSpec
 _DAMAGED = "fetch the file again"
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY = 8, 9
+_AT_ONCE = 1 << 22  # numbers
 # Types whose values are numbers as they stand; everything else is blocks to be dequantised.
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -155,7 +156,13 @@ class GGUFFile:
         else:
             block, block_bytes = GGML_QUANT_SIZES[kind]
             rows = raw.reshape(-1, shape[-1] // block * block_bytes)
-            tensor = torch.from_numpy(dequantize(rows, kind)).view(shape)
+            tensor = torch.empty(rows.shape[0], shape[-1])
+            # Dequantising takes several times the memory of its result, so not all at once.
+            step = max(1, _AT_ONCE // shape[-1])
+            for first in range(0, rows.shape[0], step):
+                part = dequantize(rows[first : first + step], kind)
+                tensor[first : first + step] = torch.from_numpy(part)
+            tensor = tensor.view(shape)
         transform = self._transform(theirs)
         return tensor if transform is None else transform(tensor)
 
@@ -274,6 +281,14 @@ class GGUFFile:
             return self._llama3_scaling(config)
         if kind == "none":
             return None
+        needed = {"linear": ["factor"], "yarn": ["factor", "original_context_length"]}
+        for key in needed.get(str(kind), []):
+            if not isinstance(scaling.get(key), int | float):
+                raise UserError(
+                    f"{self.path}: {self.architecture}.rope.scaling.{key}",
+                    f"is {scaling.get(key)!r}, which {kind} scaling needs as a number",
+                    _DAMAGED,
+                )
         if kind == "linear":
             return {"rope_type": "linear", "factor": float(scaling["factor"])}
         if kind == "yarn":
@@ -373,6 +388,8 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[_Tensor], int]:
             return _parse(path, _Cursor(data))
     except EOFError as error:
         raise UserError(str(path), "cut short in its header", _DAMAGED) from error
+    except RecursionError as error:  # arrays in arrays in arrays
+        raise UserError(str(path), "its metadata is nested too deeply", _DAMAGED) from error
     except ValueError as error:  # an empty file, a bad type, bytes that are no text
         if isinstance(error, UserError):
             raise
@@ -513,17 +530,34 @@ def _byte_level_bpe(get: Callable[..., Any], where: str) -> tuple[Any, bool]:
 
 
 def _sentencepiece(get: Callable[..., Any]) -> Any:
-    """Llama 1, 2 and Mistral: transformers makes BPE merges from a scored vocabulary."""
-    from transformers.integrations.ggml import convert_gguf_tokenizer
+    """Llama 1, 2 and Mistral: BPE over characters, whose merges follow from the tokens' scores.
 
-    names = {
-        "model": "tokenizer_type",
-        "pre": "pre_tokenizer_type",
-        "unknown_token_id": "unk_token_id",
-    }
-    keys = (*names, "tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id")
-    described = {names.get(k, k): get(k) for k in keys if get(k) is not None}
-    backend, _ = convert_gguf_tokenizer("llama", described)
+    A token's score says when it is made: the best-scored pair merges first. So every way to cut a
+    token into two known tokens is a merge of that token's rank.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens: list[str] = get("tokens")
+    scores: list[float] = get("scores") or [-float(i) for i in range(len(tokens))]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    ranked = []
+    for token, index in vocab.items():
+        for cut in range(1, len(token)):
+            left, right = vocab.get(token[:cut]), vocab.get(token[cut:])
+            if left is not None and right is not None:
+                ranked.append((-scores[index], left, right))
+    ranked.sort()
+    merges = [(tokens[left], tokens[right]) for _, left, right in ranked]
+    unknown = tokens[get("unknown_token_id", 0)]
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = [normalizers.Prepend("\u2581")] if get("add_space_prefix", True) else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "\u2581")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
     return backend
 
 

@@ -55,7 +55,7 @@ def fetch(name: str, files: Iterable[str], *, allow_pickle: bool) -> Path:
         raise UserError(
             name,
             "has no safetensors on the hub, and pickled weights are not fetched unless asked for",
-            "pass allow_pickle (--allow-pickle) to fetch and read them weights-only",
+            "set allow_pickle to fetch and read them, weights only",
         )
     return folder
 

@@ -106,7 +106,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(str(path), "the safetensors header is damaged", _DAMAGED) from error
     if not isinstance(header, dict):
         raise UserError(str(path), "the safetensors header is damaged", _DAMAGED)

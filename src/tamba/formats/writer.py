@@ -5,6 +5,7 @@ Knows tensors, files and disks, and nothing of models.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -61,9 +62,19 @@ class CheckpointWriter:
         self._lock: int | None = None
         name = self.out.absolute().name
         self.folder = self.out.absolute().parent / f".{name}.partial"
-        self._refuse_existing()
         needed = sum(spec.nbytes for spec in specs.values())
-        _check_room(self.folder.parent, needed)
+        made: list[Path] = []
+        try:
+            self._refuse_existing()
+            made = _make_parents(self.folder)
+            _check_room(self.folder.parent, needed)
+        except BaseException as error:
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            if isinstance(error, OSError) and error.errno not in NO_ROOM:
+                raise self._cannot_be_made(error) from error
+            raise
 
     def _refuse_existing(self) -> None:
         if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
@@ -71,17 +82,30 @@ class CheckpointWriter:
         if not self._overwrite or not self.out.is_dir():
             raise UserError(str(self.out), "already exists", "choose another folder or remove it")
 
+    def _cannot_be_made(self, error: OSError) -> UserError:
+        return UserError(
+            str(self.out), f"cannot be made ({error.strerror})", "choose another folder"
+        )
+
     def __enter__(self) -> CheckpointWriter:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir(exist_ok=True)
+        try:
+            _make_parents(self.folder)
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                self._explain(error)
+            raise self._cannot_be_made(error) from error
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(self._lock)
+            self._lock = None
             raise UserError(
                 str(self.out), "another process is writing it", "wait for it"
             ) from error
+        except OSError:
+            pass  # a file system without locks; two writers there are the user's care
         try:
             for left in self.folder.iterdir():
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
@@ -125,7 +149,7 @@ class CheckpointWriter:
         """Raise UserError for a full disk, and `error` itself for anything else."""
         if error.errno in NO_ROOM:
             needed = sum(self._specs[name].nbytes for name in self._todo)
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(_existing(self.folder)).free
             raise _full(self.out.absolute().parent, needed, free) from error
         raise error
 
@@ -193,13 +217,24 @@ def _shards(specs: Mapping[str, TensorSpec], limit: int) -> dict[str, dict[str, 
     return {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, start=1)}
 
 
+def _make_parents(folder: Path) -> list[Path]:
+    """Make the folders above `folder`. Returns those that were not there, innermost first."""
+    missing = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
 def _check_room(folder: Path, needed: int) -> None:
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_existing(folder)).free
     if needed > free:
         raise _full(folder, needed, free)
+
+
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def _full(folder: Path, needed: int, free: int) -> UserError:

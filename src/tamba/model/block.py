@@ -29,16 +29,18 @@ class Block(GradientCheckpointingLayer):
         self.mlp_norm = make_norm(spec.norm, config.d_model) if spec.mlp else None
         self.mlp = MLP(spec.mlp, config.d_model) if spec.mlp else None
 
-    def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens, **kwargs: Any) -> Tensor:
-        """hidden [B, T, D] -> [B, T, D]."""
+    def forward(
+        self, hidden: Tensor, past_key_values: Cache | None, tokens: Tokens, **kwargs: Any
+    ) -> Tensor:
+        """hidden [B, T, D] -> [B, T, D]; the state is read from and written to the cache."""
         residual = hidden
         if self.residual_in_fp32:  # the stream is wide, the layers compute in the weights' type
             residual = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             hidden = hidden.to(self._dtype)
         if isinstance(self.mixer, Attention):
-            mixed = self.mixer(self.norm(hidden), state, tokens, **kwargs)
+            mixed = self.mixer(self.norm(hidden), past_key_values, tokens, **kwargs)
         else:
-            mixed = self.mixer(self.norm(hidden), state, tokens)
+            mixed = self.mixer(self.norm(hidden), past_key_values, tokens)
         if self.mlp is None or self.mlp_norm is None:
             return residual + mixed
         if self.spec.residual == "parallel":

@@ -385,6 +385,8 @@ class TambaCache(Cache):
         """
         least = int(n.min()) if isinstance(n, Tensor) else n
         most = int(n.max()) if isinstance(n, Tensor) else n
+        if least < 0 or most > self.get_seq_length():
+            raise ValueError(f"cannot take back {n} of {self.get_seq_length()} tokens")
         for layer in self.layers:  # all checks come before the first change
             if isinstance(layer, WindowLayer):
                 layer.check_rollback(most)
@@ -411,8 +413,7 @@ class TambaCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' spelling of an even `rollback`: zero or minus the number of tokens."""
-        super().crop(tokens_to_remove)
-        self._crop_mask(-int(tokens_to_remove))
+        self.rollback(-int(tokens_to_remove))
 
     def _crop_mask(self, n: int) -> None:
         if self.mask is not None and n:

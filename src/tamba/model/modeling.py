@@ -107,7 +107,8 @@ class TambaModel(TambaPreTrainedModel):
             past_key_values = TambaCache(self.config)
         tokens = self._locate(hidden, attention_mask, position_ids, past_key_values, seq_idx)
         for layer in self.layers:
-            hidden = layer(hidden, past_key_values, tokens, **kwargs)
+            # By name: transformers leaves the cache out where a layer is computed twice.
+            hidden = layer(hidden, past_key_values=past_key_values, tokens=tokens, **kwargs)
         hidden = self.final_norm(hidden.to(self.embed_tokens.weight.dtype))
         return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
 
@@ -133,10 +134,18 @@ class TambaModel(TambaPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None and len(cache.layers) else 0
         mask = _full_mask(mask, cache, past, rows, length)
         tokens = locate(
-            length, past, mask=mask, positions=positions, seq_idx=seq_idx, device=hidden.device
+            rows,
+            length,
+            past,
+            mask=mask,
+            positions=positions,
+            seq_idx=seq_idx,
+            device=hidden.device,
         )
         if isinstance(cache, TambaCache):
-            cache.mask = mask
+            cache.mask = mask if tokens.documents is None else _last_document(tokens)
+        elif cache is not None and tokens.documents is not None:
+            raise ValueError("packed rows need a TambaCache, which knows what may be seen later")
         tokens.rotary = {
             key: angles(tokens.positions, hidden.dtype) for key, angles in self._rotary.items()
         }
@@ -155,7 +164,7 @@ class TambaModel(TambaPreTrainedModel):
     ) -> dict[str, Tensor | None]:
         """A mask for each kind of attention layer, in the form its implementation expects."""
         documents = None
-        if tokens.starts is not None:
+        if tokens.documents is not None:
             if past:
                 raise ValueError(
                     "documents cannot begin on a filled cache when there are attention layers"
@@ -163,7 +172,9 @@ class TambaModel(TambaPreTrainedModel):
             if "flash" in (self.config._attn_implementation or "") and hidden.shape[0] > 1:
                 raise ValueError("packed rows under flash attention need batch 1; use sdpa or flex")
             # transformers reads boundaries from restarting positions, without mask and cache.
-            documents, mask, cache = restart_positions(tokens.starts), None, None
+            starts = torch.ones_like(tokens.documents, dtype=torch.bool)
+            starts[:, 1:] = tokens.documents.diff(dim=1) != 0
+            documents, mask, cache = restart_positions(starts), None, None
         # A static layer has places beyond the tokens so far, which only a written-out mask hides.
         static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
         masks: dict[str, Tensor | None] = {}
@@ -186,6 +197,16 @@ class TambaModel(TambaPreTrainedModel):
                     )
                 )
         return masks
+
+
+def _last_document(tokens: Tokens) -> Tensor:
+    """[B, T] bool, True at the last document of each packed row: all that later tokens may see."""
+    assert tokens.documents is not None
+    real = (
+        torch.ones_like(tokens.documents, dtype=torch.bool) if tokens.mask is None else tokens.mask
+    )
+    last = (tokens.documents * real).amax(dim=1, keepdim=True)
+    return (tokens.documents == last) & real
 
 
 def _full_mask(

@@ -22,7 +22,9 @@ class Tokens:
             when every place holds one.
         order: [B, T], a permutation of each row that puts padding first, or None when it is there
             already. Recurrent mixers work in this order, so padding anywhere touches no state.
-        starts: [B, T] bool, True where a token begins a new document; None for one document a row.
+        starts: [B, T] bool, in that order too, True where a token begins a new document; None for
+            one document a row.
+        documents: [B, T], counted, padding apart; None for one document a row. In the given order.
         mask: [B, T] bool, False at padding; None when there is none.
         attention_masks: a ready mask for each layer type (`full_attention`, `sliding_attention`),
             in the form that transformers' attention interface expects.
@@ -33,6 +35,7 @@ class Tokens:
     padding: Tensor | None = None
     order: Tensor | None = None
     starts: Tensor | None = None
+    documents: Tensor | None = None
     mask: Tensor | None = None
     attention_masks: dict[str, Tensor | None] = field(default_factory=dict)
     rotary: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Tokens:
             padding=move(self.padding),
             order=move(self.order),
             starts=move(self.starts),
+            documents=move(self.documents),
             mask=move(self.mask),
             attention_masks={k: move(m) for k, m in self.attention_masks.items()},
             rotary={k: (c.to(device), s.to(device)) for k, (c, s) in self.rotary.items()},
@@ -75,6 +79,7 @@ def padding_first(valid: Tensor) -> Tensor:
 
 
 def locate(
+    rows: int,
     length: int,
     past: int,
     *,
@@ -86,13 +91,14 @@ def locate(
     """Read Hugging Face's arguments into a `Tokens` (without attention masks and angles).
 
     Args:
+        rows: B.
         length: T, new tokens.
         past: places already in the cache.
         mask: [B, past + T] bool, False at padding, which may stand anywhere; None for no padding.
         positions: [B, T] or [1, T]; by default the count of real tokens before each.
             Without mask and cache, a position that does not follow its neighbour starts a document
             (the convention of transformers' packing collators).
-        seq_idx: [B, T], the document of each token of a packed row.
+        seq_idx: [B, T], the document of each token of a packed row; padding ends a document.
     """
     new_mask: Tensor | None = None
     if mask is not None:
@@ -109,21 +115,25 @@ def locate(
         broken[:, 1:] = positions.diff(dim=1) != 1
         if bool(broken[:, 1:].any()):
             starts = broken
-    if starts is not None and new_mask is not None:
-        # Padding becomes a document of its own: real tokens cannot see it, no mask is needed.
-        starts = starts | _starts(new_mask.long())
-        new_mask = None
+    if starts is not None:
+        starts = starts.expand(rows, -1)
+        if new_mask is not None:
+            starts = starts | _starts(new_mask.long())
 
     if positions is None:
         positions = _positions(length, past, mask, starts, device)
 
     tokens = Tokens(positions=positions, starts=starts, mask=new_mask)
+    if starts is not None:
+        tokens.documents = starts.cumsum(dim=1)
     if new_mask is not None:
         count = new_mask.sum(dim=1)
         tokens.padding = length - count
         in_front = torch.arange(length, device=device) >= tokens.padding[:, None]
         if not torch.equal(in_front, new_mask):
             tokens.order = padding_first(new_mask)
+            if tokens.documents is not None:
+                tokens.starts = _starts(_gather_rows(tokens.documents, tokens.order))
     return tokens
 
 

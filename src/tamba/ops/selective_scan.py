@@ -199,7 +199,7 @@ class _Cut:
 
     def blocks(self, tensor: Tensor, rows: slice) -> list[Tensor]:
         """[B, T, ...] to views [t, rows, ...] of its blocks."""
-        return list(tensor[rows].transpose(0, 1).split(self.length))
+        return list(torch.split(tensor[rows].transpose(0, 1), self.length))
 
 
 def _power_of_two(number: int) -> int:
