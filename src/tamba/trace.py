@@ -164,7 +164,11 @@ def _watch(model: TambaForCausalLM, index: int, seen: Seen | None, rows: slice) 
 
 @contextmanager
 def computing(model: nn.Module, dtype: torch.dtype | None, grad: bool = False) -> Iterator[None]:
-    """Matrix products in `dtype` where it is shorter than the weights; gradients only if asked."""
+    """Matrix products in `dtype` where it is shorter than the weights; gradients only if asked.
+
+    Inside, weights are shortened once, as long as they are leaves that may need gradients: autocast
+    keeps the short copies of no others.
+    """
     parameter = next(model.parameters())
     short = dtype is not None and dtype != parameter.dtype
     with (

@@ -549,7 +549,6 @@ def train(
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
     model = load_model(checkpoint, torch.float32, device)
     teacher = load_model(open_model(recipe), torch.float32, device)
-    teacher.requires_grad_(False)
     pairs = {i: plan.entries[i].index for i in plan.converted}
     _check_pairs(teacher, model, pairs, source)
     # Converted, transplanted or fresh: whatever is not the teacher's own.

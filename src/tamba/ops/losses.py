@@ -5,6 +5,7 @@ Shape letters: `n` positions, `D` d_model, `V` vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LOGITS_AT_ONCE = 1 << 23
-"""Of each of teacher and student: 32 MiB in float32, which a large cache holds."""
+_LOGITS_AT_ONCE = 1 << 26
+"""Of each of teacher and student, as products give them. Fewer would repack the head more often."""
+_WIDE_AT_ONCE = 1 << 20
+"""Of these, how many are widened and worked on: some steps over 4 MiB, which stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -84,32 +87,26 @@ class _HeadLoss(torch.autograd.Function):
             grad_x = torch.empty_like(x) if learns_hidden else None
             grad_head = torch.zeros_like(head, dtype=wide) if learns_head else None
             total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-            step = max(1, _LOGITS_AT_ONCE // len(head))
-            for first in range(0, len(x), step):
-                part = slice(first, first + step)
-                logits = F.linear(x[part], ours).to(wide)
-                grad = torch.zeros((), dtype=wide, device=x.device)
+            for part in _slices(len(x), max(1, _LOGITS_AT_ONCE // len(head))):
+                logits = F.linear(x[part], ours)
+                other = None
                 if weights.kl:
                     assert teacher_hidden is not None and theirs is not None
-                    other = F.linear(teacher_hidden[part].to(product), theirs).to(wide)
-                    loss, grad = _kl(logits, other, weights.temperature)
-                    total += weights.kl * loss
-                    grad = grad.mul_(weights.kl)
-                if weights.ce:
-                    assert targets is not None
-                    log_q = logits.log_softmax(-1)
-                    index = targets[part][:, None]
-                    total -= weights.ce * log_q.gather(-1, index).sum(dtype=torch.float64)
-                    ones = torch.ones_like(index, dtype=wide)
-                    q = log_q.exp_().scatter_add_(-1, index, -ones)
-                    grad = grad + q.mul_(weights.ce)
-                if grad_x is None and grad_head is None:
-                    continue
-                grad = (grad / count).to(product)
+                    other = F.linear(teacher_hidden[part].to(product), theirs)
+                follow = None if targets is None else targets[part]
+                for rows in _slices(len(logits), max(1, _WIDE_AT_ONCE // len(head))):
+                    loss, grad = _some(
+                        logits[rows].to(wide),
+                        None if other is None else other[rows].to(wide),
+                        None if follow is None else follow[rows],
+                        weights,
+                    )
+                    total += loss
+                    logits[rows] = grad.div_(count)  # the logits themselves are done with
                 if grad_x is not None:
-                    torch.mm(grad, ours, out=grad_x[part])
+                    torch.mm(logits, ours, out=grad_x[part])
                 if grad_head is not None:
-                    grad_head += grad.mT @ x[part]
+                    grad_head += logits.mT @ x[part]
         ctx.save_for_backward(grad_x, grad_head)
         ctx.types = hidden.dtype, head.dtype
         return (total / count).to(wide)
@@ -123,11 +120,32 @@ class _HeadLoss(torch.autograd.Function):
         return *found, None, None, None, None
 
 
-def _kl(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """τ² KL of logits [n, V], summed over n, and its gradient for the student's."""
-    if temperature != 1.0:
-        student, teacher = student / temperature, teacher / temperature
-    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-    p = log_p.exp()
-    loss = (log_p.sub_(log_q).mul_(p)).sum(dtype=torch.float64) * temperature**2
-    return loss, log_q.exp_().sub_(p).mul_(temperature)
+def _slices(n: int, size: int) -> Iterator[slice]:
+    for first in range(0, n, size):
+        yield slice(first, min(first + size, n))
+
+
+def _some(
+    student: Tensor, teacher: Tensor | None, targets: Tensor | None, weights: Weights
+) -> tuple[Tensor, Tensor]:
+    """The loss of logits [n, V], summed over n, and its gradient; `student` is overwritten."""
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    grad: Tensor | None = None
+    if weights.kl:
+        assert teacher is not None
+        tau = weights.temperature
+        mine, their = (student, teacher) if tau == 1.0 else (student / tau, teacher / tau)
+        log_q, log_p = mine.log_softmax(-1), their.log_softmax(-1)
+        p = log_p.exp()
+        total += torch.mul(log_p.sub_(log_q), p).sum(dtype=torch.float64) * (weights.kl * tau**2)
+        grad = log_q.exp_().sub_(p).mul_(weights.kl * tau)
+    if weights.ce:
+        assert targets is not None
+        log_q = student.log_softmax(-1)
+        index = targets[:, None]
+        total -= log_q.gather(-1, index).sum(dtype=torch.float64) * weights.ce
+        q = log_q.exp_()
+        q.scatter_add_(-1, index, q.new_full(index.shape, -1.0))
+        q.mul_(weights.ce)
+        grad = q if grad is None else grad.add_(q)
+    return total, student.zero_() if grad is None else grad
