@@ -134,9 +134,11 @@ class TambaModel(TambaPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None and len(cache.layers) else 0
         mask = _full_mask(mask, cache, past, rows, length)
         tokens = locate(
-            rows,
             length,
             past,
+            rows=rows,
+            # `generate` numbers padding too when it hands over ready masks or a cache of its own.
+            restarts=ready is None and (cache is None or isinstance(cache, TambaCache)),
             mask=mask,
             positions=positions,
             seq_idx=seq_idx,

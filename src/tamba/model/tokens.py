@@ -79,10 +79,11 @@ def padding_first(valid: Tensor) -> Tensor:
 
 
 def locate(
-    rows: int,
     length: int,
     past: int,
     *,
+    rows: int = 1,
+    restarts: bool = True,
     mask: Tensor | None,
     positions: Tensor | None,
     seq_idx: Tensor | None,
@@ -91,9 +92,10 @@ def locate(
     """Read Hugging Face's arguments into a `Tokens` (without attention masks and angles).
 
     Args:
-        rows: B.
         length: T, new tokens.
         past: places already in the cache.
+        rows: B, where `positions` has one row for all.
+        restarts: whether positions may mark documents.
         mask: [B, past + T] bool, False at padding, which may stand anywhere; None for no padding.
         positions: [B, T] or [1, T]; by default the count of real tokens before each.
             Without mask and cache, a position that does not follow its neighbour starts a document
@@ -110,13 +112,13 @@ def locate(
     starts = None
     if seq_idx is not None:
         starts = _starts(seq_idx.to(device))
-    elif positions is not None and mask is None and past == 0 and length > 1:
+    elif restarts and positions is not None and mask is None and past == 0 and length > 1:
         broken = torch.ones_like(positions, dtype=torch.bool)
         broken[:, 1:] = positions.diff(dim=1) != 1
         if bool(broken[:, 1:].any()):
             starts = broken
     if starts is not None:
-        starts = starts.expand(rows, -1)
+        starts = starts.expand(max(rows, len(starts)), -1)
         if new_mask is not None:
             starts = starts | _starts(new_mask.long())
 
