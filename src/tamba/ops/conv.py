@@ -84,9 +84,7 @@ def causal_conv1d(
         )
         live = document[:, length:] == document[:, -1:]
         last = last.masked_fill(~live[..., None], 0)
-    y = _Convolution.apply(
-        given, weight, bias, visible, activation == "silu", length
-    )
+    y = _Convolution.apply(given, weight, bias, visible, activation == "silu", length)
     return y, last.mT.contiguous()
 
 
