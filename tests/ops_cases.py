@@ -12,8 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from compare import Kind, assert_same
 from torch import Tensor
+
+from compare import Kind, assert_same
 
 Operator = Callable[..., tuple[Tensor, Tensor]]
 

@@ -426,7 +426,7 @@ def test_converted_layers_are_the_plans(folder):
 
 
 def test_a_place_for_the_report_is_looked_at_first(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("tamba.evaluate.load", None)  # nothing is opened
+    monkeypatch.setattr(sys.modules["tamba.evaluate"], "load", None)  # nothing is opened
     (tmp_path / "file").write_text("")
     for out in ("file", "file/deep/er"):
         with pytest.raises(UserError, match="file is no folder; choose another --out"):

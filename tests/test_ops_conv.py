@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops_cases import a_start_in_each_row, assert_agree, assert_splits_agree, conv_arguments
 from torch import Tensor
 
+from compare import assert_same
+from ops_cases import a_start_in_each_row, assert_agree, assert_splits_agree, conv_arguments
 from tamba.ops import causal_conv1d, reference
 
 module = importlib.import_module("tamba.ops.conv")

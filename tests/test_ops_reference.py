@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_same
-from ops_cases import conv_arguments, scan_arguments, ssd_arguments
 from torch import Tensor
 
+from compare import assert_same
+from ops_cases import conv_arguments, scan_arguments, ssd_arguments
 from tamba.ops import reference
 
 START = 3

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MambaConfig
+from transformers.models.mamba.modeling_mamba import MambaMixer
+
+from compare import assert_same
 from ops_cases import (
     Arguments,
     a_start_in_each_row,
@@ -18,11 +23,6 @@ from ops_cases import (
     assert_splits_agree,
     scan_arguments,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MambaConfig
-from transformers.models.mamba.modeling_mamba import MambaMixer
-
 from tamba.ops import causal_conv1d, reference, selective_scan
 
 module = importlib.import_module("tamba.ops.selective_scan")

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from compare import assert_same
 from ops_cases import (
     Arguments,
     a_start_in_each_row,
@@ -18,10 +22,6 @@ from ops_cases import (
     assert_splits_agree,
     ssd_arguments,
 )
-from torch import Tensor
-from transformers import Mamba2Config
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
-
 from tamba.ops import causal_conv1d, reference, ssd
 
 CHUNK = 4

@@ -187,7 +187,7 @@ def _digest(step: Step, recipe: Recipe, earlier: dict[str, str]) -> str:
     """SHA-256 of everything that goes into a step, as hexadecimal digits."""
     inputs = {
         "tamba": tamba.__version__,
-        "step": step.name,
+        "step": [step.name, step.artefact],
         "recipe": recipe.digest(*step.sections),
         "files": {key: _fingerprint(path) for key, path in _files(step, recipe).items()},
         "steps": {name: earlier[name] for name in step.needs},

@@ -84,7 +84,7 @@ def causal_conv1d(
         )
         live = document[:, length:] == document[:, -1:]
         last = last.masked_fill(~live[..., None], 0)
-    y = _Convolution.apply(  # type: ignore[no-untyped-call]
+    y = _Convolution.apply(
         given, weight, bias, visible, activation == "silu", length
     )
     return y, last.mT.contiguous()

@@ -160,7 +160,7 @@ def _by_blocks(
         B, C = (F.pad(t, (0, 0, 0, 0, 0, absent)) for t in (B, C))
         starts = None if starts is None else F.pad(starts, (0, absent))
     B, C = (t.transpose(2, 3).unsqueeze(-2 if by_member else -1) for t in (B, C))
-    y, state = _Scan.apply(  # type: ignore[no-untyped-call]
+    y, state = _Scan.apply(
         x, dt, A.mT, B, C, state.mT, starts, cut, torch.is_grad_enabled()
     )
     y, state = y[:, :tokens], state.mT.contiguous()

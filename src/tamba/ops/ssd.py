@@ -100,7 +100,7 @@ def ssd(
         dt = F.pad(dt, (0, 0, 0, absent))
         starts = None if starts is None else F.pad(starts, (0, absent))
     keep = torch.is_grad_enabled()
-    y, state = _Chunked.apply(  # type: ignore[no-untyped-call]
+    y, state = _Chunked.apply(
         x, dt, A, B, C, D, state, starts, chunk, keep
     )
     return y[:, : y.shape[1] - absent], state
