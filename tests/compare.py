@@ -72,3 +72,9 @@ def assert_same(got: Tensor, want: Tensor, kind: Kind, name: str = "") -> None:
         f"{int((excess > 0).sum())} of {error.numel()} elements out of bounds; "
         f"worst at {worst}: got {float(got64[worst]):.9g}, want {float(want64[worst]):.9g}"
     )
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    """RMS of the error over RMS of what is wanted."""
+    error = (got.detach().double() - want.detach().double()).square().mean().sqrt()
+    return float(error / (want.detach().double().square().mean().sqrt() or 1.0))
