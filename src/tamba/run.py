@@ -154,7 +154,7 @@ def _train(recipe: Recipe, out: Path) -> None:
 def _evaluate(recipe: Recipe, out: Path) -> None:
     from tamba.checkpoint import open_model
     from tamba.evaluate.student import evaluate_student
-    from tamba.report import write_report
+    from tamba.report import FrontierPoint, write_report
     from tamba.text import read_text
 
     heldout = read_text(out / "text").heldout
@@ -168,7 +168,17 @@ def _evaluate(recipe: Recipe, out: Path) -> None:
     steps = _read_state(out).steps
     digests = {name: str(step["digest"]) for name, step in steps.items()}
     seconds = {name: float(step["seconds"]) for name, step in steps.items()}
-    write_report(record.updated(seconds=seconds | record.seconds, digests=digests), out)
+    frontier = list(record.frontier)
+    if record.perplexity and record.perplexity.ratio and record.layers:
+        point = FrontierPoint(
+            converted=record.layers.converted,
+            ratio=record.perplexity.ratio,
+            stage="as delivered",
+            chosen=True,
+        )
+        frontier.append(point)
+    record = record.updated(seconds=seconds | record.seconds, digests=digests, frontier=frontier)
+    write_report(record, out)
 
 
 def _analysis(recipe: Recipe, out: Path) -> Path | None:
