@@ -206,14 +206,14 @@ PASSES = ("forward", "both")
 
 
 def run(side: Callable[..., Tensor], tensors: dict[str, Tensor], passes: str) -> Outputs:
-    """y, and with both passes the gradients of a fixed sum of it."""
+    """y, and with both passes the gradients of a weighted sum of it over tokens."""
     if passes == "forward":
         with torch.no_grad():
             return (side(**tensors),)
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     y = side(**leaves)
     weight = torch.linspace(-1, 1, y.shape[1], dtype=y.dtype).view(1, -1, *[1] * (y.dim() - 2))
-    return (y.detach(), *torch.autograd.grad((y * weight).sum(), list(leaves.values())))
+    return (y.detach(), *torch.autograd.grad(y, list(leaves.values()), weight.expand_as(y)))
 
 
 def errors(row: Row, seed: int) -> dict[str, dict[str, float | str]]:

@@ -30,7 +30,7 @@ from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, s
 _STEPS = 2
 # How many Q x Q matrices a tile holds. On a CPU its buffers then stay in a core's cache; elsewhere
 # the only concern is memory.
-_TILE = 64
+_TILE = 32
 _TILE_ELSEWHERE = 4096
 
 
@@ -219,7 +219,7 @@ class _Buffers:
         right: [S K H, Q + N, P], ``[dt · x ; state before the chunk]``.
         B_to_end: [S K H, Q, N], ``B · to_end``.
         out: [S K H, Q, P].
-        B, C: [S K G, Q, N]; dt: [S, K, H, Q]; from_start, to_end: [S, K, H, Q, 1], see `_Decays`;
+        B, C: [S K G, Q, N]; dt, from_start, to_end: [S, K, H, Q, 1], see `_Decays`;
             through: [S, K, H, 1, 1], the decay of a whole chunk. All set by `_Problem.load`.
     """
 
@@ -289,6 +289,11 @@ class _Problem:
         if self.starts is not None:
             decay = decay.masked_fill(self.starts, 0.0)
         self.decays = _Decays(decay)
+        # Factors of the operands of matrix products, rounded as those are.
+        self._factors = [
+            t.to(self.product)[..., None]
+            for t in (self.dts, self.decays.from_start, self.decays.to_end)
+        ]
         self.batch, self.n_chunks, self.heads = self.xs.shape[:3]
         self.groups, self.d_state, self.head_dim = B.shape[2], B.shape[3], x.shape[3]
         self._buffers: dict[tuple[int, ...], _Buffers] = {}
@@ -307,8 +312,7 @@ class _Problem:
 
     def load(self, at: tuple[slice, slice]) -> _Buffers:
         """The operands of a tile, all but the states."""
-        dts = self.dts[at]
-        lead = tuple(dts.shape[:3])
+        lead = tuple(self.dts[at].shape[:3])
         tile = self._buffers.get(lead)
         if tile is None:
             sizes = self.chunk, self.d_state, self.head_dim
@@ -316,16 +320,14 @@ class _Problem:
             tile = self._buffers[lead] = _Buffers(lead, sizes, self.groups, like)
         B, C = (t[at].to(self.product).contiguous() for t in (self.Bs, self.Cs))
         tile.B, tile.C = B.flatten(0, 2), C.flatten(0, 2)
-        tile.dt = dts
-        tile.from_start = self.decays.from_start[at][..., None]
-        tile.to_end = self.decays.to_end[at][..., None]
-        tile.through = tile.from_start[..., -1:, :]
+        tile.dt, tile.from_start, tile.to_end = (t[at] for t in self._factors)
+        tile.through = self.decays.from_start[at][..., -1:, None]
         self.decays.fill(at, tile.decay_blocks)
         scores = torch.bmm(tile.C, tile.B.mT).view(*B.shape[:3], 1, self.chunk, self.chunk)
         torch.mul(scores, tile.decay_by_group, out=tile.scores)
         torch.mul(C.unsqueeze(3), self.by_groups(tile.from_start), out=tile.C_from_start)
         torch.mul(B.unsqueeze(3), self.by_groups(tile.to_end), out=tile.B_to_end_by_group)
-        torch.mul(self.xs[at], dts[..., None], out=tile.inputs_by_head)
+        torch.mul(self.xs[at], tile.dt, out=tile.inputs_by_head)
         return tile
 
     def by_groups(self, tensor: Tensor) -> Tensor:
@@ -366,7 +368,7 @@ class _Chunked(torch.autograd.Function):
         if keep and any(ctx.needs_input_grad):
             shape = *problem.xs.shape[:3], problem.d_state, problem.head_dim
             entering = torch.empty(shape, dtype=problem.product, device=x.device)
-        skip = None if D is None else D.to(dt.dtype)[:, None, None]
+        skip = None if D is None else D.to(problem.product)[:, None, None]
         for tiles in problem.tiles():
             rows = tiles[0][0]
             running = state[rows].transpose(2, 3)  # [S, H, N, P]
@@ -400,7 +402,7 @@ class _Chunked(torch.autograd.Function):
         grads = _Gradients(problem, x, B, C)
         grad_state = dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
         grad_ys = problem.cut(grad_y)
-        skip = None if D is None else D.to(dt.dtype)[:, None, None]
+        skip = None if D is None else D.to(problem.product)[:, None, None]
         for tiles in problem.tiles():
             rows = tiles[0][0]
             running = (grad_state if grad_final is None else grad_final)[rows].transpose(2, 3)
@@ -477,11 +479,11 @@ class _Gradients:
         work = tile.scratch(dy.shape)
         self.dts[at] = torch.mul(d_inputs, xs, out=work).sum(-1)
         if skip is None:
-            torch.mul(d_inputs, tile.dt[..., None], out=self._xs[at])
+            torch.mul(d_inputs, tile.dt, out=self._xs[at])
         else:
             self.skip[at] = torch.mul(dy, xs, out=work).sum(-1)
-            torch.mul(dy, skip, out=work)
-            torch.addcmul(work, d_inputs, tile.dt[..., None], out=self._xs[at])
+            d_inputs.mul_(tile.dt)
+            torch.addcmul(d_inputs, dy, skip, out=self._xs[at])
 
         # The decay of token t is a factor of every path that starts before t and ends at t or
         # later: the paths by where they end, less those by where they start, summed from t on,
@@ -490,7 +492,7 @@ class _Gradients:
         balance = paths.sum(-1).sub_(paths[..., :chunk].sum(-2))
         work = tile.scratch(d_B_to_end.shape)
         out_of_chunk = torch.mul(d_B_to_end, tile.B_to_end, out=work).sum(-1)
-        self.balance[at] = balance.sub_(out_of_chunk).view_as(tile.dt)
+        self.balance[at] = balance.sub_(out_of_chunk).view(*tile.lead, chunk)
         through = torch.bmm(flat_leaving.flatten(1)[:, None], tile.states_as_columns)
         leaves = torch.addcmul(out_of_chunk.sum(-1), through.flatten(), tile.through.flatten())
         self.leaves[at] = leaves.view(tile.lead)
