@@ -1,0 +1,64 @@
+"""Which implementation of an operator runs: Triton kernels, or plain torch.
+
+Kernels run where every tensor lies on one CUDA device and Triton is installed. On a CPU they run
+under Triton's interpreter when `TRITON_INTERPRET=1`, for tests. What they do not cover (float64,
+an unusual size) goes to plain torch; on a CUDA device that is said once, since it is slower.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("tamba")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) -> bool:
+    """Whether `op` on these tensors is for the Triton kernels.
+
+    Args:
+        op: the operator's name, for the message.
+        tensors: its arguments; None is left out.
+        unusual: what about the call the kernels do not cover, or None.
+
+    The environment variable `TAMBA_KERNELS` (`triton` or `torch`, else chosen by device) decides
+    for tests and comparisons; it is read at every call.
+    """
+    asked = os.environ.get("TAMBA_KERNELS", "auto")
+    given = [t for t in tensors if t is not None]
+    if asked == "torch":
+        return False
+    on_gpu = given[0].is_cuda
+    interpreted = not on_gpu and os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
+    if not on_gpu and not interpreted:
+        return False
+    why = unusual or _why_not(given)
+    if why:
+        _say_once(op, why)
+    return why is None
+
+
+def _why_not(tensors: list[Tensor]) -> str | None:
+    if not _has_triton():
+        return "Triton is not installed"
+    if any(t.device != tensors[0].device for t in tensors):
+        return "its arguments lie on different devices"
+    odd = next((t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES), None)
+    return None if odd is None else f"the kernels know no {str(odd).removeprefix('torch.')}"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _say_once(op: str, why: str) -> None:
+    logger.warning("%s runs on plain torch, slower than the Triton kernels: %s", op, why)
