@@ -22,7 +22,7 @@ FLOORS = [
     ["data", "plots"],
     ["report", "teacher_text", "trace"],
     ["text", "generate", "calibrate"],
-    ["analyze", "build", "train", "evaluate", "inspect"],
+    ["analyze", "bench", "build", "train", "evaluate", "inspect"],
     ["run"],
     ["cli"],
     ["__main__"],
@@ -36,7 +36,11 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 # What an extra brings, and the one room (or file) that imports it.
 OPTIONAL = {
     "gguf": "formats",
+    "causal_conv1d": "bench",
+    "fla": "bench",
     "jinja2": "report",
+    "mamba_ssm": "bench",
+    "mambapy": "bench",
     "matplotlib": "plots",
 }
 

@@ -16,6 +16,7 @@ from tamba._auto import register_with_transformers
 
 if TYPE_CHECKING:
     from tamba.analyze import analyze
+    from tamba.bench import bench
     from tamba.build import build
     from tamba.checkpoint import load
     from tamba.errors import UserError
@@ -40,6 +41,7 @@ __all__ = [
     "TambaForCausalLM",
     "UserError",
     "analyze",
+    "bench",
     "build",
     "evaluate",
     "generate",
@@ -63,7 +65,9 @@ _HOME = {
     "read_recipe": "tamba.recipe",
 }
 # Each lives in the module of its own name.
-_VERBS = frozenset({"analyze", "build", "evaluate", "generate", "inspect", "run", "train"})
+_VERBS = frozenset(
+    {"analyze", "bench", "build", "evaluate", "generate", "inspect", "run", "train"}
+)
 
 
 class _Verb(ModuleType):

@@ -262,6 +262,68 @@ def run(
     stdout.print(str(report), markup=False)
 
 
+@app.command()
+def bench(
+    suite: Annotated[
+        str, typer.Argument(metavar="SUITE", help="kernels, cold-start or model.")
+    ] = "kernels",
+    device: Device = None,
+    rows: Annotated[
+        list[str] | None, typer.Option(help="A row's id, or what ids begin with; repeatable.")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="How often the sides of a row take turns.")
+    ] = None,
+    limit_seconds: Annotated[
+        float | None, typer.Option(help="Begin no row after so many seconds.")
+    ] = None,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder of unpacked archives of libraries to measure.")
+    ] = None,
+    compile_seconds: Annotated[
+        float, typer.Option(help="How long kernels of others may be compiled beforehand.")
+    ] = 120.0,
+    seed: Annotated[int | None, typer.Option(help="Of the random arguments.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the record.")] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option(help="Measure nothing: fill a document's tables from the records of --out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the operators, a new process or whole models, beside other libraries."""
+    if tables is not None:
+        from tamba.bench import fill
+
+        if out is None or not out.is_dir():
+            raise UserError("--out", "is no folder of records", "name the folder of the records")
+        if not tables.is_file():
+            raise UserError(str(tables), "no such document", "name a Markdown file")
+        tables.write_text(fill(tables.read_text(), out))
+        stderr.print(f"wrote {tables}")
+        return
+    with _step():
+        from tamba.bench import bench as step
+        from tamba.bench import line
+
+        record = step(
+            suite,
+            device=device,
+            rows=rows or (),
+            rounds=rounds,
+            limit_seconds=limit_seconds,
+            peers_folder=peers,
+            compile_seconds=compile_seconds,
+            seed=seed,
+            out=out,
+            report=lambda row: None if as_json else stdout.print(line(row), markup=False),
+        )
+    if as_json:
+        print(json.dumps(record, indent=1))
+    if out is not None:
+        stderr.print(f"wrote {out}")
+
+
 def main() -> None:
     """Run the command line; the program `tamba`."""
     try:

@@ -1,0 +1,243 @@
+"""Benchmarks with a record: what a suite measured, on what, with what, and against whom.
+
+`bench` is the verb. Suites: ``kernels`` (the recurrent operators beside every library that has
+them), ``cold-start`` (what a new process waits for, and what is compiled again when shapes change)
+and ``model`` (a whole prefill and a whole training step). See docs/performance.md for how to read
+the records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tamba
+from tamba.bench import cold_start, kernels, model, peers
+from tamba.bench.ceilings import Ceilings, measure_ceilings
+from tamba.bench.measure import reason
+from tamba.bench.tables import fill, line, render
+from tamba.errors import UserError, nearest
+from tamba.progress import task
+
+__all__ = ["SUITES", "bench", "fill", "line", "render"]
+
+SUITES = ("kernels", "cold-start", "model")
+_ROUNDS = {"cuda": 50, "cpu": 15}
+# What of the peers is compiled beforehand, many processes at a time.
+_COMPILE = (
+    "ssd_fwd_bwd/S1",
+    "ssd_fwd_bwd/S3",
+    "ssd_fwd/S1",
+    "ssd_fwd_gated/S1",
+    "ssd_fwd_packed/S1",
+)
+
+
+def bench(
+    suite: str = "kernels",
+    *,
+    device: str | torch.device | None = None,
+    rows: Sequence[str] = (),
+    rounds: int | None = None,
+    limit_seconds: float | None = None,
+    peers_folder: str | os.PathLike[str] | None = None,
+    compile_seconds: float = 120.0,
+    seed: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    report: Callable[[dict[str, Any]], object] = lambda row: None,
+) -> dict[str, Any]:
+    """Run a suite and give its record.
+
+    Args:
+        suite: one of `SUITES`.
+        device: ``cuda`` or ``cpu``; a GPU if there is one.
+        rows: ids, or what ids begin with; all rows without any.
+        rounds: how often the sides take turns; 50 on a GPU, 15 on a CPU.
+        limit_seconds: rows that would begin later are left out, and the record says so.
+        peers_folder: unpacked archives of peers that are not installed.
+        compile_seconds: how long peers' kernels may be compiled beforehand; 0 to compile each when
+            its turn comes.
+        seed: of the random arguments; by default from the clock, and in the record.
+        out: file to write the record to.
+        report: called with every row as soon as it is measured.
+
+    Returns:
+        The record: ``suite``, ``date``, ``command``, ``machine``, ``ceilings``, ``rows``.
+
+    Raises:
+        UserError: no such suite, row or device, or nothing to measure.
+    """
+    if suite not in SUITES:
+        raise UserError("suite", f"unknown suite '{suite}'", nearest(suite, SUITES))
+    at = _device(device)
+    rounds = _ROUNDS[at.type] if rounds is None else rounds
+    if rounds < 1:
+        raise UserError("rounds", f"{rounds} rounds measure nothing", "use 1 or more")
+    folder = None if peers_folder is None else Path(peers_folder).expanduser().resolve()
+    if folder is not None and not folder.is_dir():
+        raise UserError(str(folder), "no such folder", "unpack the peers' archives there")
+    target = None if out is None else Path(out)
+    if target is not None and target.is_dir():
+        raise UserError(str(target), "is a folder", "name a file for the record")
+    seed = time.time_ns() % (1 << 31) if seed is None else seed
+    begun = time.monotonic()
+    record: dict[str, Any] = {
+        "suite": suite,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "machine": {},
+        "seed": seed,
+        "rounds": rounds,
+        "ceilings": None,
+        "rows": [],
+    }
+
+    def add(row: dict[str, Any]) -> None:
+        record["rows"].append(row)
+        # After every row, so that what was measured survives whatever comes next.
+        record["machine"] = _machine(at)
+        record["seconds"] = time.monotonic() - begun
+        if target is not None:
+            _write(target, record)
+        report(row)
+
+    found = peers.Peers(folder)
+    if suite == "kernels":
+        chosen = _choose(_kernel_rows(at, found), rows)
+    elif suite == "model":
+        chosen = _choose(model.rows(at, found), rows)
+    else:
+        chosen = _choose(cold_start.rows(at), rows)
+    if suite != "cold-start":
+        record["ceilings"] = measure_ceilings(at)
+        report({"id": "ceilings", **record["ceilings"]})
+    if suite == "kernels" and at.type == "cuda":
+        ids = {row.id for row in chosen}
+        needed = {"scan1": "selective_scan_cuda", "conv": "causal_conv1d_cuda"}
+        found.start_builds(*(ext for op, ext in needed.items() if any(op in i for i in ids)))
+        compile_ids = [i for i in _COMPILE if i in ids]
+        if compile_ids and compile_seconds > 0:
+            processes = min(16, os.cpu_count() or 1)
+            kernels.compile_peers(folder, compile_ids, processes, compile_seconds)
+    with task(suite, total=len(chosen)) as advance:
+        for row in chosen:
+            if limit_seconds is not None and time.monotonic() - begun > limit_seconds:
+                add({"id": row.id, "not_run": f"{limit_seconds:g} s were over"})
+            else:
+                add(_measured(row, at, record, rounds, seed))
+            advance(note=row.id)
+    return record
+
+
+def _kernel_rows(at: torch.device, found: peers.Peers) -> list[kernels.Row]:
+    return kernels.gpu_rows(found) if at.type == "cuda" else kernels.cpu_rows(found)
+
+
+def _measured(
+    row: Any, at: torch.device, record: dict[str, Any], rounds: int, seed: int
+) -> dict[str, Any]:
+    """One row; whatever goes wrong is said in its place, and the next row has its turn."""
+    try:
+        if isinstance(row, kernels.Row):
+            ceilings = Ceilings(**record["ceilings"]["used"])
+            return kernels.run_row(row, at, ceilings, rounds=rounds, seed=seed)
+        return row.run(record["ceilings"])
+    except Exception as error:
+        return {"id": row.id, "not_run": reason(error)}
+    finally:
+        if at.type == "cuda":
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.empty_cache()
+
+
+def _choose(rows: Sequence[Any], wanted: Sequence[str]) -> list[Any]:
+    ids = [row.id for row in rows]
+    for want in wanted:
+        if not any(i.startswith(want) for i in ids):
+            raise UserError("rows", f"no row begins with '{want}'", nearest(want, ids))
+    return [row for row in rows if not wanted or row.id.startswith(tuple(wanted))]
+
+
+def _device(name: str | torch.device | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        at = torch.device(name)
+    except RuntimeError:
+        raise UserError("device", f"no device '{name}'", "use cpu or cuda") from None
+    if at.type not in _ROUNDS:
+        raise UserError("device", f"nothing is measured on '{at.type}'", "use cpu or cuda")
+    if at.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device", "there is no CUDA device", "use cpu")
+    return at
+
+
+def _machine(at: torch.device) -> dict[str, Any]:
+    """What the figures were taken on and with."""
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(at) if at.type == "cuda" else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    if at.type == "cuda":
+        found["cuda"] = torch.version.cuda
+    else:
+        flags = _cpu_line("flags")
+        found["isa"] = [
+            flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags
+        ]
+        found["load_average"] = os.getloadavg()
+    found["versions"] = {"tamba": tamba.__version__} | {
+        name: v for name in ("torch", "triton", "transformers") if (v := _version(name))
+    }
+    found["versions"] |= peers.versions()
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        with contextlib.suppress(ImportError):
+            return str(importlib.import_module(name).__version__)
+        return None
+
+
+def _cpu_line(name: str) -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(name):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def _cpu_name() -> str:
+    return _cpu_line("model name") or platform.processor() or "unknown CPU"
+
+
+def _command() -> str:
+    """The command line without machine paths."""
+    program, *arguments = sys.argv or ["python"]
+    short = [Path(a).name if os.path.isabs(a) else a for a in arguments]
+    return " ".join([Path(program).name.replace("__main__.py", "tamba"), *short])
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(record, indent=1) + "\n")
+    unfinished.replace(path)
