@@ -7,7 +7,7 @@ BIN := .venv/bin
 CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test lint format slow gpu clean
+.PHONY: help demo test lint format slow gpu bench clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -40,6 +40,10 @@ slow:  ## the long tests: a real small teacher through the whole way
 gpu:  ## the tests that need a CUDA device
 	@scripts/bootstrap test
 	@$(PYTEST) -m gpu $(ARGS)
+
+bench:  ## the operators beside other libraries; ARGS="--peers DIR --out FILE"
+	@scripts/bootstrap test
+	@$(BIN)/tamba bench kernels $(ARGS)
 
 clean:  ## remove caches and .venv; demo/ and runs/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -65,9 +65,7 @@ _HOME = {
     "read_recipe": "tamba.recipe",
 }
 # Each lives in the module of its own name.
-_VERBS = frozenset(
-    {"analyze", "bench", "build", "evaluate", "generate", "inspect", "run", "train"}
-)
+_VERBS = frozenset({"analyze", "bench", "build", "evaluate", "generate", "inspect", "run", "train"})
 
 
 class _Verb(ModuleType):

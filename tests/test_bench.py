@@ -1,0 +1,384 @@
+"""The benchmarks: floors, turns, what voids a row, and what the record and the tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import tamba
+from tamba.bench import ceilings, kernels, measure, peers, tables
+from tamba.bench.ceilings import H100, Ceilings, Cost
+from tamba.bench.kernels import OURS, Row, run_row
+from tamba.bench.measure import Bar, Times, relative_rms, take_turns
+from tamba.bench.peers import Peers, Refusal, Side
+from tamba.errors import UserError
+from tamba.ops import reference, ssd
+
+CPU = torch.device("cpu")
+SLOW_MACHINE = Ceilings(copy=1e10, flops=1e11, exponentials=1e9)
+
+
+def ssd_floors(name: str) -> list[float]:
+    shape = kernels.SSD_SHAPES[name]
+    sizes = (shape["B"], shape["L"], shape["H"], shape["P"], shape["N"], shape["G"])
+    costs = kernels.ssd_costs(*sizes, gated=False)
+    return [1e6 * t for c in costs for t in (c.bytes / H100.copy, c.flops / H100.flops)]
+
+
+# Worked by hand for 3.0 TB/s and 798 TFLOP/s: forward bytes and flops, backward bytes and flops.
+@pytest.mark.parametrize(
+    ("name", "microseconds"),
+    [
+        ("S1", [58, 41, 91, 142]),
+        ("S2", [116, 81, 182, 285]),
+        ("S3", [90, 43, 247, 151]),
+        ("S4", [931, 651, 1460, 2279]),
+    ],
+)
+def test_floors_of_ssd(name, microseconds):
+    assert ssd_floors(name) == pytest.approx(microseconds, rel=0.012)
+
+
+# The same at 3.7e12 exponentials a second: forward bytes and exponentials, backward bytes.
+@pytest.mark.parametrize(
+    ("shape", "microseconds"),
+    [((8, 2048, 4096, 16), [179, 290, 313]), ((1, 4096, 5120, 16), [56, 91, 98])],
+)
+def test_floors_of_the_scan(shape, microseconds):
+    forward, backward = kernels.scan_costs(*shape)
+    found = [
+        forward.bytes / H100.copy,
+        forward.exponentials / H100.exponentials,
+        backward.bytes / H100.copy,
+    ]
+    assert [1e6 * t for t in found] == pytest.approx(microseconds, rel=0.012)
+
+
+def test_a_floor_is_the_longest_bound_of_each_pass_and_their_sum():
+    row = next(r for r in kernels.gpu_rows(Peers()) if r.id == "scan1_fwd_bwd/B8")
+    seconds, what = row.floor(H100)
+    assert 1e6 * seconds == pytest.approx(290 + 313, rel=0.01)
+    assert what == "bytes"
+    assert Cost(bytes=30, flops=10).bound(Ceilings(10, 10, 1)) == (3, "bytes")
+
+
+def test_the_larger_ceiling_counts():
+    assert H100.largest(Ceilings(4e12, 1, 1)) == replace(H100, copy=4e12)
+
+
+def test_ceilings_of_this_machine_are_rates(monkeypatch):
+    monkeypatch.setattr(
+        ceilings, "_best", lambda clock, work, amount, repeats: amount / clock(work)
+    )
+    found = ceilings.measure_ceilings(CPU)
+    assert found["used"] == found["measured"]
+    assert all(1e6 < rate < 1e16 for rate in found["used"].values())
+
+
+def clocked(seconds: dict[str, list[float]]):
+    """A clock that needs no time: each side takes its seconds in turn."""
+    order: list[str] = []
+    left = {name: iter(s) for name, s in seconds.items()}
+
+    def clock(work) -> float:
+        name = work()
+        order.append(name)
+        return next(left[name])
+
+    return clock, order
+
+
+def test_sides_take_turns_in_an_order_that_flips():
+    clock, order = clocked({"a": [9, 1, 2, 3], "b": [9, 4, 5, 6]})
+    works = {name: [lambda name=name: name] for name in "ab"}
+    times = take_turns(works, clock, 3, warm_up=1)
+    assert order == list("ba" + "ab" + "ba" + "ab")
+    assert times == {"a": [1, 2, 3], "b": [4, 5, 6]}  # what warms up does not count
+
+
+def test_input_sets_rotate():
+    seen: list[int] = []
+    works = {"a": [lambda i=i: seen.append(i) for i in range(3)]}
+    take_turns(works, lambda work: work() or 0.0, 6, warm_up=0)
+    assert seen == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_side_beyond_patience_is_timed_once():
+    clock, order = clocked({"a": [1, 1, 1, 1], "slow": [60]})
+    works = {name: [lambda name=name: name] for name in ("a", "slow")}
+    times = take_turns(works, clock, 3, warm_up=1, patience=5)
+    assert times == {"a": [1, 1, 1], "slow": [60]}
+    assert order.count("slow") == 1
+
+
+def test_medians_and_percentiles():
+    times = Times.of([float(n) for n in range(1, 12)], "a clock")
+    assert (times.median, times.p20, times.p80, times.rounds) == (6, 3, 9, 11)
+    assert Times.of([2.0], "a clock").p80 == 2.0
+
+
+def test_relative_rms():
+    want = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert relative_rms(want + torch.tensor([0.3, 0.4]), want) == pytest.approx(0.1)
+    assert relative_rms(torch.tensor([math.nan, 4.0]), want) == math.inf
+    assert relative_rms(torch.zeros(3), want) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("bar", "met"),
+    [
+        (Bar("us", 10), True),
+        (Bar("us", 9), False),
+        (Bar("times:peer", 2), True),
+        (Bar("times:peer", 3), False),
+        (Bar("times:absent", 1), None),
+        (Bar("floor_share", 0.4), True),
+        (Bar("extra_over_inputs", 1.2), False),
+    ],
+)
+def test_bars(bar, met):
+    row = {"ours_us": 10.0, "ratios": {"peer": 2.5}, "floor_share": 0.5, "extra_over_inputs": 2.0}
+    assert bar.judge(row)["met"] is met
+
+
+# One row, whole
+
+
+def tiny_row(backward: bool = False, **changes) -> Row:
+    """SSD at a size that takes milliseconds."""
+    shape = {"B": 2, "L": 24, "H": 2, "P": 4, "N": 8, "G": 1}
+    row = Row(
+        id="ssd_fwd/tiny",
+        shape=shape,
+        make=kernels._ssd_inputs(shape, dtype=torch.float32, state=True),
+        ours=lambda **t: ssd(**t, dt_softplus=True),
+        truth=lambda **t: reference.ssd(**t, dt_softplus=True),
+        peers={"transformers": Peers().transformers_ssd(8)},
+        costs=kernels.ssd_costs(2, 24, 2, 4, 8, 1, gated=False)[: 1 + backward],
+        bars=(Bar("times:transformers", 1e-9), Bar("us", 1e-9)),
+        backward=backward,
+    )
+    return replace(row, **changes)
+
+
+def measured(row: Row) -> dict:
+    found = run_row(row, CPU, SLOW_MACHINE, rounds=2, seed=3, measure_memory=False)
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_row(backward):
+    found = measured(tiny_row(backward))
+    assert found["void"] is None
+    assert found["error"] < found["error_bound"] == 1e-5
+    assert found["repeatable"]
+    assert found["ours_p20_us"] <= found["ours_us"] <= found["ours_p80_us"]
+    assert found["ratios"]["transformers"] == found["peers"]["transformers"] / found["ours_us"]
+    assert found["floor_share"] == pytest.approx(found["floor_us"] / found["ours_us"])
+    assert [bar["met"] for bar in found["bars"]] == [True, False]
+    errors = found["sides"][OURS]["errors"]
+    gradients = {f"grad of {name}" for name in tiny_row().make(CPU, 0)}
+    assert errors.keys() == {"y", "last"} | (gradients if backward else set())
+
+
+def wrong(scale_y: float = 1.0, scale_gradient: float = 1.0):
+    """SSD with a planted fault in its result or in the gradient of x."""
+
+    def call(**t):
+        x = t["x"] + (scale_gradient - 1) * (t["x"] - t["x"].detach())
+        y, last = ssd(**{**t, "x": x}, dt_softplus=True)
+        return y * scale_y, last
+
+    return call
+
+
+@pytest.mark.parametrize("fault", [wrong(scale_y=1.001), wrong(scale_y=math.nan)])
+def test_a_wrong_result_voids_the_row(fault):
+    found = measured(tiny_row(ours=fault))
+    assert "wrong result" in found["void"]
+    assert found["ours_us"] is None
+    assert not found["ratios"]
+    assert [bar["met"] for bar in found["bars"]] == [None, None]
+    assert isinstance(found["peers"]["transformers"], float)
+
+
+def test_a_wrong_gradient_voids_the_row():
+    fault = wrong(scale_gradient=1.001)
+    assert measured(tiny_row(ours=fault))["void"] is None  # the forward pass is right
+    assert "wrong result" in measured(tiny_row(backward=True, ours=fault))["void"]
+
+
+def refuse():
+    raise Refusal("not on this card")
+
+
+def fail(**tensors):
+    raise RuntimeError("kernel launch failed\nat line 3")
+
+
+def test_a_peer_that_cannot_run_stays_with_its_reason():
+    sides = {
+        "refuses": Side(refuse),
+        "fails": Side(lambda: fail),
+        "is missing": Peers().fla_ssd(),
+        "is wrong": Side(lambda: wrong(scale_y=1.2)),
+    }
+    found = measured(tiny_row(peers=sides))
+    assert found["void"] is None
+    assert found["peers"]["refuses"] == "not on this card"
+    assert found["peers"]["fails"] == "failed: RuntimeError: kernel launch failed"
+    assert "fla-core" in found["peers"]["is missing"]
+    assert "wrong result" in found["peers"]["is wrong"]
+    assert not found["ratios"]
+
+
+@pytest.mark.parametrize(
+    ("side", "operator"),
+    [("transformers_scan", "scan"), ("transformers_conv", "conv"), ("transformers_ssd", "ssd")],
+)
+def test_layouts_of_peers_that_run_here(side, operator):
+    """Results and gradients come back in our layout: a wrong one would not match the truth."""
+    row = next(r for r in kernels.cpu_rows(Peers()) if r.id.startswith(operator) and r.backward)
+    small = {"L": 16, "D": 12, "C": 12, "H": 2, "P": 4, "G": 1, "B": 2}
+    shape = {name: min(size, small.get(name, size)) for name, size in row.shape.items()}
+    make = {
+        "scan": kernels._scan_inputs,
+        "conv": kernels._conv_inputs,
+        "ssd": kernels._ssd_inputs,
+    }[operator]
+    peer = getattr(Peers(), side)()
+    row = replace(row, shape=shape, make=make(shape, dtype=torch.float32), peers={side: peer})
+    found = measured(row)
+    assert found["void"] is None
+    assert isinstance(found["peers"][side], float)
+    errors = found["sides"][side]["errors"]
+    assert max(errors.values()) < 1e-4
+    assert len(errors) == 1 + len(row.make(CPU, 0))
+
+
+# Runs, records and tables
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A machine that is known, and no processes for memory."""
+    rates = dict.fromkeys(("measured", "used"), H100.to_dict())
+    monkeypatch.setattr("tamba.bench.measure_ceilings", lambda at: rates)
+    monkeypatch.setattr(kernels, "_added_memory", lambda row, side: 5)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_writes_its_record_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "cpu_rows", lambda peers: [tiny_row(), tiny_row(id="ssd_fwd/2")])
+    out = tmp_path / "records" / "kernels-cpu.json"
+    seen = []
+    record = tamba.bench(device="cpu", rounds=2, out=out, report=lambda row: seen.append(row["id"]))
+    assert seen == ["ceilings", "ssd_fwd/tiny", "ssd_fwd/2"]
+    assert json.loads(out.read_text()) == json.loads(json.dumps(record))
+    assert record.keys() >= {"suite", "date", "command", "machine", "ceilings", "seed", "rounds"}
+    assert record["machine"]["versions"].keys() >= {"tamba", "torch", "transformers"}
+    assert record["rows"][0]["extra_bytes"] == 5
+
+    late = tamba.bench(device="cpu", limit_seconds=-1.0, rows=["ssd_fwd/2"])
+    assert late["rows"] == [{"id": "ssd_fwd/2", "not_run": "-1 s were over"}]
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_error_in_one_row_leaves_the_others(monkeypatch):
+    def broken(device, seed):
+        raise MemoryError("no room")
+
+    rows = [tiny_row(id="broken/1", make=broken), tiny_row()]
+    monkeypatch.setattr(kernels, "cpu_rows", lambda peers: rows)
+    record = tamba.bench(device="cpu", rounds=1)
+    assert record["rows"][0] == {"id": "broken/1", "not_run": "failed: MemoryError: no room"}
+    assert record["rows"][1]["void"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"suite": "kernel"}, "did you mean 'kernels'"),
+        ({"device": "tpu3"}, "use cpu or cuda"),
+        ({"rows": ["sdd_fwd"]}, "no row begins with 'sdd_fwd'"),
+        ({"rounds": 0}, "use 1 or more"),
+        ({"peers_folder": "/no/such/folder"}, "no such folder"),
+        ({"suite": "model"}, "use cuda"),
+    ],
+)
+def test_mistakes_are_said_before_anything_runs(given, said):
+    with pytest.raises(UserError, match=said):
+        tamba.bench(**{"device": "cpu", **given})
+
+
+def test_ids_are_unique_and_every_bar_names_a_peer_of_its_row():
+    for rows in (kernels.gpu_rows(Peers()), kernels.cpu_rows(Peers())):
+        assert len({row.id for row in rows}) == len(rows)
+        for row in rows:
+            asked = {bar.what.partition(":")[2] for bar in row.bars if ":" in bar.what}
+            assert asked <= row.peers.keys(), row.id
+
+
+def a_record() -> dict:
+    fast = measured(tiny_row())
+    void = measured(tiny_row(id="ssd_fwd/void", ours=wrong(scale_y=2.0)))
+    missing = measured(tiny_row(id="ssd_fwd/alone", peers={"fla": Peers().fla_ssd()}))
+    machine = {"device": "a card", "versions": {"torch": "2.11"}}
+    return {
+        "suite": "kernels",
+        "date": "2026-11-22T10:00:00+00:00",
+        "command": "tamba bench kernels",
+        "machine": machine,
+        "rows": [fast, void, missing, {"id": "late/1", "not_run": "60 s were over"}],
+    }
+
+
+def test_tables_come_from_records(tmp_path):
+    record = a_record()
+    (tmp_path / "kernels-h100.json").write_text(json.dumps(record))
+    text = "Before\n\n<!-- bench: kernels-h100.json ssd_fwd -->\nstale\n<!-- /bench -->\n\nAfter\n"
+    filled = tables.fill(text, tmp_path)
+    assert filled.startswith("Before") and filled.endswith("After\n") and "stale" not in filled
+    assert f"**{tables.duration(record['rows'][0]['ours_us'])}**" in filled
+    assert "| `ssd_fwd/void` |" in filled and "void, wrong result" in filled
+    assert "`ssd_fwd/alone`: fla fla-core is neither installed" in filled
+    assert "late/1" not in filled
+    assert tables.fill(filled, tmp_path) == filled
+    assert "`late/1`: not run, 60 s were over" in tables.render(record)
+    for row in record["rows"]:
+        assert tables.line(row).startswith(row["id"])
+    with pytest.raises(UserError, match="no such record"):
+        tables.fill(text.replace("h100", "h200"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("us", "text"), [(93.14, "93.1 µs"), (1203.0, "1.2 ms"), (3.5e6, "3.5 s"), (0.5, "0.5 µs")]
+)
+def test_durations(us, text):
+    assert tables.duration(us) == text
+
+
+def test_memory_of_a_process_is_read():
+    measure.reset_resident_peak()
+    before = measure.resident("VmRSS")
+    block = torch.ones(1 << 23)
+    assert measure.resident("VmHWM") - before > 0.9 * block.nbytes
+
+
+def test_omitted_types_of_the_cuda_scan_are_all_stubbed():
+    """Three input and two weight types, forward and backward, less the two that are compiled."""
+    stubs = peers._stubs()
+    assert stubs.count("template <> void") == 10
+    assert "selective_scan_fwd_cuda<at::BFloat16, float>" not in stubs
+
+
+def test_the_committed_tables_agree_with_the_records():
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "performance.md").read_text()
+    assert tables.fill(text, root / "benchmarks" / "results") == text
