@@ -371,11 +371,12 @@ def test_memory_of_a_process_is_read():
     assert measure.resident("VmHWM") - before > 0.9 * block.nbytes
 
 
-def test_omitted_types_of_the_cuda_scan_are_all_stubbed():
-    """Three input and two weight types, forward and backward, less the two that are compiled."""
-    stubs = peers._stubs()
-    assert stubs.count("template <> void") == 10
-    assert "selective_scan_fwd_cuda<at::BFloat16, float>" not in stubs
+def test_only_what_the_rows_call_is_compiled():
+    kept = "template<int n>\nvoid f() {}\ntemplate void f<at::BFloat16, at::BFloat16>(P &p);\n"
+    text = kept + "template void f<float, at::BFloat16>(P &p);\n"
+    assert peers._only_bfloat16(text) == kept
+    unit = peers._SCAN_UNIT.format(kind="scan_fwd", parameters="P")
+    assert '#include "scan_fwd_kernel.cuh"' in unit and "[&] { \\\n" in unit
 
 
 def test_the_committed_tables_agree_with_the_records():

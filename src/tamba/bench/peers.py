@@ -63,6 +63,13 @@ class Side:
     without: frozenset[str] = frozenset()
 
 
+def _rounded_product(x: Tensor, y: Tensor) -> Tensor:
+    """x · y in float32, rounded to the type of x; in one pass where no gradient is asked for."""
+    if torch.is_grad_enabled():
+        return (x * y).to(x.dtype)
+    return torch.mul(x, y, out=torch.empty_like(x))
+
+
 def _time_last(*names: str) -> Callable[[str, Tensor], Tensor]:
     """The named tensors with their axes 1 and 2 exchanged: [B, T, D] to [B, D, T] and back."""
 
@@ -156,7 +163,7 @@ class Peers:
                 if share > 1:
                     B, C = (s.repeat_interleave(share, dim=2) for s in (B, C))
                 dt = F.softplus(t["dt"] + t["dt_bias"])
-                inputs = (x * dt[..., None]).to(x.dtype)
+                inputs = _rounded_product(x, dt[..., None])
                 state = t["state"].transpose(2, 3) if "state" in t else None
                 y, last = chunk(
                     q=C,
@@ -435,82 +442,80 @@ class _Build:
             log = (self.folder / "log.txt").read_text().splitlines()
             error = next((line for line in log if "error" in line.lower()), "no message")
             raise Refusal(f"does not build: {error.strip()}"[:300])
+        before = sys.getdlopenflags()
+        sys.setdlopenflags(os.RTLD_LAZY)
         loader = ExtensionFileLoader(self.name, str(self.folder / f"{self.name}.so"))
         spec = spec_from_loader(self.name, loader)
         assert spec is not None
-        module = module_from_spec(spec)
-        loader.exec_module(module)
+        try:
+            module = module_from_spec(spec)
+            loader.exec_module(module)
+        finally:
+            sys.setdlopenflags(before)
         sys.modules[self.name] = module
         return module
 
 
-_REAL = "{kind}_cuda<at::BFloat16, float>({parameters} &, cudaStream_t)"
-_KINDS = {"selective_scan_fwd": "SSMParamsBase", "selective_scan_bwd": "SSMParamsBwd"}
+# One branch of every switch: the rows have B and C by token, softplus, a gate and whole blocks.
+_SCAN_UNIT = """
+#include <c10/util/Exception.h>
+#include "static_switch.h"
+#undef BOOL_SWITCH
+#define BOOL_SWITCH(COND, NAME, ...) [&] {{ \\
+    TORCH_CHECK(COND, "this variant is not built"); \\
+    constexpr bool NAME = true; return __VA_ARGS__(); }}()
+#include "{kind}_kernel.cuh"
+template void {kind}_cuda<at::BFloat16, float>({parameters} &, cudaStream_t);
+"""
+_SCAN_KINDS = {"selective_scan_fwd": "SSMParamsBase", "selective_scan_bwd": "SSMParamsBwd"}
 
 
 def _build(name: str, source: Path, folder: Path) -> None:
     """Compile an extension; the main program of the process that `_Build` starts.
 
-    Of the selective scan only the real-valued bfloat16 kernels are compiled, which is what the rows
-    use; the other types that its dispatcher names are given bodies that raise.
+    Only what the rows call is compiled: bfloat16, and of the selective scan real numbers and one
+    branch of each switch. What else the dispatchers name stays undefined and is never looked up.
     """
     from torch.utils import cpp_extension
 
-    files = sorted(str(path) for pattern in ("*.cpp", "*.cu") for path in source.glob(pattern))
     if name == "selective_scan_cuda":
-        files = [str(source / "selective_scan.cpp")]
-        for kind, parameters in _KINDS.items():
-            unit = folder / f"{kind}_bf16.cu"
-            real = _REAL.format(kind=kind, parameters=parameters)
-            _write(unit, f'#include "{kind}_kernel.cuh"\ntemplate void {real};\n')
-            files.append(str(unit))
-        stubs = folder / "others.cpp"
-        _write(stubs, _stubs())
-        files.append(str(stubs))
+        units = {
+            f"{kind}.cu": _SCAN_UNIT.format(kind=kind, parameters=parameters)
+            for kind, parameters in _SCAN_KINDS.items()
+        }
+    else:
+        units = {path.name: _only_bfloat16(path.read_text()) for path in source.glob("*.cu")}
+    for file, text in units.items():
+        _write(folder / file, text)
     operators = [f"-U__CUDA_NO_{t}_OPERATORS__" for t in ("HALF", "BFLOAT16", "BFLOAT162")]
     conversions = [f"-U__CUDA_NO_{t}_CONVERSIONS__" for t in ("HALF", "BFLOAT16", "BFLOAT162")]
+    sys.setdlopenflags(os.RTLD_LAZY)
     cpp_extension.load(
         name,
-        files,
+        [*(str(path) for path in source.glob("*.cpp")), *(str(folder / file) for file in units)],
         extra_include_paths=[str(source)],
-        extra_cflags=["-O3", "-std=c++17"],
+        extra_cflags=["-O3"],
         extra_cuda_cflags=[
             "-O3",
-            "-std=c++17",
             "--expt-relaxed-constexpr",
             "--expt-extended-lambda",
             "--use_fast_math",
             *operators,
             *conversions,
         ],
+        extra_ldflags=["-Wl,-z,lazy"],
         build_directory=str(folder),
         verbose=True,
-        is_python_module=False,
     )
 
 
-def _stubs() -> str:
-    lines = [
-        "#include <c10/cuda/CUDAStream.h>",
-        "#include <torch/torch.h>",
-        '#include "selective_scan.h"',
-    ]
-    types = ["at::Half", "at::BFloat16", "float"]
-    weights = ["float", "c10::complex<float>"]
-    for kind, parameters in _KINDS.items():
-        lines.append(
-            "template <typename input_t, typename weight_t> "
-            f"void {kind}_cuda({parameters} &, cudaStream_t);"
-        )
-        for scalar in types:
-            for weight in weights:
-                if (scalar, weight) == ("at::BFloat16", "float"):
-                    continue
-                lines.append(
-                    f"template <> void {kind}_cuda<{scalar}, {weight}>"
-                    f'({parameters} &, cudaStream_t) {{ TORCH_CHECK(false, "not built"); }}'
-                )
-    return "\n".join(lines) + "\n"
+def _only_bfloat16(text: str) -> str:
+    """A source file without the instantiations for other types at its end."""
+    return "".join(
+        line
+        for line in text.splitlines(keepends=True)
+        if not line.startswith("template void ") or "<at::BFloat16, at::BFloat16>" in line
+    )
 
 
 def _write(path: Path, text: str) -> None:

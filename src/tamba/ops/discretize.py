@@ -66,12 +66,17 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _device_of(*values: object) -> str:
+    """Type of the device of the first tensor."""
+    return next((v.device.type for v in values if isinstance(v, Tensor)), "cpu")
+
+
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run `function` with the dtypes it was given: autocast would recast its matrix products."""
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
+        device = _device_of(*args, *kwargs.values())
         if not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
