@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import tamba
-from tamba.bench import ceilings, kernels, measure, peers, tables
+from tamba.bench import ceilings, cold_start, kernels, measure, model, peers, tables
 from tamba.bench.ceilings import H100, Ceilings, Cost
 from tamba.bench.kernels import OURS, Row, run_row
 from tamba.bench.measure import Bar, Times, relative_rms, take_turns
@@ -383,3 +384,119 @@ def test_the_committed_tables_agree_with_the_records():
     root = Path(__file__).parents[1]
     text = (root / "docs" / "performance.md").read_text()
     assert tables.fill(text, root / "benchmarks" / "results") == text
+
+
+# Whole models, at sizes of nothing
+
+
+TINY = model.Sizes(vocab=64, d_model=32, n_layers=2, n_heads=4, head_dim=16, d_state=16)
+TINY_HYBRID = model.Sizes(
+    vocab=64,
+    d_model=128,  # two attention heads of 64
+    n_layers=4,
+    n_heads=16,
+    head_dim=16,
+    d_state=16,
+    d_mlp=48,
+    n_attention=2,
+    attention_heads=2,
+    kv_heads=1,
+)
+
+
+@pytest.fixture
+def stock(monkeypatch):
+    """transformers as it is: the kernels of the peer stack need a GPU."""
+    monkeypatch.setattr(model, "put_in_kernels", lambda modeling, peers: None)
+    return {"measured": H100.to_dict(), "used": H100.to_dict()}
+
+
+def same_number_of_parameters(sizes: model.Sizes) -> None:
+    ours = model.our_model(sizes, CPU, torch.float32)
+    theirs = model.peer_model(sizes, CPU, torch.float32, Peers())
+    counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
+    assert counts[0] == pytest.approx(counts[1], rel=0.01)
+
+
+@pytest.mark.parametrize("sizes", [TINY, TINY_HYBRID])
+def test_both_stacks_have_the_same_size(stock, sizes):
+    same_number_of_parameters(sizes)
+
+
+def test_a_prefill_row(stock):
+    row = model.Prefill("prefill_e2e/tiny", TINY, 1, 33, CPU, Peers(), rounds=2)
+    found = row.run(stock)
+    json.dumps(found, allow_nan=False)
+    assert found["void"] is None
+    assert found["ratios"].keys() == {model.PEER}
+    assert found["tokens_per_second"] > 0 and found["mfu"] > 0
+    assert tables.line(found) and tables.render({**a_record(), "rows": [found]})
+
+
+def test_a_training_row(stock):
+    row = model.TrainStep("train_step_gpu/tiny", TINY_HYBRID, 2, 17, CPU, Peers(), steps=2)
+    found = row.run(stock)
+    json.dumps(found, allow_nan=False)
+    assert found["void"] is None
+    assert found["sides"]["ours"]["loss"] > 0
+    assert found["sides"]["ours"]["rounds"] == found["sides"][model.PEER]["rounds"] == 4
+
+
+def test_a_side_that_does_not_fit_takes_smaller_batches(stock, monkeypatch):
+    tried = []
+
+    def train(self, name, parts):
+        tried.append((name, parts))
+        if parts < 4:
+            raise torch.OutOfMemoryError("no room")
+        return {"parts": parts, "seconds": [1.0], "peak_bytes": 10}
+
+    monkeypatch.setattr(model.TrainStep, "_train", train)
+    row = model.TrainStep("train_step_gpu/tiny", TINY_HYBRID, 8, 16, CPU, Peers())
+    found = row.run(stock)
+    assert found["sides"]["ours"]["parts"] == found["sides"][model.PEER]["parts"] == 4
+    assert tried.count(("ours", 1)) == 1  # what did not fit is not tried again
+
+    tried.clear()
+    small = replace(row, batch=2)
+    assert "out of memory" in small.run(stock)["void"]
+
+
+def test_work_of_the_models():
+    """A forward pass is two operations a weight and token, and what attention and SSD add."""
+    sizes, tokens = model.MAMBA2_2_7B, 8192
+    weights = 2.7e9 - 0.13e9
+    found = sizes.flops(1, tokens, logits=1)
+    ssd_work = 64 * 32.5e9  # a layer of S1
+    assert found == pytest.approx(2 * weights * tokens + ssd_work, rel=0.03)
+    hybrid = model.HYBRID_1_3B
+    assert len(hybrid.attention_layers()) == len(set(hybrid.attention_layers())) == 12
+    meta = torch.device("meta")
+    assert sum(p.numel() for p in model.our_model(hybrid, meta, torch.float32).parameters()) == (
+        pytest.approx(1.33e9, rel=0.03)
+    )
+
+
+def test_cold_start_asks_a_process(monkeypatch, tmp_path):
+    answer = {
+        "import_seconds": 0.4,
+        "first_forward_seconds": 3.0,
+        **{f"compiled_for_{kind}": 0 for kind in cold_start.CHANGES},
+    }
+
+    def run(command, **_):
+        Path(command[-1]).write_text(json.dumps(answer))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    cold, warm = (row.run() for row in cold_start.rows(CPU))
+    assert (cold["forward_met"], warm["forward_met"]) == (True, False)
+    assert cold["import_met"] and cold["recompiled_met"]
+    assert "first forward seconds" in tables.render({**a_record(), "rows": [cold, warm]})
+
+    def fail(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "Traceback\nValueError: no kernel\n")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match="ValueError: no kernel"):
+        cold_start.rows(CPU)[0].run()

@@ -35,8 +35,8 @@ __all__ = ["SUITES", "bench", "fill", "line", "render"]
 
 SUITES = ("kernels", "cold-start", "model")
 _ROUNDS = {"cuda": 50, "cpu": 15}
-# What of the peers is compiled beforehand, many processes at a time.
-_COMPILE = (
+# Rows whose peers have many configurations; the other rows use the same ones.
+_TUNED = (
     "ssd_fwd_bwd/S1",
     "ssd_fwd_bwd/S3",
     "ssd_fwd/S1",
@@ -123,14 +123,8 @@ def bench(
     if suite != "cold-start":
         record["ceilings"] = measure_ceilings(at)
         report({"id": "ceilings", **record["ceilings"]})
-    if suite == "kernels" and at.type == "cuda":
-        ids = {row.id for row in chosen}
-        needed = {"scan1": "selective_scan_cuda", "conv": "causal_conv1d_cuda"}
-        found.start_builds(*(ext for op, ext in needed.items() if any(op in i for i in ids)))
-        compile_ids = [i for i in _COMPILE if i in ids]
-        if compile_ids and compile_seconds > 0:
-            processes = min(16, os.cpu_count() or 1)
-            kernels.compile_peers(folder, compile_ids, processes, compile_seconds)
+        if at.type == "cuda":
+            _make_peers_ready(suite, [row.id for row in chosen], found, compile_seconds)
     with task(suite, total=len(chosen)) as advance:
         for row in chosen:
             if limit_seconds is not None and time.monotonic() - begun > limit_seconds:
@@ -139,6 +133,19 @@ def bench(
                 add(_measured(row, at, record, rounds, seed))
             advance(note=row.id)
     return record
+
+
+def _make_peers_ready(
+    suite: str, ids: Sequence[str], found: peers.Peers, compile_seconds: float
+) -> None:
+    """Start the compilers that peers need, and wait for the kernels that are autotuned."""
+    needed = {"scan1": "selective_scan_cuda", "conv": "causal_conv1d_cuda"}
+    needed |= dict.fromkeys(("prefill", "train"), "causal_conv1d_cuda")
+    found.start_builds(*(ext for op, ext in needed.items() if any(op in i for i in ids)))
+    tuned = [i for i in ids if i in _TUNED] if suite == "kernels" else list(ids)
+    if tuned and compile_seconds > 0:
+        arguments = [str(found.folder or "-"), ",".join(tuned)]
+        peers.compile_in_parallel(f"tamba.bench.{suite}", arguments, compile_seconds)
 
 
 def _kernel_rows(at: torch.device, found: peers.Peers) -> list[kernels.Row]:

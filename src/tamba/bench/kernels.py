@@ -21,7 +21,6 @@ import inspect
 import math
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,6 +65,8 @@ Inputs = dict[str, Tensor]
 OURS = "ours"
 BOUND = {torch.bfloat16: 5e-3, torch.float32: 1e-5}
 """Largest relative RMS error of any output, state or gradient to float64; more voids a row."""
+# Seconds; on a CPU a side that takes longer runs as seldom as can be.
+_PATIENCE = 5.0
 # A peer further off than this is no peer: its time would be that of another function.
 _PEER_BOUND = 5e-2
 
@@ -645,13 +646,19 @@ def _checked(
     ready: _Ready, want: Mapping[str, Tensor], device: torch.device, input_bytes: int
 ) -> dict[str, Any]:
     """Errors on poisoned memory, whether a second run gives the same bits, memory on a GPU."""
-    ready.results()  # compile and tune, on memory that is not watched
-    poison(device, 4 * input_bytes)
+    if device.type == "cuda":
+        ready.results()  # compile and tune, on memory that is not watched
+        poison(device, 4 * input_bytes)
+    start = time.perf_counter()
     first = ready.results()
+    slow = device.type == "cpu" and time.perf_counter() - start > _PATIENCE
     errors = {name: relative_rms(got, want[name]) for name, got in first.items() if name in want}
-    again = ready.results()
-    same = all(torch.equal(first[name], again[name]) for name in first)
-    del first, again
+    same = None
+    if not slow:
+        again = ready.results()
+        same = all(torch.equal(first[name], again[name]) for name in first)
+        del again
+    del first
     found: dict[str, Any] = {
         "error": max(errors.values()),
         "errors": errors,
@@ -677,7 +684,7 @@ def _timed(
         return {}
     if not on_gpu:
         clock = WallClock()
-        taken = take_turns(plain, clock, rounds, patience=5.0, warm_up=1, each=each)
+        taken = take_turns(plain, clock, rounds, patience=_PATIENCE, warm_up=1, each=each)
         return {n: Times.of(t, clock.name).microseconds() for n, t in taken.items()}
     events = EventClock()
     quick = take_turns(plain, events, 5)
@@ -799,38 +806,11 @@ def _send_added_memory(pipe: Any, row_id: str, side_name: str) -> None:
     pipe.send(resident("VmHWM") - before)
 
 
-def compile_peers(folder: Path | None, rows: Sequence[str], processes: int, seconds: float) -> None:
-    """Fill Triton's cache with the peers' autotuned configurations, many processes at a time.
-
-    One of them alone has some 200 configurations for forward and backward, which this process would
-    compile one after another.
-    """
-    command = [sys.executable, "-m", "tamba.bench.kernels", str(folder or "-"), ",".join(rows)]
-    children = [
-        subprocess.Popen(
-            [*command, str(part), str(processes)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for part in range(processes)
-    ]
-    deadline = time.monotonic() + seconds
-    try:
-        for child in children:
-            child.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        pass  # what is missing is compiled when its turn comes
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-
-
 def _compile_share(folder: Path | None, ids: Sequence[str], part: int, parts: int) -> None:
-    """One of the processes of `compile_peers`."""
+    """One of the processes that compile the peers' configurations beforehand."""
     device = torch.device("cuda")
     torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5 / parts))
-    for row in gpu_rows(Peers(folder)):
+    for row in gpu_rows(Peers(folder, may_build=False)):
         if row.id not in ids:
             continue
         inputs = row.make(device, 0)

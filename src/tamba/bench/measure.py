@@ -78,6 +78,11 @@ class EventClock:
         return self._begin.elapsed_time(self._end) / 1e3
 
 
+def clock_for(device: torch.device) -> EventClock | WallClock:
+    """The clock for work on a device."""
+    return EventClock() if device.type == "cuda" else WallClock()
+
+
 class Graph:
     """A piece of work for each input set, captured once; calling it replays all of them."""
 
@@ -199,21 +204,29 @@ def poison(device: torch.device, size: int) -> None:
 
 @dataclass
 class Peak:
-    """What `peak_of` found: bytes at most in use above what was in use before."""
+    """What `peak_of` found: bytes at most in use, above what was in use before and in all."""
 
     bytes: int = 0
+    total: int = 0
 
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Peak]:
-    """Peak of a CUDA device's memory while the block runs, above what was in use before."""
+    """Peak of a CUDA device's memory while the block runs.
+
+    Of a CPU's nothing is known: 0.
+    """
     found = Peak()
+    if device.type != "cuda":
+        yield found
+        return
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     yield found
     torch.cuda.synchronize(device)
-    found.bytes = torch.cuda.max_memory_allocated(device) - before
+    found.total = torch.cuda.max_memory_allocated(device)
+    found.bytes = found.total - before
 
 
 def resident(name: str) -> int:

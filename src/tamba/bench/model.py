@@ -10,12 +10,15 @@ Shape letters: `B` batch, `L` length, `D` d_model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import importlib
 import math
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,8 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from tamba.bench.kernels import plain_torch
-from tamba.bench.measure import Bar, EventClock, Times, peak_of, reason, relative_rms, take_turns
-from tamba.bench.peers import Peers, Refusal, tune_briefly
+from tamba.bench.measure import (
+    Bar,
+    Times,
+    clock_for,
+    peak_of,
+    reason,
+    relative_rms,
+    take_turns,
+)
+from tamba.bench.peers import Peers, Refusal, keep_share_of_configurations, tune_briefly
 from tamba.errors import UserError
 from tamba.model.config import (
     AttentionSpec,
@@ -197,6 +208,7 @@ def put_in_kernels(modeling: ModuleType, peers: Peers) -> None:
         return scan(*args, **{name: v for name, v in given.items() if name in allowed})
 
     modeling.__dict__.update(mamba2_chunk_scan=chunk_scan, causal_conv1d_fn=conv)
+    tune_briefly()
 
 
 def _convolution(peers: Peers) -> Callable[..., Tensor]:
@@ -219,6 +231,20 @@ def _convolution(peers: Peers) -> Callable[..., Tensor]:
         return y.mT
 
     return conv
+
+
+def _compile_peer(row: Row, part: int, parts: int) -> None:
+    """Run a share of the peers' configurations at a row's sizes, in two layers of it."""
+    sizes = replace(row.sizes, n_layers=2, n_attention=min(1, row.sizes.n_attention), vocab=512)
+    model: Any = peer_model(sizes, row.device, torch.bfloat16, row.peers)
+    keep_share_of_configurations(part, parts)
+    # Beyond this the chunks of a sequence change no kernel.
+    ids = torch.zeros(row.batch, min(row.length, 8192), dtype=torch.long, device=row.device)
+    if isinstance(row, Prefill):
+        _last_logits(model.eval(), ids)
+    else:
+        _hidden(model.train(), ids)[0].float().square().sum().backward()
+    torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
@@ -244,9 +270,9 @@ class Prefill:
         for name, model in models.items():
             model.eval()
             try:
+                _last_logits(model, prompts[0])  # compile and tune
                 with peak_of(self.device) as peak:
                     _last_logits(model, prompts[0])
-                tune_briefly()
                 sides[name]["peak_bytes"] = peak.bytes
             except Exception as error:
                 sides[name]["reason"] = reason(error)
@@ -255,7 +281,7 @@ class Prefill:
             for name, model in models.items()
             if "reason" not in sides[name]
         }
-        clock = EventClock()
+        clock = clock_for(self.device)
         for name, taken in take_turns(works, clock, self.rounds).items():
             sides[name] |= Times.of(taken, clock.name).microseconds()
         off = math.inf
@@ -310,7 +336,7 @@ class TrainStep:
             sides[name] |= found
         for name, seconds in taken.items():
             if seconds:
-                sides[name] |= Times.of(seconds, EventClock.name).microseconds()
+                sides[name] |= Times.of(seconds, clock_for(self.device).name).microseconds()
         flops = 4 * self.sizes.flops(self.batch, self.length, logits=self.length)
         losses = [sides[OURS].get(key, math.nan) for key in ("loss", "loss_in_plain_torch")]
         off = abs(losses[0] - losses[1]) / abs(losses[1]) if losses[1] else math.nan
@@ -340,12 +366,11 @@ class TrainStep:
             optimizer.zero_grad(set_to_none=True)
 
         step()
-        tune_briefly()
         step()
-        clock = EventClock()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        found["seconds"] = [clock(step) for _ in range(self.steps)]
-        found["peak_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        clock = clock_for(self.device)
+        with peak_of(self.device) as peak:
+            found["seconds"] = [clock(step) for _ in range(self.steps)]
+        found["peak_bytes"] = peak.total
         return found
 
     def _model(self, name: str) -> nn.Module:
@@ -419,8 +444,9 @@ def _hidden(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _record(
@@ -470,3 +496,17 @@ def _record(
     }
     record["bars"] = [bar.judge(record) for bar in row.bars]
     return record
+
+
+def _compile_share(folder: Path | None, ids: str, part: int, parts: int) -> None:
+    """One of the processes that compile the peers' configurations beforehand."""
+    for row in rows(torch.device("cuda"), Peers(folder, may_build=False)):
+        if row.id in ids.split(","):
+            with contextlib.suppress(Exception):  # the run itself says why
+                _compile_peer(row, part, parts)
+            _free()
+
+
+if __name__ == "__main__":
+    _folder = None if sys.argv[1] == "-" else Path(sys.argv[1])
+    _compile_share(_folder, sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -15,6 +15,7 @@ Shape letters: `B` batch, `T` tokens, `D` channels, `H` heads, `G` groups, `P` h
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import json
 import os
@@ -22,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_loader
@@ -63,6 +64,12 @@ class Side:
     without: frozenset[str] = frozenset()
 
 
+def _plain(module: str, name: str) -> Callable[..., Any]:
+    """transformers' own code of a function that it would take from a kernel library it finds."""
+    found = getattr(importlib.import_module(module), name)
+    return getattr(found, "__wrapped__", found)
+
+
 def _rounded_product(x: Tensor, y: Tensor) -> Tensor:
     """x · y in float32, rounded to the type of x; in one pass where no gradient is asked for."""
     if torch.is_grad_enabled():
@@ -99,10 +106,12 @@ class Peers:
         folder: holds unpacked archives of mamba-ssm, causal-conv1d and fla-core, or None to use
             what is installed.
         build_seconds: how long compilers may take in all, from `start_builds` on.
+        may_build: whether what was not built before may be.
     """
 
     folder: Path | None = None
     build_seconds: float = 120.0
+    may_build: bool = True
     _builds: dict[str, _Build] = field(default_factory=dict)
 
     # SSD (Mamba-2)
@@ -200,9 +209,7 @@ class Peers:
         """The plain-torch SSD of transformers."""
 
         def load() -> Call:
-            scan = importlib.import_module(
-                "transformers.models.mamba2.modeling_mamba2"
-            ).mamba2_chunk_scan
+            scan = _plain("transformers.models.mamba2.modeling_mamba2", "mamba2_chunk_scan")
 
             def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
                 if {"z", "starts"} & t.keys():
@@ -255,9 +262,7 @@ class Peers:
         def load() -> Call:
             if mambapy and find_spec("mambapy") is None:
                 raise Refusal("mambapy is not installed")
-            scan = importlib.import_module(
-                "transformers.models.mamba.modeling_mamba"
-            ).mamba_selective_scan
+            scan = _plain("transformers.models.mamba.modeling_mamba", "mamba_selective_scan")
 
             def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
                 y = scan(
@@ -324,9 +329,7 @@ class Peers:
         """The grouped convolution of torch, as transformers calls it."""
 
         def load() -> Call:
-            conv = importlib.import_module(
-                "transformers.models.mamba2.modeling_mamba2"
-            ).causal_conv1d_fn
+            conv = _plain("transformers.models.mamba2.modeling_mamba2", "causal_conv1d_fn")
 
             def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
                 return conv(t["x"].mT, t["weight"], t["bias"], activation="silu").mT, None
@@ -342,7 +345,7 @@ class Peers:
         for name in names:
             if name not in self._builds and find_spec(name) is None:
                 with contextlib.suppress(Refusal):
-                    self._builds[name] = _Build.start(name, self._archive_of(name))
+                    self._builds[name] = _Build.start(name, self._archive_of(name), self.may_build)
 
     def _archive_of(self, extension: str) -> Path:
         if extension == "selective_scan_cuda":
@@ -406,18 +409,23 @@ class _Build:
 
     name: str
     folder: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | None
     begun: float
 
     @classmethod
-    def start(cls, name: str, source: Path) -> _Build:
+    def start(cls, name: str, source: Path, may_build: bool) -> _Build:
         if not torch.cuda.is_available():
             raise Refusal("needs a CUDA device")
-        if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
-            raise Refusal("needs nvcc to build it")
         capability = "".join(str(n) for n in torch.cuda.get_device_capability())
         home = Path(os.environ.get("TAMBA_BENCH_BUILDS", "~/.cache/tamba/bench")).expanduser()
-        folder = home / f"{name}-torch{torch.__version__}-sm{capability}"
+        built_of = f"{name}-{_digest(source)}-torch{torch.__version__}-sm{capability}"
+        folder = home / built_of
+        if (folder / f"{name}.so").exists():
+            return cls(name, folder, None, time.monotonic())
+        if not may_build:
+            raise Refusal("is not built yet")
+        if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
+            raise Refusal("needs nvcc to build it")
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "tamba.bench.peers", name, str(source), str(folder)]
         with (folder / "log.txt").open("w") as log:
@@ -432,16 +440,8 @@ class _Build:
 
     def module(self, limit: float) -> ModuleType:
         """Wait for the rest of `limit` seconds, and import what was built."""
-        left = max(0.0, limit - (time.monotonic() - self.begun))
-        try:
-            status = self.process.wait(left)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise Refusal(f"not built within {limit:.0f} s") from None
-        if status:
-            log = (self.folder / "log.txt").read_text().splitlines()
-            error = next((line for line in log if "error" in line.lower()), "no message")
-            raise Refusal(f"does not build: {error.strip()}"[:300])
+        if self.process is not None:
+            self._wait(self.process, limit)
         before = sys.getdlopenflags()
         sys.setdlopenflags(os.RTLD_LAZY)
         loader = ExtensionFileLoader(self.name, str(self.folder / f"{self.name}.so"))
@@ -454,6 +454,26 @@ class _Build:
             sys.setdlopenflags(before)
         sys.modules[self.name] = module
         return module
+
+    def _wait(self, process: subprocess.Popen[str], limit: float) -> None:
+        left = max(0.0, limit - (time.monotonic() - self.begun))
+        try:
+            status = process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise Refusal(f"not built within {limit:.0f} s") from None
+        if status:
+            log = (self.folder / "log.txt").read_text().splitlines()
+            error = next((line for line in log if "error" in line.lower()), "no message")
+            raise Refusal(f"does not build: {error.strip()}"[:300])
+
+
+def _digest(source: Path) -> str:
+    """Of what is compiled: the archive's files and what is taken from them."""
+    found = hashlib.sha256(_SCAN_UNIT.encode())
+    for path in sorted(source.iterdir()):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:10]
 
 
 # One branch of every switch: the rows have B and C by token, softplus, a gate and whole blocks.
@@ -566,6 +586,37 @@ def keep_share_of_configurations(part: int, parts: int) -> None:
             tuner.configs = tuner.configs[part::parts] or tuner.configs[:1]
             tuner._do_bench = _all_the_same
             tuner.__dict__.pop("do_bench", None)
+
+
+def compile_in_parallel(module: str, arguments: Sequence[str], seconds: float) -> None:
+    """Fill Triton's cache with the peers' autotuned configurations, many processes at a time.
+
+    mamba_ssm alone has some 200 for forward and backward, which one process would compile one after
+    another. What is missing when the time is over is compiled when its turn comes.
+
+    Args:
+        module: its main program takes `arguments`, its part and the number of parts.
+        seconds: for all processes together.
+    """
+    parts = min(16, os.cpu_count() or 1)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments, str(part), str(parts)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for part in range(parts)
+    ]
+    deadline = time.monotonic() + seconds
+    try:
+        for child in children:
+            child.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
 
 
 def versions() -> dict[str, str]:
