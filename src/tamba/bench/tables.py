@@ -15,8 +15,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tamba.errors import UserError
-
 Record = Mapping[str, Any]
 
 _MARK = re.compile(
@@ -29,17 +27,15 @@ def fill(text: str, folder: Path) -> str:
     """A document with the tables between its marks made again from the records in `folder`.
 
     A mark names a record and, after it, what the rows' ids begin with (all when nothing follows).
-
-    Raises:
-        UserError: a record is missing.
+    Where there is no such record the document says so.
     """
 
     def one(match: re.Match[str]) -> str:
         path = folder / match["file"]
-        if not path.is_file():
-            raise UserError(str(path), "no such record", "run `tamba bench` with --out first")
-        record = json.loads(path.read_text())
-        return f"{match[1]}{render(record, (match['rows'] or '').split())}{match[5]}"
+        table = "No record yet.\n"
+        if path.is_file():
+            table = render(json.loads(path.read_text()), (match["rows"] or "").split())
+        return f"{match[1]}{table}{match[5]}"
 
     return _MARK.sub(one, text)
 
