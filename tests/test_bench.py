@@ -392,12 +392,12 @@ TINY = model.Sizes(vocab=64, d_model=32, n_layers=2, n_heads=4, head_dim=16, d_s
 TINY_HYBRID = model.Sizes(
     vocab=64,
     d_model=128,  # two attention heads of 64
-    n_layers=4,
+    n_layers=2,
     n_heads=16,
     head_dim=16,
     d_state=16,
     d_mlp=48,
-    n_attention=2,
+    n_attention=1,
     attention_heads=2,
     kv_heads=1,
 )
@@ -433,12 +433,12 @@ def test_a_prefill_row(stock):
 
 
 def test_a_training_row(stock):
-    row = model.TrainStep("train_step_gpu/tiny", TINY_HYBRID, 2, 17, CPU, Peers(), steps=2)
+    row = model.TrainStep("train_step_gpu/tiny", TINY_HYBRID, 2, 17, CPU, Peers(), steps=1)
     found = row.run(stock)
     json.dumps(found, allow_nan=False)
     assert found["void"] is None
     assert found["sides"]["ours"]["loss"] > 0
-    assert found["sides"]["ours"]["rounds"] == found["sides"][model.PEER]["rounds"] == 4
+    assert found["sides"]["ours"]["rounds"] == found["sides"][model.PEER]["rounds"] == 2
 
 
 def test_a_side_that_does_not_fit_takes_smaller_batches(stock, monkeypatch):
