@@ -266,8 +266,9 @@ def _in_plain_torch(call: Call) -> Call:
 
 
 def gpu_rows(peers: Peers) -> list[Row]:
-    """Rows of a CUDA device, in the order they run: those that wait for a compiler last."""
-    return [*_ssd_rows(peers), *_scan_rows(peers), *_conv_rows(peers)]
+    """Rows of a CUDA device; those with something to reach come first, should time run out."""
+    rows = [*_ssd_rows(peers), *_scan_rows(peers), *_conv_rows(peers)]
+    return sorted(rows, key=lambda row: not row.bars)
 
 
 SSD_SHAPES: dict[str, dict[str, int]] = {
