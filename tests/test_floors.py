@@ -37,7 +37,10 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 OPTIONAL = {
     "gguf": "formats",
     "jinja2": "report",
+    "llvmlite": "ops",
     "matplotlib": "plots",
+    "numba": "ops",
+    "triton": "ops",
 }
 
 
@@ -165,8 +168,8 @@ def faults_of_lateness(name: str, tree: ast.AST) -> list[str]:
         for target, _ in imports(function)
         if target.startswith("tamba.")
         and name not in ("cli", "run", "__init__")
-        # What needs an extra is imported when a file of that kind is opened.
-        and not target.startswith("tamba.formats.")
+        # What needs an extra is imported when a file of that kind is opened, a call for it made.
+        and not target.startswith(("tamba.formats.", "tamba.ops.kernels"))
     ]
 
 
