@@ -269,7 +269,9 @@ def _frontier(record: Record, top: float) -> Figure | None:
         color, words = ("student", "student") if stage in bright else ("teacher", "muted")
         x, y = [p.converted for p in line], [p.ratio for p in line]
         ax.plot(x, y, color=LIGHT[color], marker="o", markersize=4.5, markeredgewidth=0)
-        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=LIGHT[words])
+        # A line is named where it ends; a point alone, below the lines that rise to its right.
+        place, side = ((4, 8), "right") if len(line) > 1 else ((12, -3), "left")
+        _note(ax, stage.replace("_", " "), (x[-1], y[-1]), place, ha=side, color=LIGHT[words])
     for p in chosen:
         ax.plot(
             p.converted,
