@@ -116,6 +116,79 @@ class CachePoint(_Part):
     teacher: int | None = None
 
 
+class Score(_Part):
+    """One number of one model, over `n` items (windows, questions, cases).
+
+    Args:
+        error: standard error.
+        low, high: 95 % interval: Wilson's for shares, else from the standard error.
+    """
+
+    value: float
+    n: int
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Point(Score):
+    """A score at `x`: a length, a number of entries, the end of a range of positions."""
+
+    x: float
+
+
+class Paired(_Part):
+    """Student minus teacher on the same items.
+
+    Args:
+        low, high: 95 % interval of `difference`, by bootstrap over items.
+        p: two-sided p-value of `test`.
+        student_higher, teacher_higher: items where one has more than the other.
+    """
+
+    difference: float
+    n: int
+    low: float
+    high: float
+    p: float
+    test: Literal["mcnemar", "bootstrap"]
+    student_higher: int
+    teacher_higher: int
+
+
+class Curve(_Part):
+    """Scores along an axis, by role (``student``, ``teacher``); `axis` says what `x` counts."""
+
+    axis: str
+    points: dict[str, list[Point]]
+
+
+class Measured(_Part):
+    """What one suite found.
+
+    Args:
+        about: the suite in a line.
+        settings: everything that decides the result beside the model, seeds and digests included.
+        scores: by role and metric.
+        curves: by metric.
+        paired: student against teacher, by metric.
+        rows: a table, where the result is one (memory, speed).
+        files: what was written for other tools, by name, relative to the record.
+        seconds: wall time, items that were finished before not counted.
+        problem: why it is not complete; everything else is what was done until then.
+    """
+
+    about: str = ""
+    settings: dict[str, Any] = {}
+    scores: dict[str, dict[str, Score]] = {}
+    curves: dict[str, Curve] = {}
+    paired: dict[str, Paired] = {}
+    rows: list[dict[str, str | int | float | None]] = []
+    files: dict[str, str] = {}
+    seconds: float = 0.0
+    problem: str | None = None
+
+
 class Record(_Part):
     """Everything one run is remembered by.
 
@@ -124,6 +197,7 @@ class Record(_Part):
         scores: harm done by replacing each layer, bottom first; None where not measured.
         seconds: wall time by step, in the order of the run.
         digests: SHA-256 of what went in, by name.
+        suites: what each suite of an evaluation found, by its name.
     """
 
     schema_version: Literal[1] = 1
@@ -148,6 +222,7 @@ class Record(_Part):
     hardware: dict[str, str] = {}
     digests: dict[str, str] = {}
     recipe: str | None = None
+    suites: dict[str, Measured] = {}
 
     @classmethod
     def begin(cls, name: str, **sections: Any) -> Record:
