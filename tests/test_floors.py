@@ -21,7 +21,7 @@ FLOORS = [
     ["checkpoint"],
     ["data", "plots"],
     ["report", "teacher_text", "trace"],
-    ["text", "generate", "calibrate"],
+    ["card", "text", "generate", "calibrate"],
     ["analyze", "build", "train", "evaluate", "inspect"],
     ["run"],
     ["cli"],

@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "read_plan",
     "read_recipe",
+    "report",
     "run",
     "train",
 ]
@@ -63,7 +64,9 @@ _HOME = {
     "read_recipe": "tamba.recipe",
 }
 # Each lives in the module of its own name.
-_VERBS = frozenset({"analyze", "build", "evaluate", "generate", "inspect", "run", "train"})
+_VERBS = frozenset(
+    {"analyze", "build", "evaluate", "generate", "inspect", "report", "run", "train"}
+)
 
 
 class _Verb(ModuleType):

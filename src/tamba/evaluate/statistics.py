@@ -89,9 +89,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
         return 1.0
     # Logarithms: binomial coefficients of thousands do not fit in a float.
     tail = math.fsum(
-        math.exp(
-            math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
-        )
+        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
         for k in range(fewer + 1)
     )
     return min(1.0, 2 * tail)
