@@ -14,13 +14,13 @@ ROOT = Path(tamba.__file__).parent
 # A module imports only from floors below its own; rooms of several files are one place.
 FLOORS = [
     ["errors"],
-    ["sections", "progress", "ops"],
+    ["sections", "progress", "ops", "artefact"],
     ["plan", "model"],
     ["recipe", "families", "surgery"],
     ["formats"],
     ["checkpoint"],
     ["data", "plots"],
-    ["report", "teacher_text", "trace"],
+    ["report", "teacher_text", "trace", "steps"],
     ["text", "generate", "calibrate"],
     ["analyze", "build", "train", "evaluate", "inspect"],
     ["run"],

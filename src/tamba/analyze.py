@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamba.artefact import new_folder
 from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.checkpoint import load_model, open_model
 from tamba.data import Batch, TokenBlocks
@@ -248,7 +248,7 @@ def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> No
     layer.requires_grad_(False)
     mixer = layer.mixer
     assert isinstance(mixer, RecurrentMixer)
-    if can_calibrate(mixer, attention):
+    if can_calibrate(layer.spec.mixer, attention.spec):
         calibrate(mixer, attention, angles, seen.mixers[index], dtype=_DTYPE)
     else:
         fit_output(mixer, seen.mixers[index], dtype=_DTYPE)
@@ -361,7 +361,6 @@ def _unit(states: Tensor) -> Tensor:
 
 def _write(out: Path, found: Analysis) -> None:
     """The folder, whole or not at all."""
-    partial = out.absolute().parent / f".{out.absolute().name}.partial"
     record = {
         "scores": found.scores,
         "score_name": "KL (nats/token)" if found.frontier else found.score,
@@ -377,15 +376,10 @@ def _write(out: Path, found: Analysis) -> None:
         "distances": found.distances,
     }
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-        (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-        write_plan(replace(found.plan, name="plan.toml"), partial / "plan.toml")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with new_folder(out) as folder:
+            (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+            (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_plan(replace(found.plan, name="plan.toml"), folder / "plan.toml")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         problem = f"cannot be written ({error.strerror})"
         raise UserError(str(out), problem, "choose another folder or free some room") from error

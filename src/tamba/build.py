@@ -7,10 +7,7 @@ tables take. Every tensor is accounted for in `build.json`: copied, transformed 
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 
+from tamba.artefact import versions
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -460,14 +458,6 @@ def _record(report: BuildReport, models: Mapping[Source, Checkpoint]) -> dict[st
             }
             for source, model in models.items()
         },
-        "versions": dict(_versions()),
+        "versions": versions(),
         "table": [asdict(row) for row in report.rows],
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    for package in ("tamba", "torch", "transformers"):
-        # Run from a source tree, tamba has no installed version.
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield package, importlib.metadata.version(package)

@@ -11,7 +11,6 @@ Shape letters: `B` batch, `T` tokens of a block.
 from __future__ import annotations
 
 import ast
-import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -36,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tamba.artefact import write_file
 from tamba.errors import UserError, nearest
 
 Source = str | os.PathLike[str]
@@ -536,19 +536,15 @@ class TokenBlocks:
         Raises:
             UserError: it cannot be written; a full disk, most often.
         """
-        partial = f"{os.fspath(path)}.partial"
         tensors = {"tokens": self.tokens.contiguous(), "starts": self.starts.contiguous()}
         facts = {"n_tokens": self.n_tokens, "bytes_per_token": self.bytes_per_token}
         try:
-            save_file(tensors, partial, metadata={"token_blocks": json.dumps(facts)})
-            os.replace(partial, path)
+            metadata = {"token_blocks": json.dumps(facts)}
+            write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
         except (OSError, SafetensorError) as error:  # the library wraps a full disk in its own
             raise UserError(
                 os.fspath(path), f"cannot be written ({error})", "make room, or write elsewhere"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenBlocks:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tamba
+from tamba.artefact import write_file
 from tamba.errors import UserError
 from tamba.recipe import Recipe, as_recipe
 
@@ -106,7 +107,7 @@ def run(
         done[step.name] = {"digest": digest, "seconds": round(seconds, 3)}
         _write_state(out, _State(done, state.begun))
         say(step.name, f"{seconds:.1f} s")
-    _write(out / "recipe.toml", recipe.text)
+    write_file(out / "recipe.toml", recipe.text)
     return out / "report.json"
 
 
@@ -283,13 +284,7 @@ def _foreign(path: Path) -> UserError:
 
 def _write_state(out: Path, state: _State) -> None:
     data = {"steps": state.steps, "begun": sorted(state.begun)}
-    _write(out / "run.json", json.dumps(data, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write_file(out / "run.json", json.dumps(data, indent=2) + "\n")
 
 
 def _remove(path: Path) -> None:
