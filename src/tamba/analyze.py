@@ -27,7 +27,7 @@ from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.block import Block
-from tamba.model.config import AttentionSpec
+from tamba.model.config import AttentionSpec, BlockSpec
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
@@ -93,7 +93,7 @@ def analyze(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "already exists", "choose another folder or remove it")
     checkpoint = open_model(recipe)
-    _check(recipe, checkpoint.tamba_config.block_specs)
+    check_choice(recipe, checkpoint.tamba_config.block_specs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train or prepared.heldout
@@ -106,7 +106,19 @@ def analyze(
     return found
 
 
-def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
+def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
+    """Refuse layers to keep or to convert that the teacher does not have.
+
+    Args:
+        recipe: its ``analyze`` section says how many, and which are left alone.
+        specs: the teacher's layers.
+
+    Returns:
+        A plan of the form that the analysis will write; which layers it converts means nothing.
+
+    Raises:
+        UserError: a layer to keep that is not there, or more to convert than there is attention.
+    """
     wanted = recipe.analyze
     for layer in wanted.always_keep:
         if not 0 <= layer < len(specs):
@@ -126,6 +138,9 @@ def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
             f"{wanted.convert} layers are to be converted and {len(free)} can be",
             "convert fewer or keep fewer",
         )
+    some = free[: wanted.convert]
+    entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))
+    return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 
 
 def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe) -> Analysis:

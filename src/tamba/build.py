@@ -119,8 +119,7 @@ def build(
         UserError: a model, plan or option that cannot be, or a full disk; `out` is not made.
     """
     recipe = as_recipe(recipe)
-    teacher = open_model(recipe)
-    donor = None if recipe.donor is None else open_model(recipe, "donor")
+    teacher, donor = open_models(recipe)
     plan = recipe.layer_plan(
         teacher.tamba_config.num_hidden_layers, None if analysis is None else Path(analysis)
     )
@@ -134,6 +133,11 @@ def build(
         shard_bytes=recipe.output.shard_bytes,
         extra_files={"recipe.toml": recipe.text},
     )
+
+
+def open_models(recipe: Recipe) -> tuple[Checkpoint, Checkpoint | None]:
+    """A recipe's teacher and its donor, if it names one, without reading weights."""
+    return open_model(recipe), None if recipe.donor is None else open_model(recipe, "donor")
 
 
 def build_student(

@@ -77,16 +77,19 @@ def run(
     if not recipe.text_sources("texts"):
         raise UserError(recipe.where("data.heldout"), "names no text to measure on", "name some")
     out = Path(out)
+    say = report or (lambda step, what: None)
+    steps = steps_of(recipe)
+    if out.exists() and not out.is_dir():
+        raise UserError(str(out), "cannot be made (a file stands there)", "choose another --out")
+    state = _read_state(out)
+    _refuse_foreign(out, steps, state)
+    _check_models(recipe)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             str(out), f"cannot be made ({error.strerror})", "choose another --out"
         ) from None
-    say = report or (lambda step, what: None)
-    steps = steps_of(recipe)
-    state = _read_state(out)
-    _refuse_foreign(out, steps, state)
     done = {} if force else state.steps
     digests: dict[str, str] = {}
     for step in steps:
@@ -109,6 +112,33 @@ def run(
         say(step.name, f"{seconds:.1f} s")
     write_file(out / "recipe.toml", recipe.text)
     return out / "report.json"
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Ask each step, before the first begins, whether it can do with these models what it is told.
+
+    Reads headers alone. Raises UserError.
+    """
+    from tamba.analyze import check_choice
+    from tamba.build import open_models, student_config
+    from tamba.checkpoint import parameter_specs
+    from tamba.data import check_sources
+    from tamba.train import check_stages
+
+    for key in ("train", "texts"):
+        check_sources(recipe.text_sources(key))
+    teacher, donor = open_models(recipe)
+    config = teacher.tamba_config
+    if recipe.build.plan == "analyze":
+        # Which layers is not known yet; any as many show whether they can be converted at all.
+        plan = check_choice(recipe, config.block_specs)
+    else:
+        plan = recipe.layer_plan(config.num_hidden_layers)
+    student = student_config(teacher, plan, donor)
+    for model in (teacher, donor):
+        if model is not None:
+            _ = model.parameters
+    check_stages(recipe, student, parameter_specs(student), config, plan)
 
 
 def steps_of(recipe: Recipe) -> list[Step]:

@@ -432,9 +432,9 @@ def train(
     plan = _plan_of(source)
     pairs = {i: plan.entries[i].index for i in plan.converted}
     _check_pairs(giver.tamba_config, checkpoint.tamba_config, pairs, source)
-    # Converted, transplanted or fresh: whatever is not the teacher's own.
-    made = [i for i, entry in enumerate(plan.entries) if entry.action != "keep"]
-    moves = _check_stages(recipe, checkpoint, giver.tamba_config, pairs, made)
+    moves = check_stages(
+        recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train
@@ -503,15 +503,31 @@ def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks) -> str:
     )
 
 
-def _check_stages(
+def check_stages(
     recipe: Recipe,
-    student: Checkpoint,
+    student: TambaConfig,
+    names: Iterable[str],
     teacher: TambaConfig,
-    pairs: Pairs,
-    made: Sequence[int],
+    plan: LayerPlan,
 ) -> list[list[str]]:
-    """Refuse a stage that cannot run before the first of them does; what each of them moves."""
-    config, names = student.tamba_config, list(student.parameters)
+    """Refuse a stage that cannot run before the first of them does.
+
+    Args:
+        recipe: whose stages.
+        student: what `plan` makes of the teacher, and `names` its parameters.
+        teacher: the configuration of the recipe's teacher.
+
+    Returns:
+        What each stage moves.
+
+    Raises:
+        UserError: a stage with nothing to move, rows that cannot be cut, other vocabularies, a type
+            or a fit that cannot be.
+    """
+    names = list(names)
+    pairs = {i: plan.entries[i].index for i in plan.converted}
+    # Converted, transplanted or fresh: whatever is not the teacher's own.
+    made = [i for i, entry in enumerate(plan.entries) if entry.action != "keep"]
     moves = []
     for index, stage in enumerate(recipe.train):
         where = recipe.where(f"train.{index} ({stage.stage})")
@@ -523,11 +539,11 @@ def _check_stages(
                 raise UserError(
                     where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
                 )
-            if stage.uses_teacher and config.vocab_size != teacher.vocab_size:
+            if stage.uses_teacher and student.vocab_size != teacher.vocab_size:
                 raise UserError(
                     where,
                     f"the teacher has {teacher.vocab_size} words and the student "
-                    f"{config.vocab_size}",
+                    f"{student.vocab_size}",
                     "set kl = 0 and ce = 1",
                 )
             moves.append(moved)
@@ -540,7 +556,7 @@ def _check_stages(
             for ours, theirs in pairs.items():
                 heads = teacher.block_specs[theirs].mixer
                 assert isinstance(heads, AttentionSpec)
-                if not can_calibrate(config.block_specs[ours].mixer, heads):
+                if not can_calibrate(student.block_specs[ours].mixer, heads):
                     raise UserError(
                         where,
                         f"fit = 'mixer' cannot set the mixer of layer {ours}",
