@@ -14,13 +14,13 @@ ROOT = Path(tamba.__file__).parent
 # A module imports only from floors below its own; rooms of several files are one place.
 FLOORS = [
     ["errors"],
-    ["sections", "progress", "ops"],
+    ["sections", "progress", "ops", "artefact"],
     ["plan", "model"],
     ["recipe", "families", "surgery"],
     ["formats"],
     ["checkpoint"],
     ["data", "plots"],
-    ["report", "teacher_text", "trace"],
+    ["report", "teacher_text", "trace", "steps"],
     ["card", "text", "generate", "calibrate"],
     ["analyze", "build", "train", "evaluate", "inspect"],
     ["run"],
@@ -186,3 +186,26 @@ def test_the_readme_maps_every_room() -> None:
     rooms = {name_of(path).partition(".")[0] for path in modules()}
     assert rooms - {"__init__", "_auto", "__main__"} <= mapped
     assert mapped | {"__main__"} == set(FLOOR)
+
+
+def rooms_of_table(text: str) -> set[str]:
+    """Files and folders that the table of rooms names, as ``train.py``, ``model/`` or
+    ``model/config.py``."""
+    table = text[text.index("## Rooms and their public names") :].partition("\n## ")[2]
+    table = text[text.index("## Rooms and their public names") : text.index(table)]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return {room for row in rows for room in re.findall(r"`([\w/.]+)`", row)}
+
+
+def faults_of_rooms(text: str) -> list[str]:
+    named = rooms_of_table(text)
+    absent = [room for room in named if not (ROOT / room).exists()]
+    tops = {room.partition("/")[0].removesuffix(".py") for room in named}
+    rooms = {name_of(path).partition(".")[0] for path in modules()}
+    return sorted(absent) + sorted(rooms - {"__init__", "_auto", "__main__"} - tops)
+
+
+def test_the_table_of_rooms_is_the_tree() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    assert not faults_of_rooms(text)
+    assert faults_of_rooms(text.replace("`train.py`", "`trian.py`")) == ["trian.py", "train"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tamba.artefact import write_file
 from tamba.errors import UserError
 from tamba.plots import byte_size
 from tamba.report import MIXERS, Record, Score, is_share, number, read_record, score_text
@@ -28,12 +29,9 @@ def write_card(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> Pat
     """
     source, target = Path(run), Path(path)
     record = read_record(source / "report.json" if source.is_dir() else source)
-    draft = target.with_name(target.name + ".partial")
     try:
-        draft.write_text(model_card(record), encoding="utf-8")
-        draft.replace(target)
+        write_file(target, model_card(record))
     except OSError as error:
-        draft.unlink(missing_ok=True)
         raise UserError(str(target), error.strerror or str(error)) from error
     return target
 

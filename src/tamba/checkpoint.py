@@ -518,8 +518,14 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    *,
+    wide: Collection[str] = (),
 ) -> TambaForCausalLM:
-    """The model of an open checkpoint; see `load`."""
+    """The model of an open checkpoint; see `load`.
+
+    Args:
+        wide: names of parameters that are float32 in shorter types too: masters of training.
+    """
     config = copy.deepcopy(checkpoint.tamba_config)
     wanted = _as_dtype(dtype) or _as_dtype(config.dtype) or torch.float32
     place = _as_device(device)
@@ -529,7 +535,8 @@ def load_model(
     with torch.device("meta"):
         model = TambaForCausalLM(config)
     for name in names:
-        tensor = checkpoint.read_parameter(name, _kept_dtype(name, wanted)).to(place)
+        held = torch.promote_types(wanted, torch.float32) if name in wide else wanted
+        tensor = checkpoint.read_parameter(name, _kept_dtype(name, held)).to(place)
         module = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         # Pieces of a fused tensor are views that would keep the whole of it alive.

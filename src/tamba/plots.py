@@ -544,7 +544,8 @@ def _curve(title: str, axis: str, lines: dict[str, list[Point]], top: float) -> 
         height = figure.get_figheight()
         figure.legend(
             loc="upper left", bbox_to_anchor=(0.55 / _WIDTH - 0.02, 1 - top / height),
-            ncols=columns, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4, borderaxespad=0.0,
+            ncols=columns, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4,
+            borderaxespad=0.0,
         )  # fmt: skip
     ends = (f"{n}: {ps[0].value:.3g} to {ps[-1].value:.3g}" for n, ps in lines.items() if ps)
     figure.set_label(f"{title}, along {axis}. " + "; ".join(ends))

@@ -8,13 +8,12 @@ knows nothing about models; `tamba.plots` draws.
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,11 @@ import torch
 from markupsafe import Markup
 
 from tamba import plots
+from tamba.artefact import versions, write_file
 from tamba.errors import UserError
 from tamba.progress import clock
 
 MIXERS = {"attention": "attention", "mamba1": "Mamba-1", "mamba2": "Mamba-2"}
-_PACKAGES = ("tamba", "torch", "transformers", "tokenizers", "safetensors", "gguf", "triton")
 
 
 class _Part(pydantic.BaseModel):
@@ -231,7 +230,7 @@ class Record(_Part):
         known: dict[str, Any] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": dict(_versions()),
+            "versions": versions(),
             "hardware": _hardware(),
         }
         return cls(name=name, **(known | sections))
@@ -288,7 +287,7 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, content)
+            write_file(path, content)
     except OSError as error:
         raise UserError(str(folder), error.strerror or str(error)) from error
 
@@ -591,24 +590,6 @@ def _savings(record: Record) -> dict[int, CachePoint]:
     """Cache at 8k and 32k, or at the longest context there is, by context."""
     known = {p.context: p for p in record.memory if p.teacher}
     return {c: known[c] for c in (8192, 32768) if c in known} or dict(list(known.items())[-1:])
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    for package in _PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 def _hardware() -> dict[str, str]:

@@ -41,10 +41,8 @@ def mean_score(values: Sequence[float]) -> Score:
     """
     n = len(values)
     mean = math.fsum(values) / n
-    if n < 2:
-        error = None
-    else:
-        error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    square = math.fsum((v - mean) ** 2 for v in values)
+    error = None if n < 2 else math.sqrt(square / (n - 1) / n)
     if all(v in (0, 1) for v in values):
         low, high = wilson(math.fsum(values), n)
         return Score(value=mean, n=n, error=error, low=low, high=high)
