@@ -218,6 +218,8 @@ class Checkpoint:
     def read_parameter(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Our parameter `name`, made from the tensors it comes from, in `dtype` if given."""
         origin = self._origins[name]
+        if name == "model.embed_tokens.weight":
+            self._check_tied_head()
         sources = [self.read(source) for source in origin.sources]
         tensor = sources[0] if origin.make is None else origin.make(*sources)
         return tensor if dtype is None else tensor.to(dtype)
@@ -254,7 +256,6 @@ class Checkpoint:
                 self.location,
                 f"tensors that the configuration has no place for: {_listed(extra)}",
             )
-        self._check_tied_head(used)
 
     def _has_no_use(self, name: str) -> bool:
         return (self.family is not None and self.family.is_ignored(name)) or self._is_head(name)
@@ -262,8 +263,12 @@ class Checkpoint:
     def _is_head(self, name: str) -> bool:
         return name in ("lm_head.weight", "embed_out.weight")
 
-    def _check_tied_head(self, used: Collection[str]) -> None:
-        """A head that is stored although it is tied must be the embedding, or it would be lost."""
+    def _check_tied_head(self) -> None:
+        """A head that is stored although it is tied must be the embedding, or it would be lost.
+
+        Looked at when the embedding is read: describing a checkpoint reads no weights.
+        """
+        used = {source for origin in self._origins.values() for source in origin.sources}
         for name in self._owner:
             if not self._is_head(name) or name in used:
                 continue
