@@ -194,7 +194,9 @@ def assert_agree(
         assert_same(got_one, want_one, gradient_kind, f"gradient of {name}")
 
 
-def assert_splits_agree(operator: Operator, arguments: Arguments, cuts: list[int]) -> None:
+def assert_splits_agree(
+    operator: Operator, arguments: Arguments, cuts: list[int], kind: Kind = "fp64"
+) -> None:
     """One call equals calls on the spans between `cuts`, each from the last one's state."""
     want_y, want_state = arguments.call(operator)
     length = arguments.tensors["x"].shape[1]
@@ -204,9 +206,9 @@ def assert_splits_agree(operator: Operator, arguments: Arguments, cuts: list[int
         y, state = arguments.span(start, stop, state).call(operator)
         outputs.append(y)
     real = arguments.real
-    assert_same(torch.cat(outputs, dim=1)[real], want_y[real], "fp64", f"y, cut at {cuts}")
+    assert_same(torch.cat(outputs, dim=1)[real], want_y[real], kind, f"y, cut at {cuts}")
     assert state is not None
-    assert_same(state, want_state, "fp64", f"state, cut at {cuts}")
+    assert_same(state, want_state, kind, f"state, cut at {cuts}")
 
 
 def a_start_in_each_row() -> Tensor:

@@ -241,3 +241,57 @@ def test_half_precision_comes_near() -> None:
     a = calibrate(exact, attention, angles, seen)
     b = calibrate(half, attention, angles, seen, dtype=torch.bfloat16)
     assert b == pytest.approx(a, rel=0.1)
+
+
+def test_gate_without_a_bias_is_open() -> None:
+    model, seen = watched(["attention", "attention"], 1)
+    mixer = converted(model, 1, NEAR).mixer
+    assert mixer.in_proj.bias is None
+    angles = next(iter(model.model._rotary.values()))
+    calibrate(mixer, model.model.layers[1].mixer, angles, seen)
+    with torch.no_grad():
+        z = (seen.inputs @ mixer.in_proj.weight[mixer.slices["z"]].mT).flatten(0, 1)
+    # The same for all channels, and as near to the open gate as any linear map of the input comes.
+    assert relative_rms(z, z[:, :1].expand_as(z)) < 1e-10
+    u = seen.inputs.flatten(0, 1)
+    best = u @ torch.linalg.lstsq(u, torch.ones(len(u), 1, dtype=torch.float64)).solution
+    missed = float((z[:, 0] / closed.OPEN_GATE - 1).square().mean())
+    least = float((best - 1).square().mean())
+    assert least <= missed < 1.05 * least + 1e-3
+
+
+def off_centre() -> tuple[TambaForCausalLM, Seen]:
+    """Attention whose inputs, and so its keys, have a mean of the size of their spread."""
+    model = tiny_model(["parallel"], dtype=torch.float64)
+    with torch.no_grad():
+        model.model.layers[0].norm.bias.normal_()
+    return model, trace(model, rows(), mixers=[0], heads=True).mixers[0]
+
+
+def check_keys_centred() -> float:
+    model, seen = off_centre()
+    attention, mixer = model.model.layers[0].mixer, converted(model, 0, ConvertOptions()).mixer
+    angles = next(iter(model.model._rotary.values()))
+    left = calibrate(mixer, attention, angles, seen, ridge=1e-6)
+    constant = closed._maps(mixer, attention, seen).constant.flatten()
+    s = mixer.slices
+    with torch.no_grad():
+        channels = slice(s["B"].start - s["x"].start, s["B"].stop - s["x"].start)
+        B = seen.inputs.flatten(0, 1) @ mixer.in_proj.weight[s["B"]].mT
+        B = B * mixer.conv1d.weight[channels, 0, -1] + mixer.conv1d.bias[channels]
+    # No activation stands after this convolution: what is left of a mean is the constant.
+    assert relative_rms(B.mean(0), constant) < 1e-6, left
+    return left
+
+
+def test_keys_left_off_centre_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_keys_centred()
+    right = closed._maps
+
+    def wrong(*args: object) -> object:
+        maps = right(*args)
+        return dataclasses.replace(maps, k_bias=torch.zeros_like(maps.k_bias))
+
+    monkeypatch.setattr(closed, "_maps", wrong)
+    with pytest.raises(AssertionError):
+        check_keys_centred()

@@ -571,7 +571,8 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
     ("change", "says"),
     [
         ({"layers": ["mamba3"]}, "no block named 'mamba3'"),
-        ({"blocks": 3}, "not a valid tamba configuration"),
+        ({"blocks": 3}, r"config\.json: config: blocks: must be a table, not 3"),
+        ({"eos_token_id": "x"}, "config: eos_token_id: must be a whole number"),
     ],
 )
 def test_a_damaged_configuration_of_ours_is_an_error(change, says, tmp_path):

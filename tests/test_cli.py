@@ -391,7 +391,7 @@ def test_the_program_itself(folder: Path) -> None:
     assert program("--version").stdout == f"tamba {tamba.__version__}\n"
 
 
-VERBS = ["inspect", "analyze", "build", "train", "evaluate", "generate", "run", "bench"]
+VERBS = ["inspect", "analyze", "build", "train", "evaluate", "generate", "report", "run", "bench"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import tamba
 from hf_models import tiny_hf_model
 from models import STACKS, random_ids, tiny_model
 from tamba.checkpoint import parameter_specs
+from tamba.errors import UserError
+from tamba.formats.safetensors import SafetensorsFile
 from tamba.inspect import describe, inspect, measure_bandwidth
 from tamba.model.cache import TambaCache
 
@@ -71,3 +75,25 @@ def test_other_peoples_folders(tmp_path: Path) -> None:
 def test_bandwidth_is_plausible() -> None:
     # From a slow laptop under load to the fastest accelerator of these years.
     assert 1e8 < measure_bandwidth(megabytes=16, seconds=0.05) < 2e13
+
+
+def test_no_weights_are_read(tmp_path, monkeypatch):
+    """Not even where a tied head is stored beside the embedding."""
+    model = tiny_model("attention", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, weights)
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetensorsFile, "read", read)
+        assert inspect(tmp_path, bandwidth=1e9).tied
+        with pytest.raises(AssertionError, match="was read"):
+            tamba.load(tmp_path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match="is not the embedding"):
+        tamba.load(tmp_path)

@@ -86,3 +86,14 @@ def test_ce_is_torchs() -> None:
     got = next_token_loss(c["hidden"], c["head"], c["targets"], weights=Weights(0.0, 1.0))
     want = torch.nn.functional.cross_entropy(c["hidden"] @ c["head"].mT, c["targets"])
     assert_same(got.detach(), want.detach(), "fp64")
+
+
+def test_half_precision_products() -> None:
+    c = case(n=50, words=40)
+    c = {k: v.detach().float() if v.is_floating_point() else v for k, v in c.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = next_token_loss(**c)
+    want = next_token_loss(**c)
+    assert got.dtype == torch.float32
+    # Sums and softmax are wide: what is off are the products' 8 bits alone.
+    assert 0 < float((got - want).abs() / want) < 0.02

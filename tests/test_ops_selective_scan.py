@@ -32,6 +32,7 @@ STEPS = module._STEPS
 @pytest.fixture(params=["one block", "many blocks"], autouse=True)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything with the block sizes of real use, and with ones that a few tokens fill."""
+    monkeypatch.setenv("TAMBA_KERNELS", "torch")
     if request.param == "many blocks":
         monkeypatch.setattr(module, "_BLOCK", 12 * 5 * 6)
         monkeypatch.setattr(module, "_WORTH", 12 * 5 * 2)

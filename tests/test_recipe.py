@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import math
+import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from tamba.build import student_config
+from tamba.checkpoint import parameter_specs
 from tamba.errors import UserError
-from tamba.plan import e_tamba_plan, uniform_plan, write_plan
+from tamba.model.config import AttentionSpec, BlockSpec, MLPSpec, TambaConfig
+from tamba.plan import ConvertOptions, e_tamba_plan, uniform_plan, write_plan
 from tamba.recipe import Align, Distil, Recipe, read_recipe
 from tamba.sections import dump_toml
 
@@ -269,3 +276,50 @@ KEYS = st.text("abcdefgh_-09", min_size=1, max_size=8)
 @given(st.dictionaries(KEYS, VALUES | st.dictionaries(KEYS, VALUES, max_size=3), max_size=4))
 def test_written_toml_reads_back(data: dict[str, object]) -> None:
     assert tomllib.loads(dump_toml(data)) == data
+
+
+def sums(text: str) -> tuple[list[tuple[float, int, float]], list[float], float]:
+    """Lines of a header's table of memory: products, other parts, and the sum."""
+    products = [
+        (float(a), int(b), float(c))
+        for a, b, c in re.findall(r"([\d.]+) G (?:parameters )? *x +(\d+) bytes +([\d.]+)", text)
+    ]
+    others = re.findall(r"^#   (?:text|activations) .*?  ([\d.]+)  ", text, re.MULTILINE)
+    together = re.findall(r"^#   together +([\d.]+)", text, re.MULTILINE)
+    return products, [float(x) for x in others], float(together[0])
+
+
+def check_sums(name: str, text: str, counts: list[int]) -> None:
+    products, others, together = sums(text)
+    assert [round(n / 1e9, 3) for n in counts] == [p[0] for p in products], name
+    for giga, size, total in products:
+        assert total == pytest.approx(giga * size, abs=0.051), name
+    assert together == pytest.approx(sum(p[2] for p in products) + sum(others), abs=0.051), name
+
+
+def test_memory_in_headers_adds_up() -> None:
+    """What recipes say they need: parameters counted on the models' shapes, times their bytes."""
+    texts = {path.stem: path.read_text() for path in RECIPES}
+    check_sums("e-tamba", texts["e-tamba"], [1_178_007_552])
+    attention = AttentionSpec(n_heads=32, n_kv_heads=8, head_dim=128, rotary_dim=128)
+    mlp = MLPSpec(d_mlp=14336)
+    teacher = TambaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        blocks={"attention": BlockSpec(mixer=attention, mlp=mlp)},
+        layers=["attention"] * 32,
+    )
+    recipe = tomllib.loads(texts["mamba-in-the-llama"])
+    options = ConvertOptions(**recipe["build"]["convert"])
+    plan = replace(uniform_plan(32, 0.5), convert=options)
+    student = student_config(SimpleNamespace(tamba_config=teacher), plan)
+    specs = parameter_specs(student)
+    mixers = tuple(f"model.layers.{i}.mixer." for i in plan.converted)
+    sizes = {name: math.prod(spec.shape) for name, spec in specs.items()}
+    moving = sum(n for name, n in sizes.items() if name.startswith(mixers))
+    whole = sum(math.prod(spec.shape) for spec in parameter_specs(teacher).values())
+    counts = [moving, sum(sizes.values()) - moving, whole]
+    text = texts["mamba-in-the-llama"]
+    check_sums("mamba-in-the-llama", text, counts)
+    with pytest.raises(AssertionError):
+        check_sums("wrong", text.replace("17.0", "18.0"), counts)

@@ -17,13 +17,19 @@ from tamba.errors import UserError
 from tamba.report import (
     CachePoint,
     Chat,
+    Curve,
     FrontierPoint,
     Layers,
     LossPoint,
+    Measured,
+    Paired,
     Perplexity,
     PlanLayer,
+    Point,
     Record,
     RepairStep,
+    Score,
+    compare,
     number,
     read_record,
     render,
@@ -81,6 +87,42 @@ def full_record(**sections) -> Record:
     return Record(name=ODD, **(known | sections))
 
 
+def share(value: float, n: int = 30, **more) -> dict:
+    return {"value": value, "n": n, "low": max(0, value - 0.1), "high": min(1, value + 0.1), **more}
+
+
+def suites(student: float = 0.4, *, teacher: bool = True) -> dict[str, Measured]:
+    """What an evaluation measures: a task, one that was stopped, a curve, and speed."""
+    roles = ["student", "teacher"] if teacher else ["student"]
+    task = {
+        role: {"acc": Score(**share(student if role == "student" else 0.5, 200, error=0.02))}
+        for role in roles
+    }
+    worse = Paired(
+        difference=student - 0.5, n=200, low=-0.2, high=-0.01, p=0.01, test="mcnemar",
+        student_higher=5, teacher_higher=25,
+    )  # fmt: skip
+    lengths = {
+        role: [Point(x=2.0**k, **share(1 - 0.1 * (k - 8))) for k in range(8, 14)] for role in roles
+    }
+    speeds = {
+        role: [Point(x=x, value=v, n=3) for x, v in ((1024.0, 10.0), (32768.0, 9.0 - i))]
+        for i, role in enumerate(roles)
+    }
+    return {
+        "task": Measured(
+            about=ODD, settings={"seed": 0}, scores=task, paired={"acc": worse} if teacher else {}
+        ),
+        "stopped": Measured(problem="the disk is full"),
+        "phonebook": Measured(curves={"acc": Curve(axis="length, tokens", points=lengths)}),
+        "speed": Measured(
+            scores={"student": {"break_even_decode_tokens": Score(value=2048, n=3)}},
+            curves={"decode_tokens_per_second": Curve(axis="context, tokens", points=speeds)},
+            rows=[{"role": "student", "context": 1024, "tokens_per_second": 10.0, "note": None}],
+        ),
+    }
+
+
 class Page(HTMLParser):
     """Elements, ids, words and unbalanced tags of a page."""
 
@@ -118,6 +160,8 @@ class Page(HTMLParser):
 
 RECORDS = {
     "full": full_record(),
+    "suites": full_record(suites=suites()),
+    "suites alone": Record(name="x", suites=suites(teacher=False)),
     "nothing": Record(name="bare"),
     "model alone": Record(
         name="m", perplexity=Perplexity(student=9.5, tokens=10, bits_per_byte={"student": 1.0})
@@ -179,6 +223,84 @@ def test_the_page_says_what_matters():
         ODD,
     ):
         assert said in words, said
+
+
+def test_the_page_says_what_the_suites_found():
+    text = render(full_record(suites=suites()))
+    words = " ".join(Page(text).words.split())
+    for said in (
+        "acc 50.0 % ± 2.0 40.0 % ± 2.0 −10.0 points 0.010 200",
+        "stopped not complete: the disk is full",
+        "break even decode tokens 2,048",
+        "Decoding at 32,768 tokens 1.12 × the teacher’s speed, 9.00 tokens/s; "
+        "at least as fast from 2,048 tokens on",
+    ):
+        assert said in words, said
+    assert '<td class="n worse">−10.0 points</td>' in text
+    labels = [v for k, v in Page(text).attributes if k == "aria-label"]
+    assert "phonebook: acc, along length, tokens. teacher: 1 to 0.5; hybrid: 1 to 0.5" in labels
+
+
+def runs_on_disk(folder, **accuracies: float) -> list:
+    for name, accuracy in accuracies.items():
+        record = full_record(
+            suites=suites(accuracy), perplexity=Perplexity(teacher=20.0, student=22.0, tokens=9)
+        )
+        write_report(record, folder / name, html=False)
+    return [folder / name for name in accuracies]
+
+
+def test_runs_are_compared(tmp_path):
+    runs = runs_on_disk(tmp_path, a=0.40, b=0.41, c=0.60)
+    page = report.report(runs, tmp_path / "out")
+    Page(page.read_text())
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["runs"] == ["a", "b", "c"]
+    rows = {(row["suite"], row["name"]): row for row in found["rows"]}
+    accuracy = rows["task", "acc"]
+    assert {k: v["value"] for k, v in accuracy["values"].items()} == {
+        "a": 0.4, "b": 0.41, "c": 0.6, "teacher": 0.5,
+    }  # fmt: skip
+    assert accuracy["best"] == "c"
+    assert rows[None, "perplexity"]["best"] is None  # all alike
+    drawn = {p.name for p in (tmp_path / "out" / "plots").iterdir()}
+    assert {"phonebook-acc.png", "phonebook-acc.svg", "speed-decode_tokens_per_second.png"} <= drawn
+
+
+def test_the_best_leads_by_more_than_the_noise():
+    def best(a: float, b: float, metric: str) -> str | None:
+        runs = {
+            name: Record(
+                name=name,
+                suites={
+                    "t": Measured(scores={"student": {metric: Score(value=v, n=9, error=0.1)}})
+                },
+            )
+            for name, v in (("a", a), ("b", b))
+        }
+        return compare(runs).rows[-1].best
+
+    assert best(1.0, 1.3, "perplexity") == "a"
+    assert best(0.2, 0.5, "exact_match") == "b"
+    assert best(0.2, 0.35, "acc") is None
+    assert best(1.0, 9.0, "something") is None
+
+
+def test_one_run_is_drawn_again(tmp_path):
+    (run,) = runs_on_disk(tmp_path, a=0.4)
+    page = report.report([run / "report.json"], tmp_path / "again")
+    assert page.read_text() == render(read_record(run / "report.json"))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [*runs_on_disk(tmp_path / "x", a=0.4), *runs_on_disk(tmp_path / "y", a=0.5)]
+    report.report(runs, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert found["runs"] == ["a", "y/a"]
+    with pytest.raises(UserError, match="no run was given"):
+        report.report([], tmp_path / "out")
+    with pytest.raises(UserError, match=r"nowhere.*No such file"):
+        report.report([tmp_path / "nowhere"], tmp_path / "out")
 
 
 def test_drawings_describe_themselves():
@@ -246,7 +368,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     write_bytes = report.Path.write_bytes
 
     def fill(path, content):
-        if path.name.startswith("report.html"):
+        if "report.html" in path.name:
             write_bytes(path, content[:100])
             raise OSError(28, "No space left on device")
         return write_bytes(path, content)

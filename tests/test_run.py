@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from safetensors.torch import load_file
 
 import tamba
 from hf_models import tiny_hf_model
+from models import tiny_model
 from tamba import run as run_module
 from tamba.errors import UserError
 from tamba.evaluate import perplexity
+from tamba.model.config import TambaConfig
+from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import Recipe, read_recipe
 from tamba.report import read_record
 from tamba.run import Step, run, steps_of
@@ -47,7 +51,7 @@ ALL = ["text", "analyze", "build", "train", "evaluate"]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "teacher").mkdir()
+    tiny_model(["attention"] * 3).save_pretrained(tmp_path / "teacher")
     (tmp_path / "teacher" / "weights").write_text("1")
     (tmp_path / "text.txt").write_text("Some text.")
     (tmp_path / "recipe.toml").write_text(RECIPE)
@@ -208,10 +212,55 @@ def test_shorter_ways(folder: Path, steps: Steps) -> None:
 def test_refused_before_any_work(folder: Path, steps: Steps) -> None:
     with pytest.raises(UserError, match=r"data\.heldout: names no text to measure on"):
         steps.run(folder, "data.heldout=[]")
+    assert not (folder / "out").exists()
     (folder / "out").write_text("a file")
     with pytest.raises(UserError, match="out: cannot be made"):
         steps.run(folder)
     assert steps.done == []
+
+
+def transplant(folder: Path) -> list[str]:
+    """A donor of another width beside the teacher, and what takes a layer of it."""
+    wide = tiny_model(["mamba1"]).config.to_dict() | {"hidden_size": 40}
+    TambaForCausalLM(TambaConfig(**wide)).save_pretrained(folder / "donor")
+    return ["donor.path=donor", 'build.plan=["keep 0", "transplant 0"]']
+
+
+def csv(folder: Path) -> list[str]:
+    (folder / "table.csv").write_text("a,b")
+    return ['data.train=["text.txt", "table.csv"]']
+
+
+def truncated(folder: Path) -> list[str]:
+    weights = folder / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return []
+
+
+# What every step would come to hours later, said before the first begins.
+FORESEEN = {
+    "no such layer": ('build.plan=["keep 0", "convert 99"]', "no layer 99"),
+    "too many layers": ("analyze.convert=4", "4 layers are to be converted and 3 can be"),
+    "no such layer to keep": ("analyze.always_keep=[3]", "there is no layer 3"),
+    "a donor of another width": (transplant, "the donor is 40 wide and the teacher 32"),
+    "weights cut short": (truncated, "fetch"),
+    "text of no known kind": (csv, r"table\.csv: not a kind of text file"),
+    "no such text": ('data.train=["text.txt", "txet.txt"]', "did you mean 'text.txt'"),
+    "no such package": ('data.train=["package-docs:none_such"]', "pip install none_such"),
+    "rows that cannot be cut": ("train.0.length=5", "length = 5 does not divide the 16 tokens"),
+    "a type without gradients": ("train.0.dtype=float16", "float16 gradients vanish"),
+    "nothing to align": ("build.plan=uniform 1.0", "the plan converts no layer"),
+}
+
+
+@pytest.mark.parametrize(("what", "message"), FORESEEN.values(), ids=FORESEEN.keys())
+def test_foreseen_before_the_first_step(
+    folder: Path, steps: Steps, what: str | Callable[[Path], list[str]], message: str
+) -> None:
+    overrides = [what] if isinstance(what, str) else what(folder)
+    with pytest.raises(UserError, match=message):
+        steps.run(folder, *overrides)
+    assert steps.done == [] and not (folder / "out").exists()
 
 
 def test_hears_of_each_step(folder: Path, steps: Steps) -> None:
@@ -264,6 +313,7 @@ def test_the_whole_way(real: Path) -> None:
     assert {"python", "torch", "transformers"} <= set(record.versions)
     assert record.recipe == (real / "out" / "recipe.toml").read_text()
     assert (real / "out" / "report.html").exists()
+    assert record.name in (real / "out" / "student" / "README.md").read_text()
     # The student is a checkpoint like any other, and the report's figure is its figure.
     model, tokenizer = tamba.load(real / "out" / "student")
     assert model.config.layer_types.count("linear_attention") == 1 and tokenizer is not None

@@ -49,6 +49,7 @@ __all__ = [
     "load",
     "read_plan",
     "read_recipe",
+    "report",
     "run",
     "train",
 ]
@@ -65,7 +66,9 @@ _HOME = {
     "read_recipe": "tamba.recipe",
 }
 # Each lives in the module of its own name.
-_VERBS = frozenset({"analyze", "bench", "build", "evaluate", "generate", "inspect", "run", "train"})
+_VERBS = frozenset(
+    {"analyze", "bench", "build", "evaluate", "generate", "inspect", "report", "run", "train"}
+)
 
 
 class _Verb(ModuleType):

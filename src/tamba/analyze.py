@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamba.artefact import new_folder
 from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.checkpoint import load_model, open_model
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.block import Block
-from tamba.model.config import AttentionSpec
+from tamba.model.config import AttentionSpec, BlockSpec
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
@@ -93,7 +93,7 @@ def analyze(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "already exists", "choose another folder or remove it")
     checkpoint = open_model(recipe)
-    _check(recipe, checkpoint.tamba_config.block_specs)
+    check_choice(recipe, checkpoint.tamba_config.block_specs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train or prepared.heldout
@@ -106,7 +106,19 @@ def analyze(
     return found
 
 
-def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
+def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
+    """Refuse layers to keep or to convert that the teacher does not have.
+
+    Args:
+        recipe: its ``analyze`` section says how many, and which are left alone.
+        specs: the teacher's layers.
+
+    Returns:
+        A plan of the form that the analysis will write; which layers it converts means nothing.
+
+    Raises:
+        UserError: a layer to keep that is not there, or more to convert than there is attention.
+    """
     wanted = recipe.analyze
     for layer in wanted.always_keep:
         if not 0 <= layer < len(specs):
@@ -126,6 +138,9 @@ def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
             f"{wanted.convert} layers are to be converted and {len(free)} can be",
             "convert fewer or keep fewer",
         )
+    some = free[: wanted.convert]
+    entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))
+    return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 
 
 def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe) -> Analysis:
@@ -248,7 +263,7 @@ def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> No
     layer.requires_grad_(False)
     mixer = layer.mixer
     assert isinstance(mixer, RecurrentMixer)
-    if can_calibrate(mixer, attention):
+    if can_calibrate(layer.spec.mixer, attention.spec):
         calibrate(mixer, attention, angles, seen.mixers[index], dtype=_DTYPE)
     else:
         fit_output(mixer, seen.mixers[index], dtype=_DTYPE)
@@ -361,7 +376,6 @@ def _unit(states: Tensor) -> Tensor:
 
 def _write(out: Path, found: Analysis) -> None:
     """The folder, whole or not at all."""
-    partial = out.absolute().parent / f".{out.absolute().name}.partial"
     record = {
         "scores": found.scores,
         "score_name": "KL (nats/token)" if found.frontier else found.score,
@@ -377,15 +391,10 @@ def _write(out: Path, found: Analysis) -> None:
         "distances": found.distances,
     }
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        (partial / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-        (partial / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-        write_plan(replace(found.plan, name="plan.toml"), partial / "plan.toml")
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        with new_folder(out) as folder:
+            (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+            (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_plan(replace(found.plan, name="plan.toml"), folder / "plan.toml")
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         problem = f"cannot be written ({error.strerror})"
         raise UserError(str(out), problem, "choose another folder or free some room") from error

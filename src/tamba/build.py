@@ -7,10 +7,7 @@ tables take. Every tensor is accounted for in `build.json`: copied, transformed 
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import platform
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +16,7 @@ from typing import Any, get_args
 
 import torch
 
+from tamba.artefact import versions
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -121,8 +119,7 @@ def build(
         UserError: a model, plan or option that cannot be, or a full disk; `out` is not made.
     """
     recipe = as_recipe(recipe)
-    teacher = open_model(recipe)
-    donor = None if recipe.donor is None else open_model(recipe, "donor")
+    teacher, donor = open_models(recipe)
     plan = recipe.layer_plan(
         teacher.tamba_config.num_hidden_layers, None if analysis is None else Path(analysis)
     )
@@ -136,6 +133,11 @@ def build(
         shard_bytes=recipe.output.shard_bytes,
         extra_files={"recipe.toml": recipe.text},
     )
+
+
+def open_models(recipe: Recipe) -> tuple[Checkpoint, Checkpoint | None]:
+    """A recipe's teacher and its donor, if it names one, without reading weights."""
+    return open_model(recipe), None if recipe.donor is None else open_model(recipe, "donor")
 
 
 def build_student(
@@ -460,14 +462,6 @@ def _record(report: BuildReport, models: Mapping[Source, Checkpoint]) -> dict[st
             }
             for source, model in models.items()
         },
-        "versions": dict(_versions()),
+        "versions": versions(),
         "table": [asdict(row) for row in report.rows],
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    for package in ("tamba", "torch", "transformers"):
-        # Run from a source tree, tamba has no installed version.
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            yield package, importlib.metadata.version(package)

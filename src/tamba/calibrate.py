@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tamba.errors import UserError
 from tamba.model.attention import Attention
-from tamba.model.config import Mamba2Spec
+from tamba.model.config import AttentionSpec, Mamba2Spec, MixerSpec
 from tamba.model.mamba2 import Mamba2Mixer
 from tamba.model.recurrent import RecurrentMixer
 from tamba.model.rotary import RotaryAngles
@@ -163,7 +163,7 @@ def calibrate(
     Raises:
         UserError: a mixer of another form.
     """
-    if not can_calibrate(mixer, attention) or not isinstance(mixer, Mamba2Mixer):
+    if not isinstance(mixer, Mamba2Mixer) or not can_calibrate(mixer.spec, attention.spec):
         raise UserError(
             "least squares of the whole mixer",
             "takes a Mamba-2 layer with the heads of the attention it replaces and a convolution "
@@ -176,10 +176,9 @@ def calibrate(
     return fit_output(mixer, seen, ridge=ridge, dtype=dtype, batch_size=batch_size)
 
 
-def can_calibrate(mixer: RecurrentMixer, attention: Attention) -> bool:
+def can_calibrate(spec: MixerSpec, heads: AttentionSpec) -> bool:
     """Whether `calibrate` knows this pair: a Mamba-2 mixer with the heads of the attention, whose
     convolution has a bias."""
-    spec, heads = getattr(mixer, "spec", None), attention.spec
     return (
         isinstance(spec, Mamba2Spec)
         and (spec.n_heads, spec.n_groups, spec.head_dim, spec.d_state, spec.n_kv_heads)

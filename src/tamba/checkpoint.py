@@ -218,6 +218,8 @@ class Checkpoint:
     def read_parameter(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Our parameter `name`, made from the tensors it comes from, in `dtype` if given."""
         origin = self._origins[name]
+        if name == "model.embed_tokens.weight":
+            self._check_tied_head()
         sources = [self.read(source) for source in origin.sources]
         tensor = sources[0] if origin.make is None else origin.make(*sources)
         return tensor if dtype is None else tensor.to(dtype)
@@ -254,7 +256,6 @@ class Checkpoint:
                 self.location,
                 f"tensors that the configuration has no place for: {_listed(extra)}",
             )
-        self._check_tied_head(used)
 
     def _has_no_use(self, name: str) -> bool:
         return (self.family is not None and self.family.is_ignored(name)) or self._is_head(name)
@@ -262,8 +263,12 @@ class Checkpoint:
     def _is_head(self, name: str) -> bool:
         return name in ("lm_head.weight", "embed_out.weight")
 
-    def _check_tied_head(self, used: Collection[str]) -> None:
-        """A head that is stored although it is tied must be the embedding, or it would be lost."""
+    def _check_tied_head(self) -> None:
+        """A head that is stored although it is tied must be the embedding, or it would be lost.
+
+        Looked at when the embedding is read: describing a checkpoint reads no weights.
+        """
+        used = {source for origin in self._origins.values() for source in origin.sources}
         for name in self._owner:
             if not self._is_head(name) or name in used:
                 continue
@@ -518,8 +523,14 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    *,
+    wide: Collection[str] = (),
 ) -> TambaForCausalLM:
-    """The model of an open checkpoint; see `load`."""
+    """The model of an open checkpoint; see `load`.
+
+    Args:
+        wide: names of parameters that are float32 in shorter types too: masters of training.
+    """
     config = copy.deepcopy(checkpoint.tamba_config)
     wanted = _as_dtype(dtype) or _as_dtype(config.dtype) or torch.float32
     place = _as_device(device)
@@ -529,7 +540,8 @@ def load_model(
     with torch.device("meta"):
         model = TambaForCausalLM(config)
     for name in names:
-        tensor = checkpoint.read_parameter(name, _kept_dtype(name, wanted)).to(place)
+        held = torch.promote_types(wanted, torch.float32) if name in wide else wanted
+        tensor = checkpoint.read_parameter(name, _kept_dtype(name, held)).to(place)
         module = model.get_submodule(name.rpartition(".")[0])
         leaf = name.rpartition(".")[2]
         # Pieces of a fused tensor are views that would keep the whole of it alive.

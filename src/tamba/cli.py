@@ -324,6 +324,32 @@ def bench(
         stderr.print(f"wrote {out}")
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN...", help="Folders with a report.json, or such files."),
+    ],
+    out: OutFolder,
+    card: Annotated[
+        Path | None,
+        typer.Option(help="Also write a Hugging Face model card, of one run, into this file."),
+    ] = None,
+) -> None:
+    """Draw a run's page again, or one page that compares several; or write a model card."""
+    with _step():
+        from tamba.report import report as step
+
+        if card is not None:
+            from tamba.card import write_card
+
+            if len(runs) != 1:
+                raise UserError("--card", f"{len(runs)} runs were given", "a card is of one run")
+            write_card(runs[0], card)
+        page = step(runs, out)
+    stdout.print(str(page), markup=False)
+
+
 def main() -> None:
     """Run the command line; the program `tamba`."""
     try:

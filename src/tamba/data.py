@@ -11,7 +11,6 @@ Shape letters: `B` batch, `T` tokens of a block.
 from __future__ import annotations
 
 import ast
-import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -36,10 +35,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tamba.artefact import write_file
 from tamba.errors import UserError, nearest
 
 Source = str | os.PathLike[str]
 
+WORDS = ("python-docs", "teacher-written")
+"""Sources that are neither a place nor an address."""
+_PACKAGE = "package-docs:"
 _OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 _ENDINGS = (".txt", ".jsonl", ".json")
 _KINDS = tuple(kind + packed for kind in _ENDINGS for packed in _OPENERS)
@@ -67,6 +70,7 @@ def read_texts(
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
+    check_sources(sources)
     texts: list[str] = []
     size = 0
     for source in sources:
@@ -83,27 +87,52 @@ def read_texts(
     return texts
 
 
+def check_sources(sources: Iterable[Source]) -> None:
+    """Refuse a source of this machine that is not there or of no kind that is read.
+
+    Raises:
+        UserError: as `read_texts`, before any text is read. What lies on the hub is not asked for.
+    """
+    for source in sources:
+        name = os.fspath(source)
+        if name in WORDS or name.startswith("hf://"):
+            continue
+        if name.startswith(_PACKAGE):
+            _package_folder(name.removeprefix(_PACKAGE))
+            continue
+        path = Path(name)
+        if not path.exists():
+            hint = nearest(name, ["python-docs"])
+            raise UserError(name, "no such file or folder", hint if hint.startswith("did") else "")
+        if path.is_dir():
+            _files_of(path)
+        elif _kind(path) is None:
+            raise UserError(
+                name, "not a kind of text file that is read", f"known: {', '.join(_KINDS)}"
+            )
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Text files in a folder, sorted by path; UserError if there are none."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) is not None)
+    if not files:
+        raise UserError(str(folder), f"the folder holds no file of {', '.join(_KINDS)}")
+    return files
+
+
 def _documents(source: Source, key: str) -> Iterator[str]:
     name = os.fspath(source)
     if name == "python-docs":
         yield from _python_docs()
         return
-    if name.startswith("package-docs:"):
-        yield from _package_docs(name.removeprefix("package-docs:"))
+    if name.startswith(_PACKAGE):
+        yield from _modules(_package_folder(name.removeprefix(_PACKAGE)), set())
         return
     path = _from_hub(name) if name.startswith("hf://") else Path(name)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p) is not None)
-        if not files:
-            raise UserError(name, f"the folder holds no file of {', '.join(_KINDS)}")
-        for file in files:
+        for file in _files_of(path):
             yield from _file(file, key)
         return
-    if not path.exists():
-        hint = nearest(name, ["python-docs"])
-        raise UserError(name, "no such file or folder", hint if hint.startswith("did") else "")
-    if _kind(path) is None:
-        raise UserError(name, "not a kind of text file that is read", f"known: {', '.join(_KINDS)}")
     yield from _file(path, key)
 
 
@@ -217,12 +246,12 @@ def _python_docs() -> Iterator[str]:
     yield from _modules(Path(sysconfig.get_path("stdlib")), seen)
 
 
-def _package_docs(name: str) -> Iterator[str]:
+def _package_folder(name: str) -> Path:
     # Only a top-level name: looking up a.b would import a.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"package-docs:{name}", "no such installed package", f"pip install {name}")
-    yield from _modules(Path(next(iter(spec.submodule_search_locations))), set())
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _modules(root: Path, seen: set[str]) -> Iterator[str]:
@@ -536,19 +565,15 @@ class TokenBlocks:
         Raises:
             UserError: it cannot be written; a full disk, most often.
         """
-        partial = f"{os.fspath(path)}.partial"
         tensors = {"tokens": self.tokens.contiguous(), "starts": self.starts.contiguous()}
         facts = {"n_tokens": self.n_tokens, "bytes_per_token": self.bytes_per_token}
         try:
-            save_file(tensors, partial, metadata={"token_blocks": json.dumps(facts)})
-            os.replace(partial, path)
+            metadata = {"token_blocks": json.dumps(facts)}
+            write_file(path, lambda partial: save_file(tensors, partial, metadata=metadata))
         except (OSError, SafetensorError) as error:  # the library wraps a full disk in its own
             raise UserError(
                 os.fspath(path), f"cannot be written ({error})", "make room, or write elsewhere"
             ) from error
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(partial)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenBlocks:

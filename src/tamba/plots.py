@@ -33,7 +33,7 @@ else:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tamba.report import PlanLayer, Record
+    from tamba.report import PlanLayer, Point, Record
 
 PALETTE = {
     # name: (light, dark). Told apart in either kind of red-green blindness by lightness too.
@@ -45,6 +45,8 @@ PALETTE = {
     "student": ("#0c7a6d", "#3cc5b1"),
     "donor": ("#7557c7", "#a991f0"),
     "fresh": ("#c4841a", "#e3b050"),
+    "fifth": ("#2c6fb3", "#6fb0f0"),
+    "sixth": ("#b0405a", "#ee8ba2"),
 }
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 
@@ -57,7 +59,10 @@ KINDS = {
 }
 
 NAMES = ("frontier", "layers", "repair", "training", "memory")
-"""Of all drawings there can be."""
+"""Of the drawings of a run; those of its suites are named by suite and metric."""
+
+_LINES = ("student", "donor", "fresh", "fifth", "sixth", "ink")
+"""Colours of models that are compared; with more of them colours come again in dashes."""
 
 _WIDTH = 4.6
 """Inches; 331 units of the SVG, about the width of a phone."""
@@ -126,8 +131,56 @@ def draw_all(record: Record, *, titles: bool) -> list[tuple[str, Figure]]:
             if figure is None:
                 continue
             if titles:
-                top = 1 - 0.1 / figure.get_figheight()
-                figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
+                _title(figure, title)
+            figures.append((name, figure))
+        for name, title, axis, lines in suite_curves(record):
+            figure = _curve(title, axis, lines, 0.42 if titles else 0.0)
+            if titles:
+                _title(figure, title)
+            figures.append((name, figure))
+    return figures
+
+
+def suite_curves(record: Record) -> Iterator[tuple[str, str, str, dict[str, list[Point]]]]:
+    """(name, title, axis, points by model) of every curve that the suites of a run measured."""
+    for suite, measured in record.suites.items():
+        for metric, curve in measured.curves.items():
+            lines = {
+                {"student": "hybrid"}.get(role, role) if len(curve.points) > 1 else "model": points
+                for role, points in sorted(curve.points.items(), reverse=True)
+            }
+            yield f"{suite}-{metric}", f"{suite}: {metric.replace('_', ' ')}", curve.axis, lines
+
+
+def draw_comparison(
+    points: dict[str, tuple[int, float]],
+    curves: dict[str, tuple[str, str, dict[str, list[Point]]]],
+    *,
+    titles: bool,
+) -> list[tuple[str, Figure]]:
+    """(name, figure) of what several runs have in common.
+
+    Args:
+        points: by run, layers converted and perplexity ratio.
+        curves: by name, title, axis, and by run (or ``teacher``) the points.
+        titles: for files that stand alone.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if _MISSING:
+        raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
+    figures = []
+    with _style():
+        if len(points) > 1:
+            figure = _runs(points, 0.42 if titles else 0.0)
+            if titles:
+                _title(figure, "Perplexity ratio to the teacher, by layers converted")
+            figures.append(("runs", figure))
+        for name, (title, axis, lines) in curves.items():
+            figure = _curve(title, axis, lines, 0.42 if titles else 0.0)
+            if titles:
+                _title(figure, title)
             figures.append((name, figure))
     return figures
 
@@ -206,6 +259,11 @@ def _figure(height: float) -> Figure:
     return Figure(figsize=(_WIDTH, height))
 
 
+def _title(figure: Figure, title: str) -> None:
+    top = 1 - 0.1 / figure.get_figheight()
+    figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
+
+
 def _place(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes at a place given in inches."""
     w, h = figure.get_size_inches()
@@ -269,7 +327,9 @@ def _frontier(record: Record, top: float) -> Figure | None:
         color, words = ("student", "student") if stage in bright else ("teacher", "muted")
         x, y = [p.converted for p in line], [p.ratio for p in line]
         ax.plot(x, y, color=LIGHT[color], marker="o", markersize=4.5, markeredgewidth=0)
-        _note(ax, stage, (x[-1], y[-1]), (4, 8), ha="right", color=LIGHT[words])
+        # A line is named where it ends; a point alone, below the lines that rise to its right.
+        place, side = ((4, 8), "right") if len(line) > 1 else ((12, -3), "left")
+        _note(ax, stage.replace("_", " "), (x[-1], y[-1]), place, ha=side, color=LIGHT[words])
     for p in chosen:
         ax.plot(
             p.converted,
@@ -440,5 +500,86 @@ def _memory(record: Record, top: float) -> Figure | None:
             + (f", teacher {byte_size(p.teacher)}" if p.teacher else "")
             for p in points
         )
+    )
+    return figure
+
+
+def _curve(title: str, axis: str, lines: dict[str, list[Point]], top: float) -> Figure:
+    """Scores along an axis, a line a model, with their intervals."""
+    columns = max(1, 56 // (max(map(len, lines), default=1) + 8))
+    rows = math.ceil(len(lines) / columns) if len(lines) > 1 else 0
+    figure = _figure(2.85 + 0.2 * rows + top)
+    ax = _place(figure, 0.55, 0.5, 3.85, 2.2)
+    values = [p.value for points in lines.values() for p in points]
+    shares = all(0 <= p.value <= 1 and p.low is not None for ps in lines.values() for p in ps)
+    for (name, points), (color, dashes) in zip(lines.items(), _looks(lines), strict=True):
+        x, y = [p.x for p in points], [p.value for p in points]
+        ax.plot(
+            x, y, color=LIGHT[color], marker="o", markersize=4, markeredgewidth=0, dashes=dashes,
+            label=name,
+        )  # fmt: skip
+        low = [p.low for p in points if p.low is not None]
+        high = [p.high for p in points if p.high is not None]
+        if len(low) == len(high) == len(points):
+            ax.fill_between(x, low, high, color=LIGHT[color], alpha=0.14, linewidth=0)
+    if shares:
+        ax.set_ylim(-0.03, 1.03)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
+    else:
+        if min(values, default=0) >= 0 and max(values, default=0) > 3 * min(values, default=0):
+            ax.set_ylim(0, None)
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
+    ax.yaxis.set_major_locator(MaxNLocator(5))
+    places = sorted({p.x for points in lines.values() for p in points})
+    if len(places) > 2 and places[0] > 0 and places[-1] >= 8 * places[0]:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_minor_locator(NullLocator())
+        shown = places if len(places) <= 8 else places[:: math.ceil(len(places) / 8)]
+        ax.xaxis.set_major_locator(FixedLocator(shown))
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _context(v)))
+    ax.set_xlabel(axis)
+    if len(lines) > 1:
+        height = figure.get_figheight()
+        figure.legend(
+            loc="upper left", bbox_to_anchor=(0.55 / _WIDTH - 0.02, 1 - top / height),
+            ncols=columns, frameon=False, fontsize=9, handlelength=1.4, columnspacing=1.4,
+            borderaxespad=0.0,
+        )  # fmt: skip
+    ends = (f"{n}: {ps[0].value:.3g} to {ps[-1].value:.3g}" for n, ps in lines.items() if ps)
+    figure.set_label(f"{title}, along {axis}. " + "; ".join(ends))
+    return figure
+
+
+def _looks(lines: dict[str, Any]) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """A colour and dashes for each line: the teacher's own, the others in the order they come."""
+    k = 0
+    for name in lines:
+        if name == "teacher":
+            yield "teacher", (1, 0)
+            continue
+        yield _LINES[k % len(_LINES)], (1, 0) if k < len(_LINES) else (3, 2)
+        k += 1
+
+
+def _runs(points: dict[str, tuple[int, float]], top: float) -> Figure:
+    """Runs by layers converted and perplexity ratio."""
+    figure = _figure(2.95 + top)
+    ax = _place(figure, 0.52, 0.5, 3.9, 2.35)
+    _ratio_axis(ax, [ratio for _, ratio in points.values()])
+    most = max(n for n, _ in points.values())
+    for (name, (n, ratio)), (color, _) in zip(points.items(), _looks(points), strict=True):
+        ax.plot(n, ratio, color=LIGHT[color], marker="o", markersize=8, markeredgewidth=0)
+        side = "right" if n > 0.6 * most else "left"
+        _note(
+            ax, name, (n, ratio), (-9 if side == "right" else 9, -3), ha=side, color=LIGHT["muted"]
+        )
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    ax.set_xlabel("layers converted")
+    ax.margins(x=0.12)
+    figure.set_label(
+        "Perplexity ratio by layers converted. "
+        + "; ".join(f"{name}, {n} layers: {_ratio(ratio)}" for name, (n, ratio) in points.items())
     )
     return figure

@@ -124,7 +124,7 @@ class _Lines:
             if now - said < self.seconds:
                 return
             said = now
-            count = f"{done:g}" if total is None else f"{done:g}/{total:g}"
+            count = f"{round(done)}" if total is None else f"{round(done)}/{round(total)}"
             left = ""
             if total is not None and 0 < done <= total:
                 left = f", {clock((now - begun) / done * (total - done))} left"

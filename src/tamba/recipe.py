@@ -149,6 +149,8 @@ class _GradientStage(_Stage):
         tokens: text to train on, in all.
         length: tokens of a row, which divides ``data.length``; None for all of it.
         batch: rows of a step.
+        micro_batch: rows that go through at a time where a step's activations do not fit at once;
+            gradients add up to the same step. None for all.
         lr: highest learning rate.
         schedule: of the learning rate after warm-up.
         warmup: share of the steps over which it rises.
@@ -159,6 +161,7 @@ class _GradientStage(_Stage):
     """
 
     batch: Count = 8
+    micro_batch: Count | None = None
     lr: float = Field(gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, lt=1)

@@ -8,14 +8,14 @@ knows nothing about models; `tamba.plots` draws.
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,11 @@ import torch
 from markupsafe import Markup
 
 from tamba import plots
+from tamba.artefact import versions, write_file
 from tamba.errors import UserError
 from tamba.progress import clock
 
 MIXERS = {"attention": "attention", "mamba1": "Mamba-1", "mamba2": "Mamba-2"}
-_PACKAGES = ("tamba", "torch", "transformers", "tokenizers", "safetensors", "gguf", "triton")
 
 
 class _Part(pydantic.BaseModel):
@@ -116,6 +116,79 @@ class CachePoint(_Part):
     teacher: int | None = None
 
 
+class Score(_Part):
+    """One number of one model, over `n` items (windows, questions, cases).
+
+    Args:
+        error: standard error.
+        low, high: 95 % interval: Wilson's for shares, else from the standard error.
+    """
+
+    value: float
+    n: int
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Point(Score):
+    """A score at `x`: a length, a number of entries, the end of a range of positions."""
+
+    x: float
+
+
+class Paired(_Part):
+    """Student minus teacher on the same items.
+
+    Args:
+        low, high: 95 % interval of `difference`, by bootstrap over items.
+        p: two-sided p-value of `test`.
+        student_higher, teacher_higher: items where one has more than the other.
+    """
+
+    difference: float
+    n: int
+    low: float
+    high: float
+    p: float
+    test: Literal["mcnemar", "bootstrap"]
+    student_higher: int
+    teacher_higher: int
+
+
+class Curve(_Part):
+    """Scores along an axis, by role (``student``, ``teacher``); `axis` says what `x` counts."""
+
+    axis: str
+    points: dict[str, list[Point]]
+
+
+class Measured(_Part):
+    """What one suite found.
+
+    Args:
+        about: the suite in a line.
+        settings: everything that decides the result beside the model, seeds and digests included.
+        scores: by role and metric.
+        curves: by metric.
+        paired: student against teacher, by metric.
+        rows: a table, where the result is one (memory, speed).
+        files: what was written for other tools, by name, relative to the record.
+        seconds: wall time, items that were finished before not counted.
+        problem: why it is not complete; everything else is what was done until then.
+    """
+
+    about: str = ""
+    settings: dict[str, Any] = {}
+    scores: dict[str, dict[str, Score]] = {}
+    curves: dict[str, Curve] = {}
+    paired: dict[str, Paired] = {}
+    rows: list[dict[str, str | int | float | None]] = []
+    files: dict[str, str] = {}
+    seconds: float = 0.0
+    problem: str | None = None
+
+
 class Record(_Part):
     """Everything one run is remembered by.
 
@@ -124,6 +197,7 @@ class Record(_Part):
         scores: harm done by replacing each layer, bottom first; None where not measured.
         seconds: wall time by step, in the order of the run.
         digests: SHA-256 of what went in, by name.
+        suites: what each suite of an evaluation found, by its name.
     """
 
     schema_version: Literal[1] = 1
@@ -148,6 +222,7 @@ class Record(_Part):
     hardware: dict[str, str] = {}
     digests: dict[str, str] = {}
     recipe: str | None = None
+    suites: dict[str, Measured] = {}
 
     @classmethod
     def begin(cls, name: str, **sections: Any) -> Record:
@@ -155,7 +230,7 @@ class Record(_Part):
         known: dict[str, Any] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": dict(_versions()),
+            "versions": versions(),
             "hardware": _hardware(),
         }
         return cls(name=name, **(known | sections))
@@ -203,18 +278,243 @@ def write_report(record: Record, out: str | os.PathLike[str], *, html: bool = Tr
                 files[f"plots/{name}.{ending}"] = plots.to_bytes(figure, ending)
         files["report.html"] = render(record).encode()
     files["report.json"] = (record.model_dump_json(indent=2) + "\n").encode()
+    _write_all(folder, files)
+    return folder / "report.json"
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         for name, content in files.items():
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, content)
+            write_file(path, content)
     except OSError as error:
         raise UserError(str(folder), error.strerror or str(error)) from error
-    return folder / "report.json"
+
+
+def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+    """Draw the page of a run again, or one that compares several.
+
+    Args:
+        runs: folders with a ``report.json``, or such files. One is drawn as `write_report` does;
+            of several the folder's name is the run's, and `out` gets ``report.html``,
+            ``comparison.json`` (`Comparison`) and the plots.
+        out: the folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: there is no record, two runs have one name, or `out` cannot be written.
+    """
+    if not runs:
+        raise UserError("report", "no run was given", "name folders that hold a report.json")
+    found: dict[str, Record] = {}
+    for path in map(Path, runs):
+        name = _run_name(path, found)
+        found[name] = read_record(path / "report.json" if path.is_dir() else path)
+    if len(found) == 1:
+        return write_report(next(iter(found.values())), out).with_name("report.html")
+    comparison = compare(found)
+    files: dict[str, bytes] = {}
+    for name, figure in _comparing(found, titles=True):
+        for ending in ("png", "svg"):
+            files[f"plots/{name}.{ending}"] = plots.to_bytes(figure, ending)
+    files["report.html"] = _render_comparison(found, comparison).encode()
+    files["comparison.json"] = (comparison.model_dump_json(indent=2) + "\n").encode()
+    _write_all(Path(out), files)
+    return Path(out) / "report.html"
+
+
+def _run_name(path: Path, taken: Container[str]) -> str:
+    """A short name that no other run has: the folder's, with those above it where it must."""
+    folder = (path if path.is_dir() else path.parent).resolve()
+    parts = folder.parts[1:] or (str(path),)
+    for k in range(1, len(parts) + 1):
+        name = "/".join(parts[-k:])
+        if name not in taken:
+            return name
+    raise UserError(str(path), "is given twice")
+
+
+class Row(_Part):
+    """One quantity of a comparison.
+
+    Args:
+        name: what it is; `suite` says where it was measured, if by a suite.
+        values: by run, and of the ``teacher`` where it was measured too.
+        best: the run that is best, where more or less is better and it is ahead of the next by
+            more than both standard errors.
+        share: whether it is a share, shown in percent.
+    """
+
+    name: str
+    suite: str | None = None
+    values: dict[str, Score]
+    best: str | None = None
+    share: bool = False
+
+
+class Comparison(_Part):
+    """Several runs side by side."""
+
+    runs: list[str]
+    rows: list[Row]
+
+
+def compare(runs: Mapping[str, Record]) -> Comparison:
+    """Every quantity that at least one of the runs has, and which run is best at it."""
+    rows: list[Row] = []
+
+    def add(
+        name: str, values: dict[str, Score], *, suite: str | None = None, sign: int = 0
+    ) -> None:
+        if any(run in values for run in runs):
+            share = sign > 0 and is_share(name, values.values())
+            best = _best({run: v for run, v in values.items() if run in runs}, sign)
+            rows.append(Row(name=name, suite=suite, values=values, best=best, share=share))
+
+    def of(part: Callable[[Record], float | None]) -> dict[str, Score]:
+        found = {run: part(record) for run, record in runs.items()}
+        return {run: Score(value=v, n=1) for run, v in found.items() if v is not None}
+
+    add("layers converted", of(lambda r: r.layers.converted if r.layers else None))
+    add(
+        "perplexity ratio to the teacher",
+        {
+            run: Score(value=p.ratio, n=p.tokens, error=p.ratio_error)
+            for run, record in runs.items()
+            if (p := record.perplexity) and p.ratio
+        },
+        sign=-1,
+    )
+    perplexity = of(lambda r: r.perplexity.student if r.perplexity else None)
+    teachers = {r.perplexity.teacher for r in runs.values() if r.perplexity} - {None}
+    if len(teachers) == 1 and (known := next(iter(teachers))) is not None:
+        perplexity["teacher"] = Score(value=known, n=1)
+    add("perplexity", perplexity, sign=-1)
+    add(
+        "KL from the teacher, nats",
+        of(lambda r: r.perplexity.kl if r.perplexity else None),
+        sign=-1,
+    )
+    for context in (8192, 32768):
+        name = f"cache at {context // 1024}k tokens, MiB"
+        add(name, of(partial(_cache_mib, context=context)), sign=-1)
+    add("seconds, all steps", of(lambda r: sum(r.seconds.values()) or None))
+    for suite in dict.fromkeys(s for record in runs.values() for s in record.suites):
+        parts = {run: r.suites[suite] for run, r in runs.items() if suite in r.suites}
+        for metric in dict.fromkeys(
+            m for part in parts.values() for m in part.scores.get("student", {})
+        ):
+            values = {
+                run: part.scores["student"][metric]
+                for run, part in parts.items()
+                if metric in part.scores.get("student", {})
+            }
+            beside = [
+                part.scores["teacher"][metric]
+                for part in parts.values()
+                if metric in part.scores.get("teacher", {})
+            ]
+            # Runs of one teacher on the same items agree to the last digit or so.
+            if beside and all(math.isclose(t.value, beside[0].value, rel_tol=1e-3) for t in beside):
+                values["teacher"] = beside[0]
+            add(metric, values, suite=suite, sign=direction(metric))
+    return Comparison(runs=list(runs), rows=rows)
+
+
+def _cache_mib(record: Record, context: int) -> float | None:
+    return next((p.student / 2**20 for p in record.memory if p.context == context), None)
+
+
+_HIGHER = ("acc", "exact_match", "agreement", "right", "win", "per_second", "score")
+_LOWER = ("perplexity", "nll", "loss", "kl", "bits", "break_even")
+
+
+def direction(metric: str) -> int:
+    """1 where more is better, -1 where less is, 0 where nobody can say."""
+    if any(word in metric for word in _LOWER):
+        return -1
+    return int(any(word in metric for word in _HIGHER))
+
+
+def is_share(metric: str, scores: Iterable[Score]) -> bool:
+    """Whether a metric's scores are shares of cases."""
+    return direction(metric) > 0 and all(0 <= s.value <= 1 for s in scores)
+
+
+def _best(values: dict[str, Score], sign: int) -> str | None:
+    if not sign or len(values) < 2:
+        return None
+    first, second = sorted(values, key=lambda run: -sign * values[run].value)[:2]
+    a, b = values[first], values[second]
+    noise = (a.error or 0.0) + (b.error or 0.0)
+    return first if abs(a.value - b.value) > noise else None
+
+
+def _comparing(runs: Mapping[str, Record], *, titles: bool) -> list[tuple[str, Any]]:
+    """The drawings of a comparison."""
+    points = {
+        run: (record.layers.converted, record.perplexity.ratio)
+        for run, record in runs.items()
+        if record.layers and record.perplexity and record.perplexity.ratio
+    }
+    curves: dict[str, tuple[str, str, dict[str, list[Point]]]] = {}
+    for run, record in runs.items():
+        for name, title, axis, lines in plots.suite_curves(record):
+            _, _, found = curves.setdefault(name, (title, axis, {}))
+            for model, line in lines.items():
+                # The teacher is drawn once, as the first run saw it.
+                found.setdefault("teacher" if model == "teacher" else run, line)
+    return plots.draw_comparison(points, curves, titles=titles)
+
+
+def _render_comparison(runs: Mapping[str, Record], comparison: Comparison) -> str:
+    figures = {
+        name: Markup(plots.to_inline(figure, name))
+        for name, figure in _comparing(runs, titles=False)
+    }
+    return (
+        _environment()
+        .get_template("comparison.html.j2")
+        .render(
+            comparison=comparison,
+            runs=runs,
+            figures=figures,
+            palette=plots.PALETTE,
+            teacher=any("teacher" in row.values for row in comparison.rows),
+        )
+    )
 
 
 def render(record: Record) -> str:
     """The page of a record, as one HTML text that needs nothing else."""
+    figures: dict[str, Markup | None] = dict.fromkeys(plots.NAMES)
+    figures |= {
+        # The drawings are ours; texts of the record inside them were escaped when they were drawn.
+        name: Markup(plots.to_inline(figure, name))
+        for name, figure in plots.draw_all(record, titles=False)
+    }
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            record=record,
+            figures=figures,
+            curves={name: title for name, title, *_ in plots.suite_curves(record)},
+            palette=plots.PALETTE,
+            mixers=MIXERS,
+            kinds=_kinds(record),
+            becomes=_becomes(record),
+            savings=_savings(record),
+            speed=_speed(record),
+            total_seconds=sum(record.seconds.values()),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tamba", "templates"),
         autoescape=True,
@@ -222,23 +522,48 @@ def render(record: Record) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "bytes": plots.byte_size, "clock": clock}
-    figures: dict[str, Markup | None] = dict.fromkeys(plots.NAMES)
-    figures |= {
-        # The drawings are ours; texts of the record inside them were escaped when they were drawn.
-        name: Markup(plots.to_inline(figure, name))
-        for name, figure in plots.draw_all(record, titles=False)
+    environment.filters |= {
+        "number": number,
+        "bytes": plots.byte_size,
+        "clock": clock,
+        "score": score_text,
+        "p_value": _p_value,
     }
-    return environment.get_template("report.html.j2").render(
-        record=record,
-        figures=figures,
-        palette=plots.PALETTE,
-        mixers=MIXERS,
-        kinds=_kinds(record),
-        becomes=_becomes(record),
-        savings=_savings(record),
-        total_seconds=sum(record.seconds.values()),
-    )
+    environment.globals |= {"is_share": is_share, "direction": direction}
+    return environment
+
+
+def score_text(score: Score, share: bool = False) -> str:
+    """A score with its standard error: ``41.2 % ± 0.7``, ``19.7 ± 0.3``."""
+    scale, sign = (100.0, " %") if share else (1.0, "")
+    if not share and not score.error and score.value == int(score.value):
+        return f"{int(score.value):,}"
+    value = number(scale * score.value, 3)
+    if not score.error:
+        return f"{value}{sign}"
+    digits = len(value.partition(".")[2])
+    return f"{value}{sign} ± {scale * score.error:.{digits}f}"
+
+
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _speed(record: Record) -> tuple[float, float, int] | None:
+    """(student over teacher, tokens a second of the student, context) of decoding, where both ran.
+
+    At the longest context that was measured.
+    """
+    measured = record.suites.get("speed")
+    curve = measured.curves.get("decode_tokens_per_second") if measured else None
+    if curve is None or len(curve.points) < 2:
+        return None
+    by_role = {role: {p.x: p.value for p in line} for role, line in curve.points.items()}
+    shared = set(by_role["student"]) & set(by_role["teacher"])
+    if not shared:
+        return None
+    x = max(shared)
+    return by_role["student"][x] / by_role["teacher"][x], by_role["student"][x], int(x)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -265,24 +590,6 @@ def _savings(record: Record) -> dict[int, CachePoint]:
     """Cache at 8k and 32k, or at the longest context there is, by context."""
     known = {p.context: p for p in record.memory if p.teacher}
     return {c: known[c] for c in (8192, 32768) if c in known} or dict(list(known.items())[-1:])
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    yield "python", platform.python_version()
-    for package in _PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 def _hardware() -> dict[str, str]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tamba
+from tamba.artefact import write_file
 from tamba.errors import UserError
 from tamba.recipe import Recipe, as_recipe
 
@@ -76,16 +77,19 @@ def run(
     if not recipe.text_sources("texts"):
         raise UserError(recipe.where("data.heldout"), "names no text to measure on", "name some")
     out = Path(out)
+    say = report or (lambda step, what: None)
+    steps = steps_of(recipe)
+    if out.exists() and not out.is_dir():
+        raise UserError(str(out), "cannot be made (a file stands there)", "choose another --out")
+    state = _read_state(out)
+    _refuse_foreign(out, steps, state)
+    _check_models(recipe)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             str(out), f"cannot be made ({error.strerror})", "choose another --out"
         ) from None
-    say = report or (lambda step, what: None)
-    steps = steps_of(recipe)
-    state = _read_state(out)
-    _refuse_foreign(out, steps, state)
     done = {} if force else state.steps
     digests: dict[str, str] = {}
     for step in steps:
@@ -106,8 +110,35 @@ def run(
         done[step.name] = {"digest": digest, "seconds": round(seconds, 3)}
         _write_state(out, _State(done, state.begun))
         say(step.name, f"{seconds:.1f} s")
-    _write(out / "recipe.toml", recipe.text)
+    write_file(out / "recipe.toml", recipe.text)
     return out / "report.json"
+
+
+def _check_models(recipe: Recipe) -> None:
+    """Ask each step, before the first begins, whether it can do with these models what it is told.
+
+    Reads headers alone. Raises UserError.
+    """
+    from tamba.analyze import check_choice
+    from tamba.build import open_models, student_config
+    from tamba.checkpoint import parameter_specs
+    from tamba.data import check_sources
+    from tamba.train import check_stages
+
+    for key in ("train", "texts"):
+        check_sources(recipe.text_sources(key))
+    teacher, donor = open_models(recipe)
+    config = teacher.tamba_config
+    if recipe.build.plan == "analyze":
+        # Which layers is not known yet; any as many show whether they can be converted at all.
+        plan = check_choice(recipe, config.block_specs)
+    else:
+        plan = recipe.layer_plan(config.num_hidden_layers)
+    student = student_config(teacher, plan, donor)
+    for model in (teacher, donor):
+        if model is not None:
+            _ = model.parameters
+    check_stages(recipe, student, parameter_specs(student), config, plan)
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
@@ -152,6 +183,7 @@ def _train(recipe: Recipe, out: Path) -> None:
 
 
 def _evaluate(recipe: Recipe, out: Path) -> None:
+    from tamba.card import write_card
     from tamba.checkpoint import open_model
     from tamba.evaluate.student import evaluate_student
     from tamba.report import FrontierPoint, write_report
@@ -179,6 +211,7 @@ def _evaluate(recipe: Recipe, out: Path) -> None:
         frontier.append(point)
     record = record.updated(seconds=seconds | record.seconds, digests=digests, frontier=frontier)
     write_report(record, out)
+    write_card(out, out / "student" / "README.md")
 
 
 def _analysis(recipe: Recipe, out: Path) -> Path | None:
@@ -283,13 +316,7 @@ def _foreign(path: Path) -> UserError:
 
 def _write_state(out: Path, state: _State) -> None:
     data = {"steps": state.steps, "begun": sorted(state.begun)}
-    _write(out / "run.json", json.dumps(data, indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    write_file(out / "run.json", json.dumps(data, indent=2) + "\n")
 
 
 def _remove(path: Path) -> None:

@@ -25,6 +25,7 @@ from tamba import progress
 from tamba.data import Batch, TokenBlocks
 from tamba.model.attention import Attention
 from tamba.model.modeling import TambaForCausalLM
+from tamba.model.recurrent import RecurrentMixer
 from tamba.model.tokens import Tokens
 
 Item = TypeVar("Item")
@@ -92,7 +93,6 @@ def trace(
     last = max([*(i + 1 for i in mixers), *streams], default=0)
     device = model.device
     kept = dtype or model.dtype
-    stream_dtype = torch.promote_types(model.dtype, torch.float32)
 
     def room(kind: torch.dtype, width: int) -> Tensor:
         return torch.empty(n, length, width, dtype=kind, device=device)
@@ -106,8 +106,7 @@ def trace(
                 room(kept, _inner(model, i)) if heads else None,
             )
             for i in mixers
-        },
-        {i: room(stream_dtype, model.config.hidden_size) for i in streams},
+        }
     )
     with computing(model, dtype), progress.task(label, n) as advance:
         first = 0
@@ -115,7 +114,9 @@ def trace(
             rows = slice(first, first + len(batch.tokens))
             hidden, tokens = enter(model, batch.to(device))
             for index in range(last + 1):
-                if index in found.streams:
+                if index in streams:
+                    if index not in found.streams:
+                        found.streams[index] = room(hidden.dtype, hidden.shape[-1])
                     found.streams[index][rows] = hidden
                 if index == last or index == len(model.model.layers):
                     break
@@ -164,16 +165,18 @@ def _watch(model: TambaForCausalLM, index: int, seen: Seen | None, rows: slice) 
 
 @contextmanager
 def computing(model: nn.Module, dtype: torch.dtype | None, grad: bool = False) -> Iterator[None]:
-    """Matrix products in `dtype` where it is shorter than the weights; gradients only if asked.
+    """Matrix products in `dtype` where some weights have another type; gradients only if asked.
 
     Inside, weights are shortened once, as long as they are leaves that may need gradients: autocast
     keeps the short copies of no others.
     """
-    parameter = next(model.parameters())
-    short = dtype is not None and dtype != parameter.dtype
+    weights = [
+        p for n, p in model.named_parameters() if n.rpartition(".")[2] not in RecurrentMixer.FLOAT32
+    ]
+    short = dtype is not None and any(p.dtype != dtype for p in weights)
     with (
         torch.set_grad_enabled(grad),
-        torch.autocast(parameter.device.type, dtype=dtype, enabled=short),
+        torch.autocast(weights[0].device.type, dtype=dtype, enabled=short),
     ):
         yield
 

@@ -4,8 +4,9 @@ A recipe's stages run in its order. `least_squares` and `align` look at one conv
 time and ask that it do what the teacher's attention does; `distil` runs the student end to end. The
 functions of those names work on models in memory; `train` reads and writes folders around them.
 
-Weights that move are float32 masters whatever the student is stored in, and matrix products run in
-the type that the stage names. Text is gone over in pools of rows, as many as memory is set aside
+Weights that move are float32 masters whatever the student is stored in; all others, and the
+teacher, are held once, in the type that the recipe gives them. Matrix products run in the type that
+the stage names. Text is gone over in pools of rows, as many as memory is set aside
 for: what the frozen parts of teacher and student compute is computed once a pool and then trained
 on, as often as the stage's tokens ask for.
 
@@ -17,22 +18,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import tamba
 from tamba import progress
+from tamba.artefact import versions
 from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.checkpoint import (
     Checkpoint,
@@ -46,41 +41,23 @@ from tamba.checkpoint import (
 from tamba.data import Batch, TokenBlocks, text_digest
 from tamba.errors import UserError
 from tamba.model.attention import Attention
-from tamba.model.config import AttentionSpec
+from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.plan import LayerPlan, read_plan
 from tamba.recipe import Align, Distil, LeastSquares, Recipe, as_recipe
+from tamba.steps import Curve, Learner, Memory, Schedule, StageLog, orders, pools
 from tamba.text import prepare_text, read_text
 from tamba.trace import climb, computing, each, enter, finish, places, trace
 
 _POOL_BYTES = 4 << 30
 """Activations held at once."""
-_POINTS = 48
-"""Losses kept a stage."""
+_STEPS_APART = 64
+"""Steps of `align` after which layers wait for one another, so that a whole state can be kept."""
 
 Pairs = Mapping[int, int]
 """Student layer -> the teacher's attention layer that it was made of."""
-
-
-@dataclass(frozen=True)
-class StageLog:
-    """What a stage did.
-
-    Args:
-        stage: its kind.
-        tokens: text that it went over.
-        losses: (tokens so far, mean loss since the last point). For ``least_squares`` and ``align``
-            a loss is the mean over layers of the squared error relative to the variance of the
-            teacher's output; for ``distil`` it is nats a token.
-        layers: what is left of each layer's variance, by student layer.
-    """
-
-    stage: str
-    tokens: int
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    layers: dict[int, float] = field(default_factory=dict)
 
 
 # Closed form.
@@ -177,6 +154,7 @@ def align(
     blocks: TokenBlocks,
     stage: Align,
     seed: int = 0,
+    memory: Memory | None = None,
 ) -> StageLog:
     """Train every converted mixer, apart, to give what the teacher's does on the teacher's input.
 
@@ -184,39 +162,61 @@ def align(
     nothing of one another, so on a CPU several are trained at a time.
 
     Args:
-        student: changed in place, in the mixers of `pairs` alone.
+        student: changed in place, in the mixers of `pairs` alone, which are float32 at least.
         seed: of the order of rows.
+        memory: keeps the stage while it runs, and knows how far it came before.
+
+    Raises:
+        UserError: the loss is no longer a number.
     """
     dtype = _gradient_dtype(stage)
-    schedule = _Schedule(stage, blocks.length)
-    learners = {
-        i: _Learner(dict(_mixer(student, i).named_parameters()), stage, schedule) for i in pairs
-    }
-    curve = _Curve(stage.stage, schedule.tokens, len(pairs))
+    schedule = Schedule(stage, blocks.length)
+    learners = {i: Learner(_named_mixer(student, i), stage, schedule) for i in pairs}
+    curve = Curve(stage.stage, schedule.tokens)
+    taken = 0 if memory is None else memory.resume(learners, curve)
     bytes_each = 2 * len(pairs) * teacher.config.hidden_size * dtype.itemsize * blocks.length
-    for pool, steps in _pools(blocks, bytes_each, stage.batch, schedule.steps):
+    for pool, whole in pools(blocks, bytes_each, stage.batch, schedule.steps, _POOL_BYTES):
+        steps = whole.after(taken)
+        if not steps.count:
+            continue
         seen = trace(teacher, pool, mixers=pairs.values(), dtype=dtype).mixers
+        for part in steps.parts(_STEPS_APART):
 
-        def train_one(index: int, advance: Any, seen: Any = seen, steps: Any = steps) -> float:
-            mixer, learner, this = _mixer(student, index), learners[index], seen[pairs[index]]
-            variance = _variance(this.outputs)
-            recent = []
-            for rows in _orders(len(this.inputs), stage.batch, steps, seed):
-                with computing(student, dtype, grad=True):
-                    got = mixer(this.inputs[rows], None, places(this.starts[rows]))
-                error = (got.to(variance.dtype) - this.outputs[rows]).square().sum(-1).mean()
-                loss = error / variance
-                learner.step(loss)
-                recent.append(loss.detach())
-                curve.add(learner.taken, recent[-1])
-                advance(1 / len(pairs))
-            tail = recent[-max(1, len(recent) // 8) :]
-            return float(torch.stack(tail).mean())
+            def train_one(
+                index: int, advance: Any, seen: Any = seen, part: Any = part, whole: Any = whole
+            ) -> None:
+                mixer, learner, this = _mixer(student, index), learners[index], seen[pairs[index]]
+                variance = _variance(this.outputs)
+                for rows in orders(len(this.inputs), stage.batch, whole, part, seed):
+                    total = torch.zeros((), device=variance.device, dtype=variance.dtype)
+                    for some in _at_once(rows, stage):
+                        with computing(mixer, dtype, grad=True):
+                            got = mixer(this.inputs[some], None, places(this.starts[some]))
+                        error = got.to(variance.dtype) - this.outputs[some]
+                        loss = error.square().sum(-1).mean() / variance
+                        loss = loss * (len(some) / len(rows))
+                        loss.backward()
+                        total += loss.detach()
+                    learner.step()
+                    curve.add(index, learner.taken, total)
+                    advance(1 / len(pairs))
 
-        layers = list(pairs)
-        found = each(train_one, layers, device=student.device, label="align", total=steps.count)
-        curve.layers |= dict(zip(layers, found, strict=True))
-    return curve.log()
+            each(train_one, list(pairs), device=student.device, label="align", total=part.count)
+            curve.check()
+            if memory is not None:
+                memory.offer(learners, curve, part.stop)
+    return curve.log(by_layer=True)
+
+
+def _named_mixer(student: TambaForCausalLM, index: int) -> dict[str, torch.nn.Parameter]:
+    """The parameters of a layer's mixer, by their names in the student."""
+    prefix = f"model.layers.{index}.mixer."
+    return {prefix + name: p for name, p in _mixer(student, index).named_parameters()}
+
+
+def _at_once(rows: Tensor, stage: Align | Distil) -> Sequence[Tensor]:
+    """The rows of a step in groups that go through together."""
+    return rows.split(stage.micro_batch or len(rows))
 
 
 def _variance(outputs: Tensor) -> Tensor:
@@ -240,6 +240,7 @@ def distil(
     blocks: TokenBlocks,
     stage: Distil,
     seed: int = 0,
+    memory: Memory | None = None,
 ) -> StageLog:
     """Train parameters of the student on the teacher's next-token distribution, the text, or both.
 
@@ -248,11 +249,12 @@ def distil(
     Args:
         student: changed in place.
         teacher: None where the stage has no use for it.
-        trained: names of the parameters that move.
+        trained: names of the parameters that move, which are float32 at least.
         seed: of the order of rows.
+        memory: keeps the stage while it runs, and knows how far it came before.
 
     Raises:
-        UserError: teacher and student have other vocabularies.
+        UserError: teacher and student have other vocabularies, or the loss is no longer a number.
     """
     if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
         raise UserError(
@@ -266,45 +268,66 @@ def distil(
     names = set(trained)
     moving = {n: p for n, p in student.named_parameters() if n in names}
     first = _first_layer(moving)
-    schedule = _Schedule(stage, blocks.length)
-    curve = _Curve(stage.stage, schedule.tokens, 1)
-    for parameter in student.parameters():
-        parameter.requires_grad_(False)
-    for parameter in moving.values():
-        parameter.requires_grad_(True)
-    learner = _Learner(moving, stage, schedule)
+    schedule = Schedule(stage, blocks.length)
+    curve = Curve(stage.stage, schedule.tokens)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name in names)
+    learner = Learner(moving, stage, schedule)
+    taken = 0 if memory is None else memory.resume({0: learner}, curve)
     top = len(student.model.layers)
     bytes_each = blocks.length * student.config.hidden_size * 8
+
+    def loss_of(rows: Tensor, pool: TokenBlocks, below: Tensor | None, above: Tensor | None) -> Any:
+        batch = Batch(pool.tokens[rows].long(), pool.starts[rows]).to(student.device)
+        at = rows.to(student.device)
+        with computing(student, dtype, grad=True):
+            hidden, tokens = enter(student, batch)
+            if below is not None:
+                hidden = below[at]
+            hidden = finish(student, climb(student, hidden, tokens, first or 0, top))
+            wanted = None
+            if teacher is not None and above is not None:
+                with torch.no_grad():
+                    wanted = finish(teacher, above[at])
+            return _loss(student, hidden, teacher, wanted, batch, weights)
+
     try:
-        for pool, steps in _pools(blocks, bytes_each, stage.batch, schedule.steps):
-            below = None
+        for pool, whole in pools(blocks, bytes_each, stage.batch, schedule.steps, _POOL_BYTES):
+            steps = whole.after(taken)
+            if not steps.count:
+                continue
+            below = above = None
             if first is not None:
                 label = "student's frozen layers read"
-                below = trace(student, pool, streams=[first], dtype=dtype, label=label)
-            above = None
+                frozen = trace(student, pool, streams=[first], dtype=dtype, label=label)
+                below = frozen.streams[first]
             if teacher is not None:
                 last = len(teacher.model.layers)
                 above = trace(teacher, pool, streams=[last], dtype=dtype).streams[last]
             with progress.task("distil", steps.count) as advance:
-                for rows in _orders(len(pool), stage.batch, steps, seed):
-                    batch = Batch(pool.tokens[rows].long(), pool.starts[rows]).to(student.device)
-                    with computing(student, dtype, grad=True):
-                        hidden, tokens = enter(student, batch)
-                        if below is not None and first is not None:
-                            hidden = below.streams[first][rows.to(hidden.device)]
-                        hidden = finish(student, climb(student, hidden, tokens, first or 0, top))
-                        wanted = None
-                        if teacher is not None and above is not None:
-                            with torch.no_grad():
-                                wanted = finish(teacher, above[rows.to(hidden.device)])
-                        loss = _loss(student, hidden, teacher, wanted, batch, weights)
-                    learner.step(loss)
-                    curve.add(learner.taken, loss.detach())
-                    advance(1, note=f"{float(loss.detach()):.3f} nats")
+                for rows in orders(len(pool), stage.batch, whole, steps, seed):
+                    # A mean over predicted tokens, however rows are divided.
+                    predicted = _predicted(pool, rows)
+                    total = torch.zeros((), dtype=torch.float64, device=student.device)
+                    for some in _at_once(rows, stage):
+                        loss = loss_of(some, pool, below, above)
+                        loss = loss * (_predicted(pool, some) / max(1, predicted))
+                        loss.backward()
+                        total += loss.detach()
+                    learner.step()
+                    curve.add(0, learner.taken, total)
+                    curve.check()
+                    if memory is not None:
+                        memory.offer({0: learner}, curve, learner.taken)
+                    advance(1, note=f"{float(total):.3f} nats")
     finally:
         for parameter in student.parameters():
             parameter.requires_grad_(True)
     return curve.log()
+
+
+def _predicted(pool: TokenBlocks, rows: Tensor) -> int:
+    return int(Batch(pool.tokens[rows], pool.starts[rows]).predicted.sum())
 
 
 def _loss(
@@ -338,157 +361,22 @@ def _first_layer(names: Iterable[str]) -> int | None:
     return min(layers, default=None)
 
 
-def trained_parameters(student: TambaForCausalLM, made: Iterable[int], what: str) -> list[str]:
+def trained_parameters(names: Iterable[str], made: Iterable[int], what: str) -> list[str]:
     """Names of what a `Distil` stage moves.
 
     Args:
+        names: of all parameters of the student.
         made: student layers whose mixers the build made.
         what: ``mixers``, ``mixers+norms`` or ``all``.
     """
     if what == "all":
-        return [name for name, _ in student.named_parameters()]
+        return list(names)
     mixers = tuple(f"model.layers.{i}.mixer." for i in made)
     return [
         name
-        for name, _ in student.named_parameters()
+        for name in names
         if name.startswith(mixers) or (what == "mixers+norms" and "norm." in name)
     ]
-
-
-# Steps.
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """Steps `first` to `first + count` of a stage."""
-
-    first: int
-    count: int
-
-
-class _Schedule:
-    """Steps of a stage and their learning rates."""
-
-    def __init__(self, stage: Align | Distil, length: int) -> None:
-        self.stage = stage
-        self.steps = max(1, stage.tokens // (stage.batch * length))
-        self.tokens = self.steps * stage.batch * length
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ..."""
-        stage = self.stage
-        warmup = math.ceil(stage.warmup * self.steps)
-        if step < warmup:
-            return stage.lr * (step + 1) / warmup
-        share = (step - warmup) / max(1, self.steps - warmup)
-        factor = {
-            "constant": 1.0,
-            "linear": 1.0 - share,
-            "cosine": 0.5 * (1.0 + math.cos(math.pi * share)),
-        }
-        return stage.lr * factor[stage.schedule]
-
-
-class _Learner:
-    """AdamW over some parameters, one step after another."""
-
-    def __init__(
-        self, named: Mapping[str, nn.Parameter], stage: Align | Distil, schedule: _Schedule
-    ) -> None:
-        self.parameters = list(named.values())
-        self._schedule = schedule
-        self._clip = stage.clip
-        decayed = {
-            name
-            for name, p in named.items()
-            if p.dim() == 2 and name.rpartition(".")[2] not in RecurrentMixer.FLOAT32
-        }
-        matrices = [p for name, p in named.items() if name in decayed]
-        others = [p for name, p in named.items() if name not in decayed]
-        self._adam = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": stage.weight_decay},
-                # Decaying norms, biases, taps and decays would pull them to a meaningless zero.
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=stage.lr,
-            betas=stage.betas,
-            fused=True,
-        )
-        self.taken = 0
-
-    def step(self, loss: Tensor) -> None:
-        loss.backward()
-        if self._clip:
-            nn.utils.clip_grad_norm_(self.parameters, self._clip)
-        for group in self._adam.param_groups:
-            group["lr"] = self._schedule.rate(self.taken)
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        self.taken += 1
-
-
-class _Curve:
-    """Gathers losses of all learners into a few points."""
-
-    def __init__(self, stage: str, tokens: int, learners: int) -> None:
-        self.layers: dict[int, float] = {}
-        self._stage, self._tokens, self._learners = stage, tokens, learners
-        self._losses: dict[int, list[Tensor]] = {}
-
-    def add(self, step: int, loss: Tensor) -> None:
-        self._losses.setdefault(step, []).append(loss)
-
-    def log(self) -> StageLog:
-        steps = sorted(self._losses)
-        points = []
-        for some in _split(steps, _POINTS):
-            # Added by threads in any order, and equal to the last bit all the same.
-            values = sorted(float(v) for step in some for v in self._losses[step])
-            points.append((some[-1] * self._tokens // len(steps), math.fsum(values) / len(values)))
-        if points and not all(math.isfinite(loss) for _, loss in points):
-            raise UserError(
-                f"train: {self._stage}", "the loss is no longer a number", "lower the learning rate"
-            )
-        return StageLog(self._stage, self._tokens, points, self.layers)
-
-
-def _split(items: Sequence[int], most: int) -> Iterator[Sequence[int]]:
-    count = min(most, len(items))
-    for a, b in pairwise(round(i * len(items) / count) for i in range(count + 1)):
-        yield items[a:b]
-
-
-def _pools(
-    blocks: TokenBlocks, bytes_each: int, batch: int, steps: int
-) -> Iterator[tuple[TokenBlocks, _Steps]]:
-    """Rows that are held at once, and the steps that are taken on them.
-
-    No more rows than the steps can use; where these are more than one epoch, each pool gets its
-    share of all of them.
-    """
-    n = min(len(blocks), steps * batch)
-    size = min(n, max(batch, _POOL_BYTES // max(1, bytes_each)))
-    count = -(-n // size)
-    edges = [round(i * n / count) for i in range(count + 1)]
-    shares = [round(i * steps / count) for i in range(count + 1)]
-    for (a, b), (start, stop) in zip(pairwise(edges), pairwise(shares), strict=True):
-        pool = TokenBlocks(blocks.tokens[a:b], blocks.starts[a:b], (b - a) * blocks.length)
-        yield pool, _Steps(start, stop - start)
-
-
-def _orders(n: int, batch: int, steps: _Steps, seed: int) -> Iterator[Tensor]:
-    """Rows of each step: a new order of all `n` each epoch, the same for all layers."""
-    left = torch.empty(0, dtype=torch.long)
-    epoch = 0
-    for _ in range(steps.count):
-        while len(left) < batch:
-            mixed = hashlib.sha256(f"{seed} {steps.first} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "little"))
-            left = torch.cat([left, torch.randperm(n, generator=generator)])
-            epoch += 1
-        yield left[:batch]
-        left = left[batch:]
 
 
 def _gradient_dtype(stage: Align | Distil) -> torch.dtype:
@@ -517,8 +405,8 @@ def train(
 ) -> list[StageLog]:
     """Repair a student by the stages of a recipe.
 
-    After each stage what has changed is kept beside `out`, in a hidden folder; a run that was
-    interrupted goes on after its last whole stage, and ends with the same weights.
+    What has changed is kept beside `out`, in a hidden folder, after each stage and every few
+    minutes of gradient steps; a run that was cut off goes on from there, to the same weights.
 
     Args:
         recipe: the recipe or its file.
@@ -540,65 +428,125 @@ def train(
         raise UserError(recipe.where("train"), "has no stages", "add a [[train]] section")
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(str(out), "already exists", "choose another folder or remove it")
-    checkpoint = open_checkpoint(source)
+    checkpoint, giver = open_checkpoint(source), open_model(recipe)
     plan = _plan_of(source)
+    pairs = {i: plan.entries[i].index for i in plan.converted}
+    _check_pairs(giver.tamba_config, checkpoint.tamba_config, pairs, source)
+    moves = check_stages(
+        recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train
     if blocks is None:
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
-    model = load_model(checkpoint, torch.float32, device)
-    teacher = load_model(open_model(recipe), torch.float32, device)
-    pairs = {i: plan.entries[i].index for i in plan.converted}
-    _check_pairs(teacher, model, pairs, source)
-    # Converted, transplanted or fresh: whatever is not the teacher's own.
-    made = [i for i, entry in enumerate(plan.entries) if entry.action != "keep"]
-    _check_stages(recipe, model, teacher, pairs, made, blocks)
-    memory = _Memory(Path(out), recipe, checkpoint, blocks)
-    logs = memory.restore(model)
-    for stage in recipe.train[len(logs) :]:
+    model, teacher = _load(recipe, checkpoint, giver, moves, device)
+    folder = Path(out).absolute().parent / f".{Path(out).absolute().name}.stages"
+    memory = Memory(folder, _digest(recipe, checkpoint, blocks), model)
+    logs = memory.restore()
+    for stage, moved in list(zip(recipe.train, moves, strict=True))[len(logs) :]:
         rows = _of_length(blocks, stage.length, recipe)
-        if isinstance(stage, LeastSquares):
-            log = least_squares(model, teacher, pairs, rows, stage)
-        elif isinstance(stage, Align):
-            log = align(model, teacher, pairs, rows, stage, recipe.seed)
+        memory.moves(moved)
+        if isinstance(stage, Distil):
+            guide = teacher if stage.uses_teacher else None
+            log = distil(model, guide, moved, rows, stage, recipe.seed, memory)
         else:
-            names = trained_parameters(model, made, stage.train)
-            log = distil(
-                model, teacher if stage.uses_teacher else None, names, rows, stage, recipe.seed
-            )
+            assert teacher is not None
+            if isinstance(stage, LeastSquares):
+                log = least_squares(model, teacher, pairs, rows, stage)
+            else:
+                log = align(model, teacher, pairs, rows, stage, recipe.seed, memory)
         logs.append(log)
-        memory.keep(model, logs)
+        memory.keep(log)
     _write(Path(out), recipe, checkpoint, model, logs, memory.digest)
     memory.forget()
     return logs
 
 
-def _check_stages(
+def _load(
     recipe: Recipe,
-    student: TambaForCausalLM,
-    teacher: TambaForCausalLM,
-    pairs: Pairs,
-    made: Sequence[int],
-    blocks: TokenBlocks,
-) -> None:
-    """Refuse a stage that cannot run before the first of them does."""
+    student: Checkpoint,
+    teacher: Checkpoint,
+    moves: Iterable[Collection[str]],
+    device: str,
+) -> tuple[TambaForCausalLM, TambaForCausalLM | None]:
+    """Both models, each weight once: masters in float32, the rest in the type of the recipe.
+
+    The teacher is None where no stage asks it.
+    """
+    masters = {name for names in moves for name in names}
+    model = load_model(student, _held(student.tamba_config.dtype, recipe), device, wide=masters)
+    if not any(not isinstance(s, Distil) or s.uses_teacher for s in recipe.train):
+        return model, None
+    asked = recipe.teacher.dtype or teacher.tamba_config.dtype
+    return model, load_model(teacher, _held(asked, recipe), device)
+
+
+def _held(asked: torch.dtype | str | None, recipe: Recipe) -> torch.dtype:
+    """The type of weights that do not move: as asked where all stages compute in it, or float32."""
+    name = str(asked or torch.float32).removeprefix("torch.")
+    held = name if all(stage.dtype == name for stage in recipe.train) else "float32"
+    dtype: torch.dtype = getattr(torch, held)
+    return dtype
+
+
+def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks) -> str:
+    """Of everything that the trained weights depend on."""
+    raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    return text_digest(
+        [
+            recipe.digest("seed", "teacher", "train"),
+            student.digest(),
+            hashlib.sha256(raw).hexdigest(),
+            tamba.__version__,
+        ]
+    )
+
+
+def check_stages(
+    recipe: Recipe,
+    student: TambaConfig,
+    names: Iterable[str],
+    teacher: TambaConfig,
+    plan: LayerPlan,
+) -> list[list[str]]:
+    """Refuse a stage that cannot run before the first of them does.
+
+    Args:
+        recipe: whose stages.
+        student: what `plan` makes of the teacher, and `names` its parameters.
+        teacher: the configuration of the recipe's teacher.
+
+    Returns:
+        What each stage moves.
+
+    Raises:
+        UserError: a stage with nothing to move, rows that cannot be cut, other vocabularies, a type
+            or a fit that cannot be.
+    """
+    names = list(names)
+    pairs = {i: plan.entries[i].index for i in plan.converted}
+    # Converted, transplanted or fresh: whatever is not the teacher's own.
+    made = [i for i, entry in enumerate(plan.entries) if entry.action != "keep"]
+    moves = []
     for index, stage in enumerate(recipe.train):
         where = recipe.where(f"train.{index} ({stage.stage})")
-        _of_length(blocks, stage.length, recipe)
+        _check_length(stage.length, recipe.data.length, recipe)
         if isinstance(stage, Distil):
             _gradient_dtype(stage)
-            if not trained_parameters(student, made, stage.train):
+            moved = trained_parameters(names, made, stage.train)
+            if not moved:
                 raise UserError(
                     where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
                 )
-            if stage.uses_teacher and student.config.vocab_size != teacher.config.vocab_size:
+            if stage.uses_teacher and student.vocab_size != teacher.vocab_size:
                 raise UserError(
                     where,
-                    f"the teacher has {teacher.config.vocab_size} words and the student "
-                    f"{student.config.vocab_size}",
+                    f"the teacher has {teacher.vocab_size} words and the student "
+                    f"{student.vocab_size}",
                     "set kl = 0 and ce = 1",
                 )
+            moves.append(moved)
             continue
         if isinstance(stage, Align):
             _gradient_dtype(stage)
@@ -606,14 +554,16 @@ def _check_stages(
             raise UserError(where, "the plan converts no layer", "leave this stage out")
         if isinstance(stage, LeastSquares) and stage.fit == "mixer":
             for ours, theirs in pairs.items():
-                attention = teacher.model.layers[theirs].mixer
-                assert isinstance(attention, Attention)
-                if not can_calibrate(_mixer(student, ours), attention):
+                heads = teacher.block_specs[theirs].mixer
+                assert isinstance(heads, AttentionSpec)
+                if not can_calibrate(student.block_specs[ours].mixer, heads):
                     raise UserError(
                         where,
                         f"fit = 'mixer' cannot set the mixer of layer {ours}",
                         "use fit = 'output'",
                     )
+        moves.append(trained_parameters(names, pairs, "mixers"))
+    return moves
 
 
 def _plan_of(folder: Path) -> LayerPlan:
@@ -623,16 +573,14 @@ def _plan_of(folder: Path) -> LayerPlan:
     return read_plan(path)
 
 
-def _check_pairs(
-    teacher: TambaForCausalLM, student: TambaForCausalLM, pairs: Pairs, source: Path
-) -> None:
+def _check_pairs(teacher: TambaConfig, student: TambaConfig, pairs: Pairs, source: Path) -> None:
     """Refuse a plan that does not describe this student."""
     for ours, theirs in pairs.items():
         fits = (
-            ours < len(student.model.layers)
-            and theirs < len(teacher.model.layers)
-            and isinstance(student.model.layers[ours].mixer, RecurrentMixer)
-            and isinstance(teacher.model.layers[theirs].mixer, Attention)
+            ours < student.num_hidden_layers
+            and theirs < teacher.num_hidden_layers
+            and not isinstance(student.block_specs[ours].mixer, AttentionSpec)
+            and isinstance(teacher.block_specs[theirs].mixer, AttentionSpec)
         )
         if not fits:
             raise UserError(
@@ -642,97 +590,24 @@ def _check_pairs(
             )
 
 
+def _check_length(length: int | None, of: int, recipe: Recipe) -> None:
+    if length is not None and (length < 2 or of % length):
+        raise UserError(
+            recipe.where("train"),
+            f"length = {length} does not divide the {of} tokens of a row",
+            "choose a divisor of data.length",
+        )
+
+
 def _of_length(blocks: TokenBlocks, length: int | None, recipe: Recipe) -> TokenBlocks:
     """The same text in rows of another length; where a row is cut, a document begins."""
     if length is None or length == blocks.length:
         return blocks
-    if length < 2 or blocks.length % length:
-        raise UserError(
-            recipe.where("train"),
-            f"length = {length} does not divide the {blocks.length} tokens of a row",
-            "choose a divisor of data.length",
-        )
+    _check_length(length, blocks.length, recipe)
     starts = blocks.starts.reshape(-1, length).clone()
     starts[:, 0] = True
     tokens = blocks.tokens.reshape(-1, length)
     return TokenBlocks(tokens, starts, blocks.n_tokens, blocks.bytes_per_token)
-
-
-class _Memory:
-    """Whole stages of an unfinished run, beside its output.
-
-    The folder is named after `out`; its files hold the tensors that differ from the student's, and
-    the digest of what went in says whether they are of this run.
-    """
-
-    def __init__(self, out: Path, recipe: Recipe, student: Checkpoint, blocks: TokenBlocks) -> None:
-        self.folder = out.absolute().parent / f".{out.absolute().name}.stages"
-        raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
-        parts = [
-            recipe.digest("seed", "teacher", "train"),
-            student.digest(),
-            hashlib.sha256(raw).hexdigest(),
-            tamba.__version__,
-        ]
-        self.digest = text_digest(parts)
-        self._before: dict[str, Tensor] = {}
-
-    def restore(self, model: TambaForCausalLM) -> list[StageLog]:
-        """Load the last whole stage of this run into the model; the logs up to there."""
-        self._before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        path = self.folder / "stage.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata()
-                if facts["digest"] != self.digest:
-                    return []
-                logs = [_log_from(log) for log in json.loads(facts["logs"])]
-                parameters = dict(model.named_parameters())
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                with torch.no_grad():
-                    for name, tensor in tensors.items():
-                        parameters[name].copy_(tensor)
-                return logs
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-            # Nothing of use is there: the run begins anew, which is always right.
-            return []
-
-    def keep(self, model: TambaForCausalLM, logs: Sequence[StageLog]) -> None:
-        """Write what has changed so far, whole or not at all."""
-        changed = {
-            name: p.detach().cpu().contiguous()
-            for name, p in model.named_parameters()
-            if not torch.equal(p, self._before[name])
-        }
-        facts = {"digest": self.digest, "logs": json.dumps([_log_to(log) for log in logs])}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            part = self.folder / "stage.part"
-            save_file(changed, part, metadata=facts)
-            part.replace(self.folder / "stage.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                str(self.folder), f"cannot be written ({error})", "free some room on the disk"
-            ) from error
-
-    def forget(self) -> None:
-        """The run is whole."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _log_to(log: StageLog) -> dict[str, Any]:
-    return {
-        "stage": log.stage,
-        "tokens": log.tokens,
-        "losses": [list(point) for point in log.losses],
-        "layers": {str(i): left for i, left in log.layers.items()},
-    }
-
-
-def _log_from(data: dict[str, Any]) -> StageLog:
-    losses = [(int(tokens), float(loss)) for tokens, loss in data["losses"]]
-    layers = {int(i): float(left) for i, left in data["layers"].items()}
-    return StageLog(data["stage"], data["tokens"], losses, layers)
 
 
 def _write(
@@ -769,14 +644,9 @@ def _write(
                     writer.add_file(name, folder / name)
         writer.add_file("recipe.toml", recipe.text)
         record = {
-            "stages": [_log_to(log) for log in logs],
+            "stages": [log.to_dict() for log in logs],
             "inputs": digest,
-            "versions": {
-                "tamba": tamba.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
         writer.add_file("train.json", json.dumps(record, indent=1) + "\n")
         points = [

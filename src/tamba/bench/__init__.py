@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import tamba
+from tamba import artefact
 from tamba.bench import cold_start, kernels, model, peers
 from tamba.bench.ceilings import Ceilings, measure_ceilings
 from tamba.bench.measure import reason
@@ -91,6 +89,8 @@ def bench(
     target = None if out is None else Path(out)
     if target is not None and target.is_dir():
         raise UserError(str(target), "is a folder", "name a file for the record")
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
     seed = time.time_ns() % (1 << 31) if seed is None else seed
     begun = time.monotonic()
     record: dict[str, Any] = {
@@ -110,7 +110,7 @@ def bench(
         record["machine"] = _machine(at)
         record["seconds"] = time.monotonic() - begun
         if target is not None:
-            _write(target, record)
+            artefact.write_file(target, json.dumps(record, indent=1) + "\n")
         report(row)
 
     found = peers.Peers(folder)
@@ -197,7 +197,6 @@ def _machine(at: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(at) if at.type == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "platform": platform.platform(),
     }
     if at.type == "cuda":
@@ -208,20 +207,8 @@ def _machine(at: torch.device) -> dict[str, Any]:
             flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags
         ]
         found["load_average"] = os.getloadavg()
-    found["versions"] = {"tamba": tamba.__version__} | {
-        name: v for name in ("torch", "triton", "transformers") if (v := _version(name))
-    }
-    found["versions"] |= peers.versions()
+    found["versions"] = artefact.versions() | peers.versions()
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        with contextlib.suppress(ImportError):
-            return str(importlib.import_module(name).__version__)
-        return None
 
 
 def _cpu_line(name: str) -> str:
@@ -241,10 +228,3 @@ def _command() -> str:
     program, *arguments = sys.argv or ["python"]
     short = [Path(a).name if os.path.isabs(a) else a for a in arguments]
     return " ".join([Path(program).name.replace("__main__.py", "tamba"), *short])
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(path)

@@ -10,10 +10,24 @@ Shape letters: `D` d_model, `H` heads, `G` groups, `P` head_dim, `N` d_state, `W
 from __future__ import annotations
 
 import dataclasses
+import math
+import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tamba.errors import UserError, nearest
 
@@ -191,8 +205,8 @@ class BlockSpec:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> BlockSpec:
         """Read what `to_dict` wrote. UserError for an unknown, missing or impossible entry."""
-        data = dict(data)
-        mixer = dict(data.pop("mixer", {}))
+        data = _table(data, where)
+        mixer = _table(data.pop("mixer", {}), f"{where}.mixer")
         kind = mixer.pop("kind", None)
         if kind not in MIXERS:
             raise UserError(
@@ -200,8 +214,8 @@ class BlockSpec:
             )
         if mixer.get("qk_norm") is not None:
             mixer["qk_norm"] = _read(NormSpec, mixer["qk_norm"], f"{where}.mixer.qk_norm")
-        if mixer.get("dt_limit") is not None:
-            mixer["dt_limit"] = tuple(mixer["dt_limit"])
+        if isinstance(limit := mixer.get("dt_limit"), list):
+            mixer["dt_limit"] = tuple(limit)
         mlp = data.pop("mlp", None)
         spec = _read(
             cls,
@@ -217,14 +231,63 @@ class BlockSpec:
         return spec
 
 
-def _read(cls: type[T], data: dict[str, Any], where: str) -> T:
+def _table(value: Any, where: str) -> dict[str, Any]:
+    """A copy of a table; UserError for anything else."""
+    if not isinstance(value, Mapping):
+        raise UserError(where, f"must be a table, not {value!r}")
+    return dict(value)
+
+
+_NOT_COUNTS = {"rotary_dim": 0}
+"""Whole numbers that may be less than 1, and how little they may be."""
+_POSITIVE = ("eps", "norm_eps")
+
+
+def _fault(hint: Any, value: Any) -> str:
+    """What is wrong with a value of a field of this type; empty if nothing is."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "" if value in parts else f"{value!r} is not one of {', '.join(map(str, parts))}"
+    if origin in (Union, types.UnionType):
+        faults = [_fault(part, value) for part in parts]
+        return "" if "" in faults else faults[0]
+    if origin is tuple:
+        fits = isinstance(value, tuple) and len(value) == len(parts)
+        fits = fits and not any(map(_fault, parts, value))
+        return "" if fits else f"must be {len(parts)} numbers, not {value!r}"
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "" if number and not math.isnan(value) else f"must be a number, not {value!r}"
+    kind = origin or hint
+    if isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
+        return ""
+    names = {int: "a whole number", bool: "true or false", str: "a word", list: "a list"}
+    return f"must be {names.get(kind, 'a table')}, not {value!r}"
+
+
+def _check_value(name: str, hint: Any, value: Any, where: str) -> None:
+    """Refuse a value of another type than `hint`, or a size that nothing can have."""
+    fault = _fault(hint, value)
+    if not fault and isinstance(value, int) and not isinstance(value, bool):
+        least = _NOT_COUNTS.get(name, 1)
+        if get_origin(hint) is not Literal and value < least:
+            fault = f"must be {least} or more, not {value}"
+    if not fault and name in _POSITIVE and not 0 < value < math.inf:
+        fault = f"must be a positive number, not {value}"
+    if not fault and name == "activation" and value not in ACT2FN:
+        raise UserError(where, f"unknown function {value!r}", nearest(value, ACT2FN))
+    if fault:
+        raise UserError(where, fault)
+
+
+def _read(cls: type[T], data: Any, where: str) -> T:
+    data = _table(data, where)
+    hints = get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in data.items():
         if key not in names:
-            raise UserError(f"{where}.{key}", "unknown key", nearest(key, names))
-        allowed = getattr(get_type_hints(cls)[key], "__args__", ())
-        if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
-            raise UserError(f"{where}.{key}", f"{value!r} is not one of {', '.join(allowed)}")
+            raise UserError(f"{where}.{key}", "unknown key", nearest(str(key), names))
+        _check_value(key, hints[key], value, f"{where}.{key}")
     missing = [
         f.name
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -248,6 +311,7 @@ def _check_mixer(mixer: MixerSpec, where: str) -> None:
     match mixer:
         case AttentionSpec():
             divides("n_kv_heads", "n_heads")
+            _check_rope(mixer.rope, f"{where}.rope")
             if not 0 <= mixer.rotary_dim <= mixer.head_dim or mixer.rotary_dim % 2:
                 raise UserError(
                     f"{where}.rotary_dim",
@@ -269,9 +333,52 @@ def _check_mixer(mixer: MixerSpec, where: str) -> None:
             divides("norm_groups", "d_inner")
 
 
+def _check_rope(rope: Mapping[str, Any], where: str) -> None:
+    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta", 1e4)
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    if kind not in known:
+        raise UserError(f"{where}.rope_type", f"unknown kind {kind!r}", nearest(str(kind), known))
+    if fault := _fault(float, theta):
+        raise UserError(f"{where}.rope_theta", fault)
+    if not 0 < theta < math.inf:
+        raise UserError(f"{where}.rope_theta", f"must be a positive number, not {theta}")
+
+
 def _windows(specs: dict[str, BlockSpec]) -> set[int]:
     mixers = [b.mixer for b in specs.values() if isinstance(b.mixer, AttentionSpec)]
     return {m.sliding_window for m in mixers if m.sliding_window is not None}
+
+
+def _check_sizes(config: TambaConfig, derived: Mapping[str, Any]) -> None:
+    """Refuse values of the wrong type or size, and words that the layer list does not bear out."""
+    for name, hint in (
+        ("vocab_size", int),
+        ("hidden_size", int),
+        ("max_position_embeddings", int),
+        ("initializer_range", float),
+        ("residual_in_fp32", bool),
+        ("tie_word_embeddings", bool),
+        ("blocks", dict | None),
+        ("layers", list | None),
+    ):
+        _check_value(name, hint, getattr(config, name), f"config: {name}")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # A type alone: some checkpoints write -1 for none.
+        hint = int | list | None if name == "eos_token_id" else int | None
+        if fault := _fault(hint, getattr(config, name)):
+            raise UserError(f"config: {name}", fault)
+    if not 0 <= config.initializer_range < math.inf:
+        raise UserError("config: initializer_range", f"cannot be {config.initializer_range}")
+    for index, name in enumerate(config.layers or []):
+        if fault := _fault(str, name):
+            raise UserError(f"config: layers[{index}]", fault)
+    count = derived.get("num_hidden_layers", len(config.layers or []))
+    if count != len(config.layers or []):
+        raise UserError(
+            "config: layers",
+            f"lists {len(config.layers or [])} layers and num_hidden_layers says {count}",
+            "make them agree",
+        )
 
 
 class TambaConfig(PreTrainedConfig):
@@ -307,14 +414,19 @@ class TambaConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_sizes(self, kwargs)
         self.blocks = {
-            name: block.to_dict() if isinstance(block, BlockSpec) else dict(block)
+            name: block.to_dict()
+            if isinstance(block, BlockSpec)
+            else _table(block, f"config: blocks.{name}")
             for name, block in (self.blocks or {}).items()
         }
         self.layers = list(self.layers or [])
         if isinstance(self.final_norm, NormSpec):
             self.final_norm = dataclasses.asdict(self.final_norm)
-        self.final_norm = dict(self.final_norm or dataclasses.asdict(NormSpec()))
+        self.final_norm = _table(
+            self.final_norm or dataclasses.asdict(NormSpec()), "config: final_norm"
+        )
         self._specs = {
             name: BlockSpec.from_dict(block, f"config: blocks.{name}")
             for name, block in self.blocks.items()
@@ -332,7 +444,7 @@ class TambaConfig(PreTrainedConfig):
                 "config: blocks",
                 f"sliding windows differ ({sorted(windows)}); all must have one width",
             )
-        # Derived words of other readers' configs; ours are computed from the layer list.
+        # Derived words for other readers; ours are computed from the layer list.
         for derived in ("layer_types", "num_hidden_layers", "num_attention_heads", "head_dim"):
             kwargs.pop(derived, None)
         super().__post_init__(**kwargs)

@@ -1,8 +1,9 @@
-"""Which implementation of an operator runs: Triton kernels, or plain torch.
+"""Which implementation of an operator runs: Triton kernels, a compiled loop, or plain torch.
 
 Kernels run where every tensor lies on one CUDA device and Triton is installed. On a CPU they run
 under Triton's interpreter when `TRITON_INTERPRET=1`, for tests. What they do not cover (float64,
 an unusual size) goes to plain torch; on a CUDA device that is said once, since it is slower.
+Mamba-1's scan has a compiled loop for CPUs (Numba), where plain torch is slow and memory-bound.
 """
 
 from __future__ import annotations
@@ -45,6 +46,22 @@ def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) ->
     return why is None
 
 
+def compiles_for_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an operator that computes in `dtype` has a compiled loop for this tensor: on a CPU,
+    in float32, where Numba is installed and `TAMBA_KERNELS` does not say `torch`.
+
+    Under torch.compile plain torch runs: it can be traced.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and dtype == torch.float32
+        and os.environ.get("TAMBA_KERNELS", "auto") == "auto"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and _has_numba()
+    )
+
+
 def _why_not(tensors: list[Tensor]) -> str | None:
     if not _has_triton():
         return "Triton is not installed"
@@ -57,6 +74,11 @@ def _why_not(tensors: list[Tensor]) -> str | None:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 @cache

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tamba.ops.backend import compiles_for_cpu
 from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, step_sizes
 
 # Up to this many tokens a plain recurrence needs fewer operations than a block does.
@@ -89,8 +90,14 @@ def selective_scan(
         dt, dtype=dtype, bias=dt_bias, softplus=dt_softplus, limit=None, padding=padding
     )
     starts = real_starts(starts, padding)
-    scan = _by_steps if x.shape[1] <= _STEPS else _by_blocks
-    y, state = scan(x, dt, A, B, C, state, starts)
+    if x.shape[1] <= _STEPS:
+        y, state = _by_steps(x, dt, A, B, C, state, starts)
+    elif compiles_for_cpu(x, dtype):
+        from tamba.ops.kernels import scan_cpu
+
+        y, state = scan_cpu.selective_scan(x, dt, A, B, C, state, starts)
+    else:
+        y, state = _by_blocks(x, dt, A, B, C, state, starts)
     if D is not None:
         y = torch.addcmul(y, x.to(dtype), D.to(dtype))
     if z is not None:

@@ -1,0 +1,1 @@
+"""Operators for one kind of machine each, imported when a call is for them."""

@@ -1,0 +1,132 @@
+"""Scores of layers on models that are made so that the answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import random_ids, tiny_model
+from tamba import analyze as analyze_module
+from tamba.analyze import analyze_model, angular_distances, perplexity_ratios, swap_scores
+from tamba.data import TokenBlocks
+from tamba.errors import UserError
+from tamba.model.modeling import TambaForCausalLM
+from tamba.plan import ConvertOptions
+from tamba.recipe import Recipe
+from tamba.trace import Trace, trace
+
+IDLE, LOUD = 1, 3
+
+
+def made() -> TambaForCausalLM:
+    """Four layers: one does nothing at all, one shouts, the others whisper."""
+    model = tiny_model(["attention"] * 4)
+    with torch.no_grad():
+        for index, layer in enumerate(model.model.layers):
+            factor = {IDLE: 0.0, LOUD: 4.0}.get(index, 0.05)
+            layer.mixer.o_proj.weight *= factor
+            layer.mlp.down_proj.weight *= factor
+        # Sharp scores: no sum of decays comes near them, fitted or not.
+        model.model.layers[LOUD].mixer.q_proj.weight *= 4.0
+    return model
+
+
+def rows(n: int = 8, length: int = 24) -> TokenBlocks:
+    starts = torch.zeros(n, length, dtype=torch.bool)
+    starts[:, 0] = True
+    starts[::2, length // 2] = True
+    return TokenBlocks(random_ids(n, length, 5).int(), starts, n * length)
+
+
+def recipe(score: str, **analyze: object) -> Recipe:
+    told = {"score": score, "tokens": 96, "convert": 1} | analyze
+    return Recipe.model_validate(
+        {
+            "name": "made",
+            "teacher": {"path": "x"},
+            "data": {"train": ("x",)},
+            "analyze": told,
+        }
+    )
+
+
+def check_order(score: str) -> None:
+    found = analyze_model(made(), rows(), recipe(score))
+    assert found.order[0] == IDLE and found.order[-1] == LOUD
+    assert found.scores[IDLE] == pytest.approx(0.0, abs=1e-4)
+    assert list(found.plan.converted) == [IDLE]
+
+
+@pytest.mark.parametrize("score", ["swap", "least_squares", "own_turn"])
+def test_what_matters_scores_highest_and_what_idles_lowest(score: str) -> None:
+    check_order(score)
+
+
+def test_a_score_of_another_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = analyze_module._harm
+
+    def wrong(teacher: object, replaced: dict, blocks: object, reference: Trace, first: int):
+        ((_, block),) = replaced.items()
+        other = (first + 1) % 4
+        reference = trace(teacher, blocks, streams=[other, 4])
+        return right(teacher, {other: block}, blocks, reference, other)
+
+    monkeypatch.setattr(analyze_module, "_harm", wrong)
+    with pytest.raises(AssertionError):
+        check_order("swap")
+
+
+def check_own_place(model: TambaForCausalLM) -> None:
+    """A layer put in its own place does no harm, measured either way."""
+    blocks = rows()
+    reference = trace(model, blocks, streams=[*range(4), 4])
+    for index in range(4):
+        same = {index: model.model.layers[index]}
+        harm = analyze_module._harm(model, same, blocks, reference, index)
+        assert harm == pytest.approx(0.0, abs=1e-5)
+    whole = dict(enumerate(model.model.layers))
+    assert perplexity_ratios(model, {4: whole}, blocks) == [(4, pytest.approx(1.0, abs=1e-6))]
+
+
+def test_the_teacher_against_itself_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In one type throughout: what is compared is then the same to the bit.
+    monkeypatch.setattr(analyze_module, "_DTYPE", torch.float32)
+    check_own_place(made())
+    right = analyze_module._climb
+    monkeypatch.setattr(
+        analyze_module,
+        "_climb",
+        lambda teacher, replaced, hidden, tokens, first: right(
+            teacher, replaced, hidden * 1.1, tokens, first
+        ),
+    )
+    with pytest.raises(AssertionError):
+        check_own_place(made())
+
+
+def test_a_fit_lowers_the_harm() -> None:
+    model, blocks = made(), rows(16)
+    plain = swap_scores(model, [LOUD], ConvertOptions(), blocks.take(8))[1]
+    fitted = swap_scores(model, [LOUD], ConvertOptions(), blocks.take(8), blocks)[1]
+    assert fitted[LOUD] < plain[LOUD]
+
+
+def test_angles_are_those_of_the_formula() -> None:
+    model, blocks = made(), rows(2)
+    table = angular_distances(model, blocks)
+    states = trace(model, blocks, streams=range(5), dtype=torch.float32).streams
+    for low in range(4):
+        for high in range(low + 1, 5):
+            a, b = states[low].double(), states[high].double()
+            cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1)
+            want = float((torch.arccos(cosine) / torch.pi).mean())
+            assert float(table[low, high - low - 1]) == pytest.approx(want, abs=5e-3)
+    assert table.isnan().sum() == 6
+    assert float(table[IDLE, 0]) < 1e-3
+
+
+def test_what_is_kept_is_not_chosen() -> None:
+    found = analyze_model(made(), rows(), recipe("own_turn", always_keep=(IDLE,), convert=2))
+    assert IDLE not in found.plan.converted and LOUD not in found.plan.converted
+    with pytest.raises(UserError, match="1 row of text cannot be divided"):
+        analyze_model(made(), rows(1), recipe("own_turn"))
