@@ -140,11 +140,15 @@ def test_relative_rms():
         (Bar("times:absent", 1), None),
         (Bar("floor_share", 0.4), True),
         (Bar("extra_over_inputs", 1.2), False),
+        (Bar("peak_over_peer", 0.6), True),
+        (Bar("mfu", 0.6), False),
     ],
 )
 def test_bars(bar, met):
     row = {"ours_us": 10.0, "ratios": {"peer": 2.5}, "floor_share": 0.5, "extra_over_inputs": 2.0}
-    assert bar.judge(row)["met"] is met
+    judged = bar.judge({**row, "peak_over_peer": 0.5, "mfu": 0.5})
+    assert judged["met"] is met
+    assert {True: ": met", False: "missed", None: "not measured"}[met] in tables._bar(judged)
 
 
 # One row, whole

@@ -148,7 +148,10 @@ def _ours(row: Mapping[str, Any]) -> str:
     if row["ours_us"] is None:
         return "void"
     low, high = duration(row["ours_p20_us"]), duration(row["ours_p80_us"])
-    return f"**{duration(row['ours_us'])}** ({low} to {high})"
+    rate = ""
+    if row.get("mfu") is not None:
+        rate = f"<br>{row['tokens_per_second']:,.0f} tokens/s, MFU {row['mfu']:.0%}"
+    return f"**{duration(row['ours_us'])}** ({low} to {high}){rate}"
 
 
 def _share(share: float | None) -> str:
@@ -183,6 +186,10 @@ def _bar(bar: Mapping[str, Any]) -> str:
             text = f"≥ {bar['value']:g}x {peer}"
         case "floor_share":
             text = f"≥ {bar['value']:.0%} of the floor"
+        case "mfu":
+            text = f"MFU ≥ {bar['value']:.0%}"
+        case "peak_over_peer":
+            text = f"memory ≤ {bar['value']:g} of the peer's"
         case _:
             text = f"memory ≤ {bar['value']:g} of the inputs"
     return f"{text}: " + {True: "met", False: "**missed**", None: "not measured"}[bar["met"]]
