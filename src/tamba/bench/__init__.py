@@ -125,7 +125,7 @@ def bench(
         report({"id": "ceilings", **record["ceilings"]})
         if at.type == "cuda":
             _make_peers_ready(suite, [row.id for row in chosen], found, compile_seconds)
-    with task(suite, total=len(chosen)) as advance:
+    with contextlib.closing(found), task(suite, total=len(chosen)) as advance:
         for row in chosen:
             if limit_seconds is not None and time.monotonic() - begun > limit_seconds:
                 add({"id": row.id, "not_run": f"{limit_seconds:g} s were over"})

@@ -347,6 +347,13 @@ class Peers:
                 with contextlib.suppress(Refusal):
                     self._builds[name] = _Build.start(name, self._archive_of(name), self.may_build)
 
+    def close(self) -> None:
+        """Stop the compilers that nobody waited for."""
+        for build in self._builds.values():
+            if build.process is not None and build.process.poll() is None:
+                build.process.kill()
+                build.process.wait()
+
     def _archive_of(self, extension: str) -> Path:
         if extension == "selective_scan_cuda":
             return self._find("selective_scan.cpp", "mamba-ssm's source archive").parent
