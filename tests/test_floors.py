@@ -35,8 +35,10 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 
 # What an extra brings, and the one room (or file) that imports it.
 OPTIONAL = {
+    "datasets": "evaluate",
     "gguf": "formats",
     "jinja2": "report",
+    "lm_eval": "evaluate",
     "matplotlib": "plots",
 }
 

@@ -41,10 +41,8 @@ def mean_score(values: Sequence[float]) -> Score:
     """
     n = len(values)
     mean = math.fsum(values) / n
-    if n < 2:
-        error = None
-    else:
-        error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    spread = math.fsum((v - mean) ** 2 for v in values)
+    error = math.sqrt(spread / (n - 1) / n) if n > 1 else None
     if all(v in (0, 1) for v in values):
         low, high = wilson(math.fsum(values), n)
         return Score(value=mean, n=n, error=error, low=low, high=high)
@@ -89,9 +87,7 @@ def mcnemar(first_only: int, second_only: int) -> float:
         return 1.0
     # Logarithms: binomial coefficients of thousands do not fit in a float.
     tail = math.fsum(
-        math.exp(
-            math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
-        )
+        math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
         for k in range(fewer + 1)
     )
     return min(1.0, 2 * tail)
