@@ -545,7 +545,7 @@ def load_model(
 
 
 def check_place(dtype: torch.dtype | str | None, device: torch.device | str | None) -> torch.device:
-    """The device that is meant, by default the CPU. Raises UserError where it or the type cannot be."""
+    """The device that is meant, by default the CPU. Raises UserError for what cannot be."""
     _as_dtype(dtype)
     return _as_device(device)
 

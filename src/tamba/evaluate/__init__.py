@@ -45,7 +45,7 @@ __all__ = [
     "perplexity",
 ]
 
-_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32_768}
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
 # Settings that say how much is measured, not what an item's result is.
 _AMOUNTS = frozenset({"limit", "cases", "lengths", "left_out", "windows", "n"})
 

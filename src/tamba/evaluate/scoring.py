@@ -9,8 +9,10 @@ Shape letters: `B` rows, `T` tokens, `V` vocabulary, `n` scored positions.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,10 @@ Pair = tuple[Sequence[int], Sequence[int]]
 _LOGITS_AT_ONCE = 2**24
 _WORTH_SHARING = 0.25
 """Share of a request's tokens that a common beginning must save; a second pass has its price."""
+_WORTH_A_PASS = 128
+"""Tokens from which a pass is efficient enough not to wait for more of another length."""
+_LIKE = 0.8
+"""Rests shorter than this share of the longest are not padded to it, if both can fill a pass."""
 
 
 @dataclass(frozen=True)
@@ -111,26 +117,13 @@ def _common(a: Sequence[int], b: Sequence[int], most: int) -> int:
     return n
 
 
-@dataclass
-class _Batch:
-    groups: list[_Group] = field(default_factory=list)
-    shared: int = 0
-    rest: int = 0
-    members: int = 0
-
-    def cost_with(self, group: _Group, rest: int) -> int:
-        return (len(self.groups) + 1) * max(self.shared, group.shared) + (
-            self.members + len(group.members)
-        ) * max(self.rest, rest)
-
-
 def _batches(
     groups: list[_Group], inputs: Sequence[Sequence[int]], tokens_at_once: int
 ) -> Iterator[list[_Group]]:
-    """Groups of like size together, lone ones apart, as many as fit."""
+    """Groups with beginnings of like length together, lone ones apart, as many as fit."""
 
-    def rest(group: _Group) -> int:
-        return max(len(inputs[i]) for i in group.members) - group.shared
+    def rests(group: _Group) -> int:
+        return sum(len(inputs[i]) - group.shared for i in group.members)
 
     lone = [g for g in groups if len(g.members) == 1]
     joined = [g for g in groups if len(g.members) > 1]
@@ -138,21 +131,38 @@ def _batches(
     parts = [
         _Group(g.members[first : first + size], g.shared)
         for g in joined
-        for size in [max(2, (tokens_at_once - g.shared) // max(1, rest(g)))]
+        for each in [max(1, rests(g) // len(g.members))]
+        for size in [max(2, (tokens_at_once - g.shared) // each)]
         for first in range(0, len(g.members), size)
     ]
     for kind in (lone, parts):
-        batch = _Batch()
-        for group in sorted(kind, key=lambda g: (-g.shared, -rest(g), list(inputs[g.members[0]]))):
-            if batch.groups and batch.cost_with(group, rest(group)) > tokens_at_once:
-                yield batch.groups
-                batch = _Batch()
-            batch.groups.append(group)
-            batch.shared = max(batch.shared, group.shared)
-            batch.rest = max(batch.rest, rest(group))
-            batch.members += len(group.members)
-        if batch.groups:
-            yield batch.groups
+        batch: list[_Group] = []
+        longest = more = 0
+        for group in sorted(kind, key=lambda g: (-g.shared, list(inputs[g.members[0]]))):
+            cost = (len(batch) + 1) * max(longest, group.shared) + more + rests(group)
+            if batch and cost > tokens_at_once:
+                yield batch
+                batch, longest, more = [], 0, 0
+            batch.append(group)
+            longest, more = max(longest, group.shared), more + rests(group)
+        if batch:
+            yield batch
+
+
+def _cut(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of rests by like length, longest first; empty ones are left out."""
+    part: list[int] = []
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        if part:
+            longest = lengths[part[0]]
+            enough = len(part) * longest >= _WORTH_A_PASS
+            if enough and lengths[k] < _LIKE * longest:
+                yield part
+                part = []
+        if lengths[k]:
+            part.append(k)
+    if part:
+        yield part
 
 
 def _score(
@@ -162,56 +172,75 @@ def _score(
     inputs: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
 ) -> dict[int, Likelihood]:
-    device = model.device
-    longest = max(g.shared for g in groups)
-    rests = max(len(inputs[i]) - g.shared for g in groups for i in g.members)
-    begin = torch.zeros(len(groups), longest, dtype=torch.long)
+    members = [(row, group, i) for row, group in enumerate(groups) for i in group.members]
+    rests = [len(inputs[i]) - group.shared for _, group, i in members]
+    longest = max(group.shared for group in groups)
     # Without a second pass padding stands on the right, where causality makes it harmless.
-    at_right = rests == 0
+    at_right = not any(rests)
+    begin = torch.zeros(len(groups), longest, dtype=torch.long)
+    offsets = [0 if at_right else longest - group.shared for group in groups]
     for row, group in enumerate(groups):
-        place = slice(group.shared) if at_right else slice(longest - group.shared, None)
-        begin[row, place] = torch.tensor(inputs[group.members[0]][: group.shared])
+        tokens = torch.tensor(inputs[group.members[0]][: group.shared])
+        begin[row, offsets[row] : offsets[row] + group.shared] = tokens
     cache = None if at_right else TambaCache(model.config)
     mask = None
-    if not at_right and any(g.shared < longest for g in groups):
-        lengths = torch.tensor([g.shared for g in groups])
-        mask = (torch.arange(longest) >= longest - lengths[:, None]).to(device)
-    hidden = model.model(
-        input_ids=begin.to(device), attention_mask=mask, past_key_values=cache, use_cache=False
-    ).last_hidden_state
-    owners: list[int] = []
-    members = [(row, group, i) for row, group in enumerate(groups) for i in group.members]
-    first: list[tuple[int, int]] = []
-    wanted: list[int] = []
+    if any(offsets):
+        mask = torch.arange(longest) >= torch.tensor(offsets)[:, None]
+        mask = mask.to(model.device)
+    hidden = _run(model, begin, cache, mask)
+
+    places: list[tuple[int, int]] = []
+    scored: list[tuple[int, int]] = []  # of each place: its request, and which of its targets
     for row, group, i in members:
-        offset = 0 if at_right else longest - group.shared
         start = len(inputs[i]) - len(targets[i])
         for k in range(start, min(len(inputs[i]), group.shared)):
-            first.append((row, offset + k))
-            wanted.append(targets[i][k - start])
-            owners.append(i)
-    picked = [_pick(hidden, first)]
-    if cache is not None:
-        cache.batch_select_indices(torch.tensor([row for row, _, _ in members], device=device))
-        more = torch.zeros(len(members), rests, dtype=torch.long)
-        second: list[tuple[int, int]] = []
-        for row, (_, group, i) in enumerate(members):
-            rest = inputs[i][group.shared :]
-            more[row, : len(rest)] = torch.tensor(rest, dtype=torch.long)
+            places.append((row, offsets[row] + k))
+            scored.append((i, k - start))
+    picked = [_pick(hidden, places)]
+    for part in _cut(rests):
+        assert cache is not None
+        state = _copies(cache, [members[k][0] for k in part])
+        more = torch.zeros(len(part), rests[part[0]], dtype=torch.long)
+        places = []
+        for row, k in enumerate(part):
+            _, group, i = members[k]
+            more[row, : rests[k]] = torch.tensor(inputs[i][group.shared :])
             start = len(inputs[i]) - len(targets[i])
-            for k in range(max(start, group.shared), len(inputs[i])):
-                second.append((row, k - group.shared))
-                wanted.append(targets[i][k - start])
-                owners.append(i)
-        hidden = model.model(input_ids=more.to(device), past_key_values=cache).last_hidden_state
-        picked.append(_pick(hidden, second))
-    logp, best = _read(torch.cat(picked), head, torch.tensor(wanted, device=device))
-    totals = dict.fromkeys((i for _, _, i in members), 0.0)
-    greedy = dict.fromkeys(totals, True)
-    for i, value, is_best in zip(owners, logp, best, strict=True):
-        totals[i] += value
+            for t in range(max(start, group.shared), len(inputs[i])):
+                places.append((row, t - group.shared))
+                scored.append((i, t - start))
+        picked.append(_pick(_run(model, more, state), places))
+
+    wanted = torch.tensor([targets[i][k] for i, k in scored], device=model.device)
+    logp, best = _read(torch.cat(picked), head, wanted)
+    values: dict[int, list[float]] = {i: [] for _, _, i in members}
+    greedy = dict.fromkeys(values, True)
+    for (i, _), value, is_best in zip(scored, logp, best, strict=True):
+        values[i].append(value)
         greedy[i] = greedy[i] and is_best
-    return {i: Likelihood(totals[i], greedy[i], len(targets[i])) for i in totals}
+    return {i: Likelihood(math.fsum(v), greedy[i], len(targets[i])) for i, v in values.items()}
+
+
+def _run(
+    model: Any, tokens: Tensor, cache: TambaCache | None, mask: Tensor | None = None
+) -> Tensor:
+    """[B, T, D] of tokens [B, T] after what is in the cache."""
+    hidden: Tensor = model.model(
+        input_ids=tokens.to(model.device),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=False,
+    ).last_hidden_state
+    return hidden
+
+
+def _copies(cache: TambaCache, rows: list[int]) -> TambaCache:
+    """A cache of copies of some rows; the one given stays as it is."""
+    # Selecting makes new tensors, so a shallow copy of each layer is enough.
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    found.batch_select_indices(torch.tensor(rows))
+    return found
 
 
 def _pick(hidden: Tensor, places: list[tuple[int, int]]) -> Tensor:
