@@ -35,9 +35,11 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 
 # What an extra brings, and the one room (or file) that imports it.
 OPTIONAL = {
+    "datasets": "evaluate",
     "gguf": "formats",
     "jinja2": "report",
     "llvmlite": "ops",
+    "lm_eval": "evaluate",
     "matplotlib": "plots",
     "numba": "ops",
     "triton": "ops",
