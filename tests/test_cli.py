@@ -457,4 +457,4 @@ def test_evaluate(
     assert call(monkeypatch, *arguments, "--json", "--out", str(tmp_path / "report")) == 0
     found = json.loads(capsys.readouterr().out)
     written = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert found["perplexity"] == written["perplexity"] and found["layers"]["converted"] == 1
+    assert found["perplexity"] == written["perplexity"] and found["layers"]["converted"] == 0

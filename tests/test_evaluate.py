@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from fractions import Fraction
@@ -406,7 +407,7 @@ def test_one_call_measures_teacher_and_student(folder, tmp_path):
     assert got.perplexity.ratio == pytest.approx(want.student.ppl / want.teacher.ppl)
     assert got.perplexity.tokens == len(text.read_text()) + 1 - len(blocks)
     assert (got.layers.total, got.layers.converted) == (3, 2)
-    assert list(got.seconds) == ["load", "perplexity"]
+    assert list(got.seconds) == ["load", "ppl", "kl"]
     assert got.parameters == {
         n: m.num_parameters() for n, m in (("student", student), ("teacher", teacher))
     }
@@ -417,16 +418,27 @@ def test_one_call_measures_teacher_and_student(folder, tmp_path):
     assert (tmp_path / "report.html").is_file()
 
 
-def test_converted_layers_are_the_plans(folder):
-    """A transplanted Mamba layer was converted from nothing."""
+def test_converted_layers_are_those_of_the_plan_the_build_or_the_teacher(folder, tmp_path):
+    """A transplanted Mamba layer was converted from nothing, and so is a pretrained one."""
     student, _ = load(folder / "student")
+    teacher, _ = load(folder / "teacher")
     entries = parse_entries(["convert 0", "keep 1", "transplant 0"], "here")
     assert layers_of(student, LayerPlan(entries)) == Layers(total=3, converted=1)
-    assert layers_of(student) == Layers(total=3, converted=2)
+    assert layers_of(student, teacher=teacher) == Layers(total=3, converted=2)
+    assert layers_of(student, teacher=tiny_model("attention")) == Layers(total=3, converted=2)
+    assert layers_of(student, teacher=student) == Layers(total=3, converted=0)
+    assert layers_of(student) == Layers(total=3, converted=0)
+    assert layers_of(student, folder=folder / "student") == Layers(total=3, converted=0)
+    built = {"layers": ["convert 0", "keep 1", "transplant 0"]}
+    (tmp_path / "build.json").write_text(json.dumps(built))
+    assert layers_of(student, folder=tmp_path) == Layers(total=3, converted=1)
+    (tmp_path / "build.json").write_text("{}")
+    with pytest.raises(UserError, match="is not a record of a build"):
+        layers_of(student, folder=tmp_path)
 
 
 def test_a_place_for_the_report_is_looked_at_first(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["tamba.evaluate"], "load", None)  # nothing is opened
+    monkeypatch.setattr(sys.modules["tamba.evaluate"], "open_checkpoint", None)  # none is opened
     (tmp_path / "file").write_text("")
     for out in ("file", "file/deep/er"):
         with pytest.raises(UserError, match="file is no folder; choose another --out"):

@@ -36,10 +36,12 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 # What an extra brings, and the room (or file, or rooms) that imports it.
 OPTIONAL = {
     "causal_conv1d": "bench",
+    "datasets": "evaluate",
     "fla": "bench",
     "gguf": "formats",
     "jinja2": "report",
     "llvmlite": "ops",
+    "lm_eval": "evaluate",
     "mamba_ssm": "bench",
     "mambapy": "bench",
     "matplotlib": "plots",

@@ -39,6 +39,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "TensorSpec",
+    "check_place",
     "load",
     "load_model",
     "load_tokenizer",
@@ -513,8 +514,7 @@ def load(
             tensors, NaN weights, a type or device that cannot be.
     """
     # Before the hub is asked for anything.
-    _as_dtype(dtype)
-    _as_device(device)
+    check_place(dtype, device)
     checkpoint = open_checkpoint(path_or_name, allow_pickle=allow_pickle)
     return load_model(checkpoint, dtype, device), load_tokenizer(checkpoint)
 
@@ -554,6 +554,12 @@ def load_model(
     if checkpoint.folder is not None and (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
+
+
+def check_place(dtype: torch.dtype | str | None, device: torch.device | str | None) -> torch.device:
+    """The device that is meant, by default the CPU. Raises UserError for what cannot be."""
+    _as_dtype(dtype)
+    return _as_device(device)
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from tamba.errors import UserError
 if TYPE_CHECKING:
     from tamba.inspect import Inspection
     from tamba.recipe import Recipe
-    from tamba.report import Perplexity
+    from tamba.report import Record
 
 app = typer.Typer(
     name="tamba",
@@ -38,6 +38,7 @@ app = typer.Typer(
 stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
+Number = TypeVar("Number", int, float)
 MODEL_HELP = "Checkpoint folder, GGUF file, or owner/name on the hub."
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -149,41 +150,107 @@ def train(
 @app.command()
 def evaluate(
     model: ModelName,
-    text: Annotated[
-        list[str],
-        typer.Option(help="Text to measure on: .txt, .jsonl, a folder, python-docs; repeatable."),
-    ],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAMES", help="What to measure, e.g. ppl,kl,lambada; see --list."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            "--text",
+            metavar="FILE",
+            help="Text (.txt, .jsonl, a folder, python-docs, hf://..), or NAME=FILE for a suite.",
+        ),
+    ] = None,
     against: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The teacher to compare with.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens a window.", min=2)] = 1024,
-    limit: Annotated[int | None, typer.Option(help="Most windows to measure.", min=1)] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for report.json, report.html and plots.")
+        Path | None,
+        typer.Option(help="Folder for the report; a run that was interrupted goes on there."),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Most windows or items of a suite.", min=1)
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens a window of text.", min=2)] = 1024,
+    stride: Annotated[
+        int | None, typer.Option(help="Slide windows by so many tokens.", min=1)
+    ] = None,
+    lengths: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[SUITE=]N,N", help="Sizes of recall tasks; window of position."),
+    ] = None,
+    cases: Annotated[int, typer.Option(help="Cases at each size of a recall task.", min=1)] = 30,
+    contexts: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Contexts of memory and speed.")
+    ] = None,
+    batches: Annotated[str, typer.Option(metavar="N,N", help="Batches of memory and speed.")] = "1",
+    new_tokens: Annotated[int | None, typer.Option(help="Longest answer in chat.", min=1)] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Chat template in lm-eval's tasks.")] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run code that the model writes (crux).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the recall tasks.", min=0)] = 0,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible address that judges chat.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Its model.")] = None,
+    judge_key: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable with its key.")
+    ] = None,
+    judge_price: Annotated[
+        str | None, typer.Option(metavar="IN,OUT", help="Dollars a million tokens.")
+    ] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List suites and sets (MODEL is not opened).")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity on text, alone or beside the teacher."""
+    """Measure quality, recall, memory and speed, alone or beside the teacher."""
     with _step():
+        from tamba.evaluate import SETS, SUITES
         from tamba.evaluate import evaluate as step
 
+        if listing:
+            for name, known in SUITES.items():
+                print(
+                    f"{name:<14} {known.about}" + (f" (reads {known.data})" if known.data else "")
+                )
+            for name, members in SETS.items():
+                print(f"{name:<14} = {','.join(members)}")
+            return
         record = step(
             model,
-            text,
+            data or [],
+            suites=[n for s in suite for n in s.split(",") if n] if suite else None,
             against=against,
-            length=length,
-            limit=limit,
             out=out,
+            limit=limit,
+            length=length,
+            stride=stride,
+            lengths=_by_suite("--lengths", lengths or []),
+            cases=cases,
+            contexts=_numbers("--contexts", contexts, int),
+            batches=_numbers("--batches", batches, int),
+            new_tokens=new_tokens,
+            chat=chat,
+            allow_code=allow_code,
+            seed=seed,
+            judge=judge,
+            judge_model=judge_model,
+            judge_key=judge_key,
+            judge_price=_price(judge_price),
             dtype=dtype,
             device=device,
         )
     if as_json:
         print(record.model_dump_json(indent=2))
         return
-    assert record.perplexity is not None
-    stdout.print(_perplexity_line(record.perplexity))
+    for line in _evaluation_lines(record):
+        stdout.print(line, markup=False)
 
 
 @app.command()
@@ -378,11 +445,56 @@ def _write_now(text: str) -> None:
     sys.stdout.flush()
 
 
-def _perplexity_line(found: Perplexity) -> str:
-    line = f"perplexity {found.student:.4g}"
-    if found.teacher is not None:
-        line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
-    return f"{line} over {found.tokens:,} tokens"
+def _numbers(flag: str, text: str | None, kind: type[Number]) -> tuple[Number, ...]:
+    try:
+        return tuple(kind(part) for part in (text or "").split(",") if part.strip())
+    except ValueError:
+        raise UserError(flag, f"'{text}' is no list of numbers", "e.g. 64,128") from None
+
+
+def _by_suite(flag: str, given: list[str]) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for text in given:
+        suite, _, numbers = text.rpartition("=")
+        found[suite] = _numbers(flag, numbers, int)
+    return found
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    found = _numbers("--judge-price", text, float)
+    if text is not None and len(found) != 2:
+        raise UserError("--judge-price", f"'{text}' is not two numbers", "e.g. 0.15,0.60")
+    return None if text is None else (found[0], found[1])
+
+
+def _evaluation_lines(record: Record) -> Iterator[str]:
+    """What was found, a line a score; perplexity in one of its own."""
+    if record.perplexity is not None:
+        found = record.perplexity
+        line = f"perplexity {found.student:.4g}"
+        if found.teacher is not None:
+            line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
+        yield f"{line} over {found.tokens:,} tokens"
+    for name, measured in record.suites.items():
+        if name == "ppl":
+            continue
+        for curve_name, curve in measured.curves.items():
+            for role, points in curve.points.items():
+                values = "  ".join(f"{p.x:g}: {p.value:.3g}" for p in points)
+                yield f"{name} {curve_name}, {role}, by {curve.axis}: {values}"
+        for role, scores in measured.scores.items():
+            for metric, score in scores.items():
+                error = f" ± {score.error:.2g}" if score.error is not None else ""
+                yield f"{name} {metric}, {role}: {score.value:.4g}{error} (n {score.n:,})"
+        for metric, paired in measured.paired.items():
+            yield (
+                f"{name} {metric}, student - teacher: {paired.difference:+.4g} "
+                f"[{paired.low:+.3g}, {paired.high:+.3g}], p {paired.p:.3g} ({paired.test})"
+            )
+        for row in measured.rows:
+            yield f"{name}: " + ", ".join(
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+            )
 
 
 @contextlib.contextmanager

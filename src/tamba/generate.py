@@ -98,7 +98,7 @@ def generate(
     settings: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    ends = _end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer)
     with torch.inference_mode(), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -159,7 +159,7 @@ def _encode(
     return ids, encoded["attention_mask"]
 
 
-def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: what the checkpoint says, and the tokenizer's own."""
     said = model.generation_config.eos_token_id
     ends = [said] if isinstance(said, int) else list(said or [])

@@ -1,100 +1,200 @@
-"""What a model lost and what it gained, measured against its teacher.
+"""What a model lost and what it gained: the verb, and the measures it calls.
 
-`evaluate` is the verb: it opens checkpoints and text, measures, and hands back a record. The
-measures themselves are in the files beside this one and take models and tokens.
+`evaluate` opens checkpoints, has every suite check what it was given, measures, and hands back a
+record. Suites and what they are made of are in the files beside this one; `docs/evaluation.md` says
+how they fit together.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tamba import report
-from tamba.checkpoint import load
-from tamba.data import Source, TokenBlocks, read_texts, text_digest
+from tamba.checkpoint import (
+    Checkpoint,
+    check_place,
+    load_model,
+    load_tokenizer,
+    open_checkpoint,
+)
+from tamba.data import Source
 from tamba.errors import UserError
+from tamba.evaluate.measure import Measure, Models, Options, Request, Role, Subject
 from tamba.evaluate.memory import cache_bytes
-from tamba.evaluate.parts import layers_of, memory_of, of_one, of_two
+from tamba.evaluate.parts import layers_of, memory_of, perplexity_of
 from tamba.evaluate.perplexity import Comparison, PerplexityResult, compare, perplexity
+from tamba.evaluate.store import Store, digest
+from tamba.evaluate.suites import SETS, SUITES, Suite, assign_data, find_suites
+from tamba.evaluate.texts import check_sources
 
-__all__ = ["Comparison", "PerplexityResult", "cache_bytes", "compare", "evaluate", "perplexity"]
+__all__ = [
+    "SETS",
+    "SUITES",
+    "Comparison",
+    "Options",
+    "PerplexityResult",
+    "cache_bytes",
+    "compare",
+    "evaluate",
+    "perplexity",
+]
+
+_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
+# Settings that say how much is measured, not what an item's result is.
+_AMOUNTS = frozenset({"limit", "cases", "lengths", "left_out", "windows", "n"})
 
 
 def evaluate(
     model: str | os.PathLike[str],
-    data: Source | Sequence[Source],
+    data: Source | Sequence[Source] = (),
     *,
+    suites: Iterable[str] | None = None,
     against: str | os.PathLike[str] | None = None,
-    length: int = 1024,
-    limit: int | None = None,
-    batch_size: int = 4,
-    autocast: torch.dtype | None = None,
+    out: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
-    out: str | os.PathLike[str] | None = None,
+    tokens_at_once: int | None = None,
+    **options: Any,
 ) -> report.Record:
-    """Measure a checkpoint on text, alone or beside its teacher.
+    """Measure a checkpoint, alone or beside its teacher.
 
     Args:
         model: a checkpoint of ours or any supported one: folder, hub name or GGUF file.
-        data: sources of text, see `tamba.data.read_texts`.
+        data: text and files, each a source of text (see `tamba.data.read_texts`), ``NAME=FILE`` for
+            the suite of that name, or a file named after its suite (``lambada.jsonl``).
+        suites: names of `SUITES` and `SETS`; ``ppl``, and ``kl`` where there is a teacher, if None.
         against: the teacher.
-        length: tokens a window; windows do not overlap, and the last one may be shorter.
-        limit: measure on the first so many windows.
-        autocast: type of matrix products, see `tamba.evaluate.perplexity`.
-        out: folder for ``report.json``, ``report.html`` and plots; nothing is written without one.
+        out: folder for ``report.json``, ``report.html``, plots, answers, and finished items, from
+            which the same call goes on; nothing is written without one.
+        dtype: type to compute in; as stored if None.
+        device: where; a GPU if there is one.
+        tokens_at_once: tokens of a batch; results do not depend on it.
+        options: fields of `Options`: ``length``, ``limit``, ``lengths``, ``cases``, ``seed``, ...
 
     Raises:
-        UserError: something is missing or does not fit, see `load`, `read_texts` and `compare`.
+        UserError: something is missing or does not fit, before any work; or a suite could not be
+            finished, after the others were and the report was written.
     """
-    if limit is not None and limit < 1:
-        raise UserError("limit", f"{limit} windows leave nothing to measure", "use 1 or more")
-    if out is not None:
-        _check_folder(Path(out))
-    texts = read_texts(data)
-    seconds: dict[str, float] = {}
-    begun = time.monotonic()
-    student, tokenizer = load(model, dtype=dtype, device=device)
-    teacher = None if against is None else load(against, dtype=dtype, device=device)[0]
-    for part in (student, teacher):
-        _check_length(part, length)
-    if tokenizer is None:
-        raise UserError(str(model), "has no tokenizer", "put tokenizer.json beside the weights")
-    seconds["load"] = time.monotonic() - begun
-
-    begun = time.monotonic()
-    # A window more than asked for, so that the last one measured is a whole one.
-    enough = None if limit is None else (limit + 1) * length
-    blocks = TokenBlocks.from_texts(texts, tokenizer, length, fill=True, max_tokens=enough)
-    if limit is not None:
-        blocks = blocks.take(limit)
-    options: dict[str, Any] = {"batch_size": batch_size, "autocast": autocast}
-    if teacher is None:
-        alone = perplexity(student, blocks, **options)
-        found = of_one(alone, length)
-    else:
-        found = of_two(compare(teacher, student, blocks, **options), length)
-    seconds["perplexity"] = time.monotonic() - begun
-
-    record = report.Record.begin(
-        name=os.path.basename(os.fspath(model).rstrip("/")),
-        teacher=None if against is None else os.path.basename(os.fspath(against).rstrip("/")),
-        perplexity=found,
-        layers=layers_of(student),
-        parameters={"student": student.num_parameters()}
-        | ({} if teacher is None else {"teacher": teacher.num_parameters()}),
-        memory=memory_of(student, teacher),
-        seconds=seconds,
-        digests={"text": text_digest(texts)},
+    settings = _options(options)
+    place = check_place(dtype, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    sources = [data] if isinstance(data, str | os.PathLike) else list(data)
+    names = list(suites) if suites is not None else ["ppl"] + ["kl"] * (against is not None)
+    wanted = find_suites(names)
+    given = assign_data(
+        [suite.name for suite, _ in wanted],
+        [os.fspath(source) for source in sources],
+        [name for name, suite in SUITES.items() if suite.reads_text],
     )
     if out is not None:
+        _check_folder(Path(out))
+    for suite, _ in wanted:
+        if suite.reads_text:
+            # A file that is missing or empty shows before anything is fetched.
+            check_sources(given[suite.name].get("", ()), settings.text_key)
+    opened: dict[Role, Checkpoint] = {"student": open_checkpoint(model)}
+    if against is not None:
+        opened["teacher"] = open_checkpoint(against)
+    tokenizers = {role: load_tokenizer(checkpoint) for role, checkpoint in opened.items()}
+    if tokenizers["student"] is None:
+        raise UserError(str(model), "has no tokenizer", "put tokenizer.json beside the weights")
+    measures: dict[str, tuple[Suite, Measure]] = {}
+    for suite, shots in wanted:
+        plain = suite.name.partition("@")[0]
+        request = Request(
+            suite=plain,
+            data=given[plain].get("", ()),
+            configs={role: checkpoint.tamba_config for role, checkpoint in opened.items()},
+            tokenizer=tokenizers["student"],
+            options=settings,
+            folder=None if out is None else Path(out),
+            shots=shots,
+            extra={part: files for part, files in given[plain].items() if part},
+        )
+        measures[suite.name] = (suite, suite.prepare(request))
+
+    begun = time.monotonic()
+    subjects = {
+        role: Subject(
+            role=role,
+            name=os.path.basename(os.fspath(path).rstrip("/")),
+            model=load_model(opened[role], dtype, place),
+            tokenizer=tokenizers[role] or tokenizers["student"],
+            digest=opened[role].digest(),
+            tokens_at_once=tokens_at_once or _TOKENS_AT_ONCE.get(place.type, 32_768),
+        )
+        for role, path in (("student", model), ("teacher", against))
+        if role in opened and path is not None
+    }
+    models = Models(subjects["student"], subjects.get("teacher"))
+    seconds = {"load": round(time.monotonic() - begun, 3)}
+    teacher = None if models.teacher is None else models.teacher.model
+    record = report.Record.begin(
+        name=models.student.name,
+        teacher=None if models.teacher is None else models.teacher.name,
+        layers=layers_of(models.student.model, folder=opened["student"].folder, teacher=teacher),
+        parameters={role: s.model.num_parameters() for role, s in subjects.items()},
+        memory=memory_of(models.student.model, teacher),
+        seconds=seconds,
+        digests={role: subject.digest for role, subject in subjects.items()},
+    )
+    problems: dict[str, UserError] = {}
+    for name, (suite, measure) in measures.items():
+        found = _measured(name, suite, measure, models, out, problems)
+        seconds = seconds | {name: found.seconds}
+        known = record.suites | {name: found}
+        record = record.updated(suites=known, seconds=seconds, perplexity=perplexity_of(known))
+        if out is not None:
+            report.write_report(record, out, html=False)
+    if out is not None:
         report.write_report(record, out)
+    for name, error in problems.items():
+        raise UserError(f"suite {name}: {error.where}", error.problem, error.remedy)
     return record
+
+
+def _measured(
+    name: str,
+    suite: Suite,
+    measure: Measure,
+    models: Models,
+    out: str | os.PathLike[str] | None,
+    problems: dict[str, UserError],
+) -> report.Measured:
+    """Run one suite; what stops it is remembered, so that the others still run."""
+
+    def stores(subject: Subject) -> Store:
+        if out is None:
+            return Store()
+        what = {k: v for k, v in measure.settings.items() if k not in _AMOUNTS}
+        mark = digest(model=subject.digest, dtype=str(subject.model.dtype), suite=name, what=what)
+        return Store(Path(out) / "items" / f"{name}-{mark[:16]}.jsonl")
+
+    try:
+        found = measure.run(models, stores)
+    except UserError as error:
+        problems[name] = error
+        return report.Measured(about=suite.about, settings=measure.settings, problem=str(error))
+    if found.problem is not None:
+        problems[name] = UserError("not complete", found.problem)
+    return found.model_copy(update={"about": suite.about})
+
+
+def _options(given: Mapping[str, Any]) -> Options:
+    try:
+        options = Options(**given)
+    except TypeError as error:
+        raise TypeError(f"evaluate: {error}") from None
+    if options.limit is not None and options.limit < 1:
+        raise UserError("limit", f"{options.limit} leaves nothing to measure", "use 1 or more")
+    if options.new_tokens is not None and options.new_tokens < 1:
+        raise UserError("new_tokens", f"{options.new_tokens} is not above 0")
+    return options
 
 
 def _check_folder(out: Path) -> None:
@@ -106,16 +206,3 @@ def _check_folder(out: Path) -> None:
         raise UserError(str(out), f"{above} is no folder", "choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(str(out), f"{above} may not be written to", "choose another --out")
-
-
-def _check_length(model: Any | None, length: int) -> None:
-    """Refuse windows longer than the positions that attention was trained for."""
-    if model is None or "full_attention" not in model.config.layer_types:
-        return
-    positions = model.config.max_position_embeddings
-    if length > positions:
-        raise UserError(
-            "length",
-            f"{length} is beyond the model's {positions} positions",
-            f"use {positions} at most",
-        )

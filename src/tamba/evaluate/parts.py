@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tamba import report
+from tamba.errors import UserError
 from tamba.evaluate.memory import cache_bytes
-from tamba.evaluate.perplexity import Comparison, PerplexityResult
-from tamba.plan import LayerPlan
+from tamba.evaluate.perplexity import Comparison
+from tamba.plan import LayerPlan, PlanEntry, parse_entries
 
 CONTEXTS = tuple(2**k * 1024 for k in range(6))
 """Context lengths at which caches are compared: 1k to 32k."""
 
 
-def of_one(result: PerplexityResult, length: int) -> report.Perplexity:
-    """A model measured alone, on windows of `length` tokens."""
-    density = result.bits_per_byte
+def perplexity_of(suites: Mapping[str, report.Measured]) -> report.Perplexity | None:
+    """The section on perplexity, from the suites `ppl` and `kl`; None without the first."""
+    found = suites.get("ppl")
+    if found is None or "student" not in found.scores:
+        return None
+    by_role = found.scores
+    student, teacher = by_role["student"], by_role.get("teacher")
+    ratio = student.get("ratio")
+    divergence = suites["kl"].scores.get("student", {}) if "kl" in suites else {}
+    density = {r: s["bits_per_byte"].value for r, s in by_role.items() if "bits_per_byte" in s}
     return report.Perplexity(
-        student=result.ppl,
-        tokens=result.tokens,
-        length=length,
-        bits_per_byte=None if density is None else {"student": density},
+        student=student["perplexity"].value,
+        teacher=None if teacher is None else teacher["perplexity"].value,
+        ratio=None if ratio is None else ratio.value,
+        ratio_error=None if ratio is None else ratio.error,
+        tokens=found.settings["scored_tokens"],
+        length=found.settings["length"],
+        kl=divergence["kl"].value if "kl" in divergence else None,
+        agreement=divergence["agreement"].value if "agreement" in divergence else None,
+        bits_per_byte=density or None,
     )
 
 
@@ -44,17 +60,43 @@ def of_two(found: Comparison, length: int) -> report.Perplexity:
     )
 
 
-def layers_of(model: Any, plan: LayerPlan | None = None) -> report.Layers:
-    """Layers of a student, and how many are converted.
+def layers_of(
+    model: Any,
+    plan: LayerPlan | None = None,
+    *,
+    folder: Path | None = None,
+    teacher: Any | None = None,
+) -> report.Layers:
+    """Layers of a student, and how many were converted from attention.
 
-    Args:
-        plan: what the student was built from. Without one, every layer that is no attention counts:
-            a checkpoint does not say which of them were transplanted.
+    Said by, in this order: `plan`; ``build.json`` in `folder`, which `tamba build` leaves; the
+    `teacher`, where it has attention in the same place. A model with none of them was converted
+    from nothing: a transplanted or pretrained Mamba layer does not count.
     """
     mixers = [block.mixer.kind for block in model.config.block_specs]
+    built = None if folder is None else folder / "build.json"
     if plan is not None:
-        return report.Layers(total=len(mixers), converted=len(plan.converted))
-    return report.Layers(total=len(mixers), converted=sum(kind != "attention" for kind in mixers))
+        converted = len(plan.converted)
+    elif built is not None and built.is_file():
+        converted = sum(entry.action == "convert" for entry in _built(built))
+    elif teacher is not None:
+        before = [block.mixer.kind for block in teacher.config.block_specs]
+        alike = before if len(before) == len(mixers) else mixers
+        converted = sum(was == "attention" != now for was, now in zip(alike, mixers, strict=True))
+    else:
+        converted = 0
+    return report.Layers(total=len(mixers), converted=converted)
+
+
+def _built(path: Path) -> tuple[PlanEntry, ...]:
+    """The layers that a build record names. Raises UserError."""
+    try:
+        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
+        return parse_entries(layers, str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(str(path), "is not a record of a build", "remove it") from error
 
 
 def memory_of(student: Any, teacher: Any | None) -> list[report.CachePoint]:

@@ -92,11 +92,8 @@ def perplexity(
             apart, or blocks without a token to score.
     """
     sums: list[tuple[float, ...]] = []
-    with _ready([model], blocks, autocast), progress.task(label, len(blocks)) as advance:
-        head = _head(model, blocks)
-        for batch in blocks.batches(batch_size):
-            batch = batch.to(model.device)
-            nll = _scatter(batch, (_nll(lg, t) for (lg,), t in _slices([(model, head)], batch)))
+    with progress.task(label, len(blocks)) as advance:
+        for batch, nll in token_scores([model], blocks, batch_size=batch_size, autocast=autocast):
             sums += _by_block(batch, nll)
             advance(len(batch.tokens))
     return _result(sums, 0, blocks)
@@ -117,15 +114,10 @@ def compare(
         UserError: as `perplexity`, or models of different vocabularies.
     """
     sums: list[tuple[float, ...]] = []
-    with (
-        _ready([teacher, student], blocks, autocast),
-        progress.task(label, len(blocks)) as advance,
-    ):
-        models = [(teacher, _head(teacher, blocks)), (student, _head(student, blocks))]
-        for batch in blocks.batches(batch_size):
-            batch = batch.to(teacher.device)
-            scores = (_pair(t, s, target) for (t, s), target in _slices(models, batch))
-            sums += _by_block(batch, _scatter(batch, scores))
+    both = [teacher, student]
+    with progress.task(label, len(blocks)) as advance:
+        for batch, scores in token_scores(both, blocks, batch_size=batch_size, autocast=autocast):
+            sums += _by_block(batch, scores)
             advance(len(batch.tokens))
     first, second = _result(sums, 0, blocks), _result(sums, 1, blocks)
     difference = [(s[1] - s[0], s[-1]) for s in sums]
@@ -140,6 +132,38 @@ def compare(
         kl=math.fsum(s[2] for s in sums) / first.tokens,
         agreement=math.fsum(s[3] for s in sums) / first.tokens,
     )
+
+
+def token_scores(
+    models: Sequence[Any],
+    blocks: TokenBlocks,
+    *,
+    batch_size: int = 4,
+    autocast: torch.dtype | None = None,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Score every token of `blocks`, a batch at a time, in order.
+
+    Args:
+        models: one model, or a teacher and a student.
+
+    Yields:
+        The batch and its scores [k, B, T-1], float64, at the place of the token that predicts; 0
+        where none does (`Batch.predicted`). For one model k = 1, the negative log-likelihood in
+        nats; for two k = 4: that of the teacher, of the student, KL(teacher ‖ student), and 1
+        where both find the same token likeliest.
+
+    Raises:
+        UserError: as `perplexity` and `compare`.
+    """
+    with _ready(models, blocks, autocast):
+        heads = [(model, _head(model, blocks)) for model in models]
+        for batch in blocks.batches(batch_size):
+            batch = batch.to(models[0].device)
+            found = _slices(heads, batch)
+            if len(models) == 1:
+                yield batch, _scatter(batch, (_nll(logits, t) for (logits,), t in found))
+            else:
+                yield batch, _scatter(batch, (_pair(t, s, y) for (t, s), y in found))
 
 
 Head = Callable[[Batch], Callable[[Tensor], Tensor]]

@@ -41,8 +41,8 @@ def mean_score(values: Sequence[float]) -> Score:
     """
     n = len(values)
     mean = math.fsum(values) / n
-    square = math.fsum((v - mean) ** 2 for v in values)
-    error = None if n < 2 else math.sqrt(square / (n - 1) / n)
+    spread = math.fsum((v - mean) ** 2 for v in values)
+    error = math.sqrt(spread / (n - 1) / n) if n > 1 else None
     if all(v in (0, 1) for v in values):
         low, high = wilson(math.fsum(values), n)
         return Score(value=mean, n=n, error=error, low=low, high=high)
