@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -87,7 +88,7 @@ def using(tiles: Mapping[str, Tile]) -> Iterator[None]:
 def tune(
     key: str, candidates: Sequence[Tile], run: Callable[[], object], *, repeats: int = 30
 ) -> list[tuple[float, Tile]]:
-    """Time `run` under each candidate for the table's entry `key`; (microseconds, sizes), best first.
+    """(microseconds, sizes), best first, of `run` under each candidate for the table's entry `key`.
 
     Candidates that do not compile or do not fit the card are left out. Needs a CUDA device.
     """
@@ -110,5 +111,5 @@ def _median_us(run: Callable[[], object], repeats: int) -> float:
         run()
         mark.record()
     torch.cuda.synchronize()
-    spans = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    spans = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
     return 1000 * spans[len(spans) // 2]
