@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tamba.ops.kernels.tiles import Tile, multiprocessors, tile
 
@@ -74,10 +75,28 @@ def _dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _decays(rows, row_spans, columns, column_spans, live):
-    """[rows, columns]: exp2(row - column) where both lie in one span and `live`, else 0."""
-    same = row_spans[:, None] == column_spans[None, :]
-    return tl.where(same & live, tl.exp2(rows[:, None] - columns[None, :]), 0.0)
+def _decays(ends, begins, end_spans_ptr, begin_spans_ptr, whole, live):
+    """exp2(end - begin) where `live` and in one span, else 0: of the shape that they broadcast to.
+
+    `whole`: there is one span only, as in most chunks; then spans need not be read. Pointers have
+    the shapes of the numbers.
+    """
+    if whole:
+        decays = tl.where(live, tl.exp2(ends - begins), 0.0)
+    else:
+        same = tl.load(end_spans_ptr) == tl.load(begin_spans_ptr)
+        decays = tl.where(live & same, tl.exp2(ends - begins), 0.0)
+    return decays
+
+
+@triton.jit
+def _tile(tiles, row, start, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tiles.load([row, start, column]).reshape(ROWS, COLUMNS)
+
+
+@triton.jit
+def _put(tiles, row, start, column, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tiles.store([row, start, column], values.to(tiles.dtype).reshape(1, ROWS, COLUMNS))
 
 
 # --- step sizes
@@ -92,6 +111,7 @@ def _steps_kernel(
     padding_ptr,
     step_ptr,
     sum_ptr,
+    column_ptr,
     span_ptr,
     length,
     heads,
@@ -142,6 +162,7 @@ def _steps_kernel(
     stored = (h < heads)[None, :]
     tl.store(step_ptr + out, dt, mask=stored)
     tl.store(sum_ptr + out, sums, mask=stored)
+    tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
     tl.store(span_ptr + out, spans, mask=stored)
 
 
@@ -167,53 +188,26 @@ def _enter(
     return state
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length",
-        "heads",
-        "share",
-        "chunks",
-        "segments",
-        "span_chunks",
-    ]
-)
+@triton.jit(do_not_specialize=["heads", "share", "chunks", "segments", "span_chunks"])
 def _states_kernel(
-    left_ptr,
-    right_ptr,
-    gate_ptr,
-    step_ptr,
+    left_tiles,
+    right_tiles,
+    gate_tiles,
     sum_ptr,
+    column_ptr,
     span_ptr,
     first_ptr,
     local_ptr,
     local_decay_ptr,
-    stored_ptr,
-    partner_ptr,
+    stored_tiles,
+    partner_tiles,
     through_ptr,
     last_ptr,
-    length,
     heads,
     share,
     chunks,
     segments,
     span_chunks,
-    left_b,
-    left_t,
-    left_g,
-    right_b,
-    right_t,
-    right_h,
-    gate_b,
-    gate_t,
-    gate_h,
-    stored_b,
-    stored_k,
-    stored_h,
-    stored_n,
-    partner_b,
-    partner_k,
-    partner_h,
-    partner_n,
     REVERSE: tl.constexpr,
     LOCAL: tl.constexpr,
     GATE: tl.constexpr,
@@ -222,6 +216,7 @@ def _states_kernel(
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
+    PITCH: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -240,11 +235,11 @@ def _states_kernel(
     rest = pid // blocks // heads
     if LOCAL:  # the segment that nobody comes after needs no such state
         segment = rest % (segments - 1) + (1 if REVERSE else 0)
-        row = (rest // (segments - 1)).to(tl.int64)
+        row = rest // (segments - 1)
     else:
         segment = rest % segments
-        row = (rest // segments).to(tl.int64)
-    lane = row * heads + head
+        row = rest // segments
+    lane = (row * heads + head).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -259,61 +254,42 @@ def _states_kernel(
             state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, REVERSE
         )
 
-    left_ptr += row * left_b + (head // share) * left_g
-    right_ptr += row * right_b + head * right_h
-    gate_ptr += row * gate_b + head * gate_h
-    lefts = q[:, None] * left_t + n[None, :]
-    rights = q[:, None] * right_t + p[None, :]
-    gates = q[:, None] * gate_t + p[None, :]
+    column = head * P + block * BLOCK_P
+    group = head // share * N
     steps = lane * (chunks * Q)
     begin = segment * span_chunks
     count = tl.minimum(chunks - begin, span_chunks)
     for i in range(0, count):
         chunk = begin + (count - 1 - i if REVERSE else i)
-        t = chunk * Q + q
-        real = (t < length)[:, None]
-        origin = (chunk * Q).to(tl.int64)
-        left = tl.load(left_ptr + origin * left_t + lefts, mask=real, other=0.0)
-        right = tl.load(right_ptr + origin * right_t + rights, mask=real, other=0.0)
-        right = right.to(tl.float32)
-        sums = tl.load(sum_ptr + steps + t)
+        start = chunk * Q
+        t = start + q
+        left = _tile(left_tiles, row, start, group, Q, N)
+        right = _tile(right_tiles, row, start, column, Q, BLOCK_P).to(tl.float32)
         spans = tl.load(span_ptr + steps + t)
-        sum_end = tl.load(sum_ptr + steps + chunk * Q + Q - 1)
-        span_end = tl.load(span_ptr + steps + chunk * Q + Q - 1)
+        sum_end = tl.load(sum_ptr + steps + start + Q - 1)
+        span_end = tl.load(span_ptr + steps + start + Q - 1)
         through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
         if GATE:
-            gate = tl.load(gate_ptr + origin * gate_t + gates, mask=real, other=0.0)
-            right *= _silu(gate.to(tl.float32))
+            right *= _silu(_tile(gate_tiles, row, start, column, Q, BLOCK_P).to(tl.float32))
         if REVERSE:
-            weight = tl.where(spans == 0, tl.exp2(sums), 0.0)
+            weight = tl.where(spans == 0, tl.exp2(tl.load(sum_ptr + steps + t)), 0.0)
         else:
-            dt = tl.load(step_ptr + steps + t)
-            weight = tl.where(spans == span_end, tl.exp2(sum_end - sums), 0.0) * dt
+            columns = tl.load(column_ptr + steps + t)
+            weight = tl.where(spans == span_end, tl.exp2(sum_end - columns), 0.0)
         if not LOCAL:
             if REVERSE:
-                theirs = tl.load(
-                    partner_ptr
-                    + row * partner_b
-                    + chunk.to(tl.int64) * partner_k
-                    + head * partner_h
-                    + n[:, None] * partner_n
-                    + p[None, :]
-                ).to(tl.float32)
-                passing = through * tl.sum(tl.sum(theirs * state, axis=1), axis=0)
+                theirs = _tile(partner_tiles, row, chunk * N, column, N, BLOCK_P).to(tl.float32)
                 tl.store(
                     through_ptr + (lane * chunks + chunk) * blocks + block,
-                    passing,
+                    through * tl.sum(tl.sum(theirs * state, axis=1), axis=0),
                 )
-            tl.store(
-                stored_ptr
-                + row * stored_b
-                + chunk.to(tl.int64) * stored_k
-                + head * stored_h
-                + n[:, None] * stored_n
-                + p[None, :],
-                state.to(stored_ptr.dtype.element_ty),
-            )
-        state = state * through + _dot(tl.trans(left), right * weight[:, None], DOT, PRECISION)
+            _put(stored_tiles, row, chunk * PITCH, column, state, N, BLOCK_P)
+        state = tl.dot(
+            tl.trans(left).to(DOT),
+            (right * weight[:, None]).to(DOT),
+            state * through,
+            input_precision=PRECISION,
+        )
         whole *= through
     if LOCAL:
         j = lane * segments + segment
@@ -327,43 +303,27 @@ def _states_kernel(
 # --- forward
 
 
-@triton.jit(do_not_specialize=["length", "heads", "share", "chunks", "segments", "span_chunks"])
+@triton.jit(do_not_specialize=["heads", "share", "chunks", "segments", "span_chunks"])
 def _scan_kernel(
-    x_ptr,
-    B_ptr,
-    C_ptr,
+    x_tiles,
+    B_tiles,
+    C_tiles,
     D_ptr,
-    z_ptr,
-    step_ptr,
+    z_tiles,
     sum_ptr,
+    column_ptr,
     span_ptr,
     first_ptr,
     local_ptr,
     local_decay_ptr,
-    y_ptr,
-    before_ptr,
+    y_tiles,
+    before_tiles,
     last_ptr,
-    length,
     heads,
     share,
     chunks,
     segments,
     span_chunks,
-    x_b,
-    x_t,
-    x_h,
-    B_b,
-    B_t,
-    B_g,
-    C_b,
-    C_t,
-    C_g,
-    z_b,
-    z_t,
-    z_h,
-    y_b,
-    y_t,
-    y_h,
     SKIP: tl.constexpr,
     GATE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -382,8 +342,8 @@ def _scan_kernel(
     head = (pid // blocks) % heads
     rest = pid // blocks // heads
     segment = rest % segments
-    row = (rest // segments).to(tl.int64)
-    lane = row * heads + head
+    row = rest // segments
+    lane = (row * heads + head).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -394,52 +354,52 @@ def _scan_kernel(
         state += tl.load(first_ptr + lane * (N * P) + p[None, :] * N + n[:, None])
     state = _enter(state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, False)
 
-    x_ptr += row * x_b + head * x_h
-    B_ptr += row * B_b + (head // share) * B_g
-    C_ptr += row * C_b + (head // share) * C_g
-    z_ptr += row * z_b + head * z_h
-    xs = q[:, None] * x_t + p[None, :]
-    Bs = q[:, None] * B_t + n[None, :]
-    Cs = q[:, None] * C_t + n[None, :]
-    zs = q[:, None] * z_t + p[None, :]
-    ys = q[:, None] * y_t + p[None, :]
+    column = head * P + block * BLOCK_P
+    group = head // share * N
     if SKIP:
         D = tl.load(D_ptr + head).to(tl.float32)
     steps = lane * (chunks * Q)
     begin = segment * span_chunks
     for i in range(0, tl.minimum(chunks - begin, span_chunks)):
-        chunk = begin + i
-        t = chunk * Q + q
-        real = (t < length)[:, None]
-        origin = (chunk * Q).to(tl.int64)
-        C = tl.load(C_ptr + origin * C_t + Cs, mask=real, other=0.0)
-        B = tl.load(B_ptr + origin * B_t + Bs, mask=real, other=0.0)
-        x = tl.load(x_ptr + origin * x_t + xs, mask=real, other=0.0)
-        sums = tl.load(sum_ptr + steps + t)
-        spans = tl.load(span_ptr + steps + t)
-        dt = tl.load(step_ptr + steps + t)
-        sum_end = tl.load(sum_ptr + steps + chunk * Q + Q - 1)
-        span_end = tl.load(span_ptr + steps + chunk * Q + Q - 1)
+        start = (begin + i) * Q
+        at = steps + start + q
+        C = _tile(C_tiles, row, start, group, Q, N)
+        B = _tile(B_tiles, row, start, group, Q, N)
+        x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
+        sums = tl.load(sum_ptr + at)
+        columns = tl.load(column_ptr + at)
+        spans = tl.load(span_ptr + at)
+        sum_end = tl.load(sum_ptr + steps + start + Q - 1)
+        span_end = tl.load(span_ptr + steps + start + Q - 1)
 
         scores = _dot(C, tl.trans(B), DOT, PRECISION)
-        scores *= _decays(sums, spans, sums, spans, q[:, None] >= q[None, :]) * dt[None, :]
+        scores *= _decays(
+            sums[:, None],
+            columns[None, :],
+            span_ptr + at[:, None],
+            span_ptr + at[None, :],
+            span_end == 0,
+            q[:, None] >= q[None, :],
+        )
+        if SKIP:
+            scores = tl.where(q[:, None] == q[None, :], scores + D, scores)
         y = _dot(C, state, DOT, PRECISION)
         y *= tl.where(spans == 0, tl.exp2(sums), 0.0)[:, None]
         y = tl.dot(scores.to(DOT), x.to(DOT), y, input_precision=PRECISION)
-        if SKIP:
-            y += D * x.to(tl.float32)
-        out = row * y_b + head * y_h + origin * y_t
         if KEEP:
-            tl.store(before_ptr + out + ys, y.to(before_ptr.dtype.element_ty), mask=real)
+            _put(before_tiles, row, start, column, y, Q, BLOCK_P)
         if GATE:
-            z = tl.load(z_ptr + origin * z_t + zs, mask=real, other=0.0)
-            y *= _silu(z.to(tl.float32))
-        tl.store(y_ptr + out + ys, y.to(y_ptr.dtype.element_ty), mask=real)
+            y *= _silu(_tile(z_tiles, row, start, column, Q, BLOCK_P).to(tl.float32))
+        _put(y_tiles, row, start, column, y, Q, BLOCK_P)
 
-        weight = tl.where(spans == span_end, tl.exp2(sum_end - sums), 0.0) * dt
+        weight = tl.where(spans == span_end, tl.exp2(sum_end - columns), 0.0)
         through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
-        added = (x.to(tl.float32) * weight[:, None]).to(DOT)
-        state = tl.dot(tl.trans(B).to(DOT), added, state * through, input_precision=PRECISION)
+        state = tl.dot(
+            tl.trans(B).to(DOT),
+            (x.to(tl.float32) * weight[:, None]).to(DOT),
+            state * through,
+            input_precision=PRECISION,
+        )
     if segment == segments - 1:
         tl.store(last_ptr + lane * (N * P) + p[None, :] * N + n[:, None], state)
 
@@ -448,64 +408,29 @@ def _scan_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "length",
-        "heads",
-        "groups",
-        "share",
-        "heads_each",
-        "blocks",
-        "chunks",
-        "lanes",
-        "dC_part",
-        "dC_b",
-    ]
+    do_not_specialize=["heads", "groups", "share", "heads_each", "parts", "chunks", "lanes"]
 )
 def _grad_C_kernel(
-    x_ptr,
-    B_ptr,
-    C_ptr,
-    z_ptr,
-    dy_ptr,
-    step_ptr,
+    x_tiles,
+    B_tiles,
+    C_tiles,
+    z_tiles,
+    dy_tiles,
     sum_ptr,
+    column_ptr,
     span_ptr,
-    stored_ptr,
-    dC_ptr,
-    scores_ptr,
+    entering_tiles,
+    dC_tiles,
+    scores_tiles,
     ends_ptr,
     begins_ptr,
-    length,
     heads,
     groups,
     share,
     heads_each,
-    blocks,
+    parts,
     chunks,
     lanes,
-    x_b,
-    x_t,
-    x_h,
-    B_b,
-    B_t,
-    B_g,
-    C_b,
-    C_t,
-    C_g,
-    z_b,
-    z_t,
-    z_h,
-    dy_b,
-    dy_t,
-    dy_h,
-    dC_part,
-    dC_b,
-    dC_t,
-    dC_g,
-    stored_b,
-    stored_k,
-    stored_h,
-    stored_n,
     GATE: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
@@ -514,275 +439,184 @@ def _grad_C_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One row block of one chunk, a block of the heads of one group: gradient of C.
+    """Some rows of one chunk, some heads of one group: gradient of C.
 
     Also written: the gradient of C Bᵀ summed over the heads, for the gradient of B; and for every
     head what flows along paths by the token they end at (with those from the state before the
     chunk) and, inside the chunk, by the token they begin at.
     """
     pid = tl.program_id(0)
-    part_rows: tl.constexpr = Q // ROWS
-    u_block = pid % part_rows
-    rest = pid // part_rows
-    part = rest % blocks
-    group = (rest // blocks) % groups
-    chunk = (rest // blocks // groups) % chunks
-    row = (rest // blocks // groups // chunks).to(tl.int64)
+    slices: tl.constexpr = Q // ROWS
+    u_slice = pid % slices
+    part = pid // slices % parts
+    tile_at = pid // slices // parts
+    group = tile_at % groups
+    chunk = (tile_at // groups) % chunks
+    row = tile_at // groups // chunks
 
-    n = tl.arange(0, N)
-    p = tl.arange(0, P)
     s = tl.arange(0, Q)
-    u = u_block * ROWS + tl.arange(0, ROWS)
-    t_s = chunk * Q + s
-    t_u = chunk * Q + u
-    real_s = (t_s < length)[:, None]
-    real_u = (t_u < length)[:, None]
-    at_s = t_s.to(tl.int64)[:, None]
-    at_u = t_u.to(tl.int64)[:, None]
-    Bs = B_ptr + row * B_b + group * B_g + at_s * B_t + n[None, :]
-    Cs = C_ptr + row * C_b + group * C_g + at_u * C_t + n[None, :]
-    B = tl.load(Bs, mask=real_s, other=0.0)
-    C = tl.load(Cs, mask=real_u, other=0.0)
+    u = u_slice * ROWS + tl.arange(0, ROWS)
+    start = chunk * Q
+    start_u = start + u_slice * ROWS
+    B = _tile(B_tiles, row, start, group * N, Q, N)
+    C = _tile(C_tiles, row, start_u, group * N, ROWS, N)
     scores = _dot(C, tl.trans(B), DOT, PRECISION).to(DOT)  # [u, s]
     d_scores = tl.zeros([ROWS, Q], tl.float32)
     d_C = tl.zeros([ROWS, N], tl.float32)
     for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
         head = group * share + part * heads_each + i
-        lane = row * heads + head
-        steps = lane * (chunks * Q)
-        x = tl.load(
-            x_ptr + row * x_b + head * x_h + at_s * x_t + p[None, :], mask=real_s, other=0.0
-        )
-        dy = tl.load(
-            dy_ptr + row * dy_b + head * dy_h + at_u * dy_t + p[None, :], mask=real_u, other=0.0
-        )
+        lane = (row * heads + head).to(tl.int64)
+        steps = lane * (chunks * Q) + start
+        x = _tile(x_tiles, row, start, head * P, Q, P)
+        dy = _tile(dy_tiles, row, start_u, head * P, ROWS, P)
         if GATE:
-            z = tl.load(
-                z_ptr + row * z_b + head * z_h + at_u * z_t + p[None, :], mask=real_u, other=0.0
-            )
+            z = _tile(z_tiles, row, start_u, head * P, ROWS, P)
             dy = (dy.to(tl.float32) * _silu(z.to(tl.float32))).to(DOT)
-        state = tl.load(
-            stored_ptr
-            + row * stored_b
-            + chunk.to(tl.int64) * stored_k
-            + head * stored_h
-            + n[:, None] * stored_n
-            + p[None, :]
-        )
-        sums_u = tl.load(sum_ptr + steps + t_u)
-        spans_u = tl.load(span_ptr + steps + t_u)
-        sums_s = tl.load(sum_ptr + steps + t_s)
-        spans_s = tl.load(span_ptr + steps + t_s)
-        dt = tl.load(step_ptr + steps + t_s)
+        state = _tile(entering_tiles, row, chunk * N, head * P, N, P)
+        sums = tl.load(sum_ptr + steps + u)
+        spans = tl.load(span_ptr + steps + u)
+        columns = tl.load(column_ptr + steps + s)
+        span_end = tl.load(span_ptr + steps + Q - 1)
 
         mixed = _dot(dy, tl.trans(x), DOT, PRECISION)
-        mixed *= _decays(sums_u, spans_u, sums_s, spans_s, u[:, None] >= s[None, :]) * dt[None, :]
+        mixed *= _decays(
+            sums[:, None],
+            columns[None, :],
+            span_ptr + steps + u[:, None],
+            span_ptr + steps + s[None, :],
+            span_end == 0,
+            u[:, None] >= s[None, :],
+        )
         d_scores += mixed
         # A path from a token to itself meets no decay.
         paths = tl.where(u[:, None] > s[None, :], mixed * scores.to(tl.float32), 0.0)
-        since = tl.where(spans_u == 0, tl.exp2(sums_u), 0.0)
-        from_state = _dot(dy, tl.trans(state), DOT, PRECISION) * since[:, None]
-        d_C += from_state
-        ends = tl.sum(paths, axis=1) + tl.sum(from_state * C.to(tl.float32), axis=1)
-        tl.store(ends_ptr + steps + t_u, ends)
+        ends = tl.sum(paths, axis=1)
         tl.store(
-            begins_ptr + (u_block * lanes + lane) * (chunks * Q) + t_s,
+            begins_ptr + u_slice * lanes * (chunks * Q).to(tl.int64) + steps + s,
             tl.sum(paths, axis=0),
         )
+        since = tl.where(spans == 0, tl.exp2(sums), 0.0)
+        from_state = _dot(dy, tl.trans(state), DOT, PRECISION) * since[:, None]
+        d_C += from_state
+        ends += tl.sum(from_state * C.to(tl.float32), axis=1)
+        tl.store(ends_ptr + steps + u, ends)
+    tiles = tl.num_programs(0) // (slices * parts)
     d_scores = d_scores.to(DOT)
-    tiles = tl.num_programs(0) // (part_rows * blocks)
-    tile_at = (part * tiles + rest // blocks).to(tl.int64)
-    tl.store(
-        scores_ptr + tile_at * (Q * Q) + u[:, None] * Q + s[None, :],
-        d_scores.to(scores_ptr.dtype.element_ty),
-    )
-    B = tl.load(Bs, mask=real_s, other=0.0)
+    _put(scores_tiles, part * tiles + tile_at, u_slice * ROWS, 0, d_scores, ROWS, Q)
+    B = _tile(B_tiles, row, start, group * N, Q, N)
     d_C = tl.dot(d_scores, B.to(DOT), d_C, input_precision=PRECISION)
-    tl.store(
-        dC_ptr + part.to(tl.int64) * dC_part + row * dC_b + at_u * dC_t + group * dC_g + n[None, :],
-        d_C.to(dC_ptr.dtype.element_ty),
-        mask=real_u,
-    )
+    rows = tl.num_programs(0) // (slices * parts * groups * chunks)
+    _put(dC_tiles, part * rows + row, start_u, group * N, d_C, ROWS, N)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "length",
-        "heads",
-        "groups",
-        "share",
-        "heads_each",
-        "blocks",
-        "chunks",
-        "dB_part",
-        "dB_b",
-    ]
-)
+@triton.jit(do_not_specialize=["heads", "groups", "share", "heads_each", "parts", "chunks"])
 def _grad_x_kernel(
-    x_ptr,
-    B_ptr,
-    C_ptr,
+    x_tiles,
+    B_tiles,
+    C_tiles,
     D_ptr,
-    z_ptr,
-    before_ptr,
-    dy_ptr,
+    z_tiles,
+    before_tiles,
+    dy_tiles,
     step_ptr,
     sum_ptr,
     span_ptr,
-    leaving_ptr,
-    scores_ptr,
-    dx_ptr,
-    dz_ptr,
-    dB_ptr,
+    leaving_tiles,
+    scores_tiles,
+    dx_tiles,
+    dz_tiles,
+    dB_tiles,
     direct_ptr,
     leaves_ptr,
     skip_ptr,
-    length,
     heads,
     groups,
     share,
     heads_each,
-    blocks,
+    parts,
     chunks,
-    x_b,
-    x_t,
-    x_h,
-    B_b,
-    B_t,
-    B_g,
-    C_b,
-    C_t,
-    C_g,
-    z_b,
-    z_t,
-    z_h,
-    before_b,
-    before_t,
-    before_h,
-    dy_b,
-    dy_t,
-    dy_h,
-    dx_b,
-    dx_t,
-    dx_h,
-    dz_b,
-    dz_t,
-    dz_h,
-    dB_part,
-    dB_b,
-    dB_t,
-    dB_g,
-    leaving_b,
-    leaving_k,
-    leaving_h,
-    leaving_n,
     SKIP: tl.constexpr,
     GATE: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
+    PITCH: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One chunk, a block of the heads of one group: gradients of x, z and B.
+    """One chunk, some heads of one group: gradients of x, z and B.
 
     Also written: for every head and token the gradient of dt as the factor of x, and what flows
     along the paths that begin there and leave the chunk; and its share of the gradient of D. The
     gradient of the state after the chunk may lie where dx will: it is read before dx is written.
     """
     pid = tl.program_id(0)
-    part = pid % blocks
-    group = (pid // blocks) % groups
-    chunk = (pid // blocks // groups) % chunks
-    row = (pid // blocks // groups // chunks).to(tl.int64)
+    part = pid % parts
+    tile_at = pid // parts
+    group = tile_at % groups
+    chunk = (tile_at // groups) % chunks
+    row = tile_at // groups // chunks
 
-    n = tl.arange(0, N)
-    p = tl.arange(0, P)
     q = tl.arange(0, Q)
-    t = chunk * Q + q
-    real = (t < length)[:, None]
-    at = t.to(tl.int64)[:, None]
-    Bs = B_ptr + row * B_b + group * B_g + at * B_t + n[None, :]
-    Cs = C_ptr + row * C_b + group * C_g + at * C_t + n[None, :]
-    B = tl.load(Bs, mask=real, other=0.0)
-    C = tl.load(Cs, mask=real, other=0.0)
+    start = chunk * Q
+    B = _tile(B_tiles, row, start, group * N, Q, N)
+    C = _tile(C_tiles, row, start, group * N, Q, N)
     scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
     d_B = tl.zeros([Q, N], tl.float32)
     for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
         head = group * share + part * heads_each + i
-        lane = row * heads + head
-        steps = lane * (chunks * Q)
-        x = tl.load(x_ptr + row * x_b + head * x_h + at * x_t + p[None, :], mask=real, other=0.0)
-        dy = tl.load(
-            dy_ptr + row * dy_b + head * dy_h + at * dy_t + p[None, :], mask=real, other=0.0
-        )
+        lane = (row * heads + head).to(tl.int64)
+        steps = lane * (chunks * Q) + start
+        column = head * P
+        x = _tile(x_tiles, row, start, column, Q, P)
+        dy = _tile(dy_tiles, row, start, column, Q, P)
         if GATE:
-            z = tl.load(
-                z_ptr + row * z_b + head * z_h + at * z_t + p[None, :], mask=real, other=0.0
-            ).to(tl.float32)
-            y = tl.load(
-                before_ptr + row * before_b + head * before_h + at * before_t + p[None, :],
-                mask=real,
-                other=0.0,
-            ).to(tl.float32)
+            z = _tile(z_tiles, row, start, column, Q, P).to(tl.float32)
+            y = _tile(before_tiles, row, start, column, Q, P).to(tl.float32)
             wide = dy.to(tl.float32)
             open_by = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
             dz = wide * y * open_by * (1.0 + z * (1.0 - open_by))
-            tl.store(
-                dz_ptr + row * dz_b + head * dz_h + at * dz_t + p[None, :],
-                dz.to(dz_ptr.dtype.element_ty),
-                mask=real,
-            )
+            _put(dz_tiles, row, start, column, dz, Q, P)
             dy = (wide * z * open_by).to(DOT)
-        leaving = tl.load(
-            leaving_ptr
-            + row * leaving_b
-            + chunk.to(tl.int64) * leaving_k
-            + head * leaving_h
-            + n[:, None] * leaving_n
-            + p[None, :]
-        )
-        sums = tl.load(sum_ptr + steps + t)
-        spans = tl.load(span_ptr + steps + t)
-        dt = tl.load(step_ptr + steps + t)
-        sum_end = tl.load(sum_ptr + steps + chunk * Q + Q - 1)
-        span_end = tl.load(span_ptr + steps + chunk * Q + Q - 1)
+        leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
+        sums = tl.load(sum_ptr + steps + q)
+        spans = tl.load(span_ptr + steps + q)
+        dt = tl.load(step_ptr + steps + q)
+        sum_end = tl.load(sum_ptr + steps + Q - 1)
+        span_end = tl.load(span_ptr + steps + Q - 1)
         to_end = tl.where(spans == span_end, tl.exp2(sum_end - sums), 0.0)
 
-        # Transposed: a token's row is where paths begin, its columns where they end.
-        live = q[:, None] <= q[None, :]
-        same = spans[:, None] == spans[None, :]
-        decays = tl.where(same & live, tl.exp2(sums[None, :] - sums[:, None]), 0.0)
-        weighted = (scores.to(tl.float32) * decays).to(DOT)
         wide_x = x.to(tl.float32)
         outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
-        added = wide_x * (dt * to_end)[:, None]
-        d_B = tl.dot(added.to(DOT), tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
-        tl.store(leaves_ptr + steps + t, dt * tl.sum(wide_x * outside, axis=1))
+        added = (wide_x * (dt * to_end)[:, None]).to(DOT)
+        d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
+        tl.store(leaves_ptr + steps + q, dt * tl.sum(wide_x * outside, axis=1))
+        # Transposed: a token's row is where paths begin, its columns where they end.
+        decays = _decays(
+            sums[None, :],
+            sums[:, None],
+            span_ptr + steps + q[None, :],
+            span_ptr + steps + q[:, None],
+            span_end == 0,
+            q[:, None] <= q[None, :],
+        )
+        weighted = (scores.to(tl.float32) * decays).to(DOT)
         d_input = tl.dot(weighted, dy.to(DOT), outside, input_precision=PRECISION)
-        tl.store(direct_ptr + steps + t, tl.sum(wide_x * d_input, axis=1))
+        tl.store(direct_ptr + steps + q, tl.sum(wide_x * d_input, axis=1))
         dx = d_input * dt[:, None]
         if SKIP:
-            wide = dy.to(tl.float32)
-            dx += tl.load(D_ptr + head).to(tl.float32) * wide
+            wide_dy = dy.to(tl.float32)
+            dx += tl.load(D_ptr + head).to(tl.float32) * wide_dy
             tl.store(
-                skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(wide_x * wide, axis=1), axis=0)
+                skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(wide_x * wide_dy, axis=1), axis=0)
             )
-        tl.debug_barrier()
-        tl.store(
-            dx_ptr + row * dx_b + head * dx_h + at * dx_t + p[None, :],
-            dx.to(dx_ptr.dtype.element_ty),
-            mask=real,
-        )
-    tile_at = (part * (tl.num_programs(0) // blocks) + pid // blocks).to(tl.int64)
-    d_scores = tl.load(scores_ptr + tile_at * (Q * Q) + q[:, None] * Q + q[None, :])  # [u, s]
-    C = tl.load(Cs, mask=real, other=0.0)
+        _put(dx_tiles, row, start, column, dx, Q, P)
+    tiles = tl.num_programs(0) // parts
+    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, Q, Q)  # [u, s]
+    C = _tile(C_tiles, row, start, group * N, Q, N)
     d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
-    tl.store(
-        dB_ptr + part.to(tl.int64) * dB_part + row * dB_b + at * dB_t + group * dB_g + n[None, :],
-        d_B.to(dB_ptr.dtype.element_ty),
-        mask=real,
-    )
+    rows = tiles // (groups * chunks)
+    _put(dB_tiles, part * rows + row, start, group * N, d_B, Q, N)
 
 
 @triton.jit(do_not_specialize=["length", "heads", "chunks", "lanes", "dt_b", "starts_b", "out_b"])
@@ -960,10 +794,18 @@ class _Timing:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Step sizes, sums and spans [B, H, K·Q] of `chunks` chunks of `chunk` tokens."""
+    """Of `chunks` chunks of `chunk` tokens, [B, H, K·Q].
+
+    Attributes:
+        step: step sizes.
+        sums: running sums of log2 decays.
+        columns: sums less log2 of the step sizes, so that one exponential has both factors.
+        spans: numbers of spans, from 0 in every chunk.
+    """
 
     step: Tensor
     sums: Tensor
+    columns: Tensor
     spans: Tensor
     chunk: int
     chunks: int
@@ -972,13 +814,16 @@ class _Steps:
     def of(cls, timing: _Timing, chunk: int) -> _Steps:
         batch, length, heads = timing.dt.shape
         chunks = triton.cdiv(length, chunk)
-        step, sums = timing.dt.new_empty(2, batch, heads, chunks * chunk, dtype=torch.float32)
+        step, sums, columns = timing.dt.new_empty(
+            3, batch, heads, chunks * chunk, dtype=torch.float32
+        )
         spans = timing.dt.new_empty(batch, heads, chunks * chunk, dtype=torch.int32)
         options = timing.options()
         _steps_kernel[(batch * chunks, triton.cdiv(heads, 16))](
             *timing.arguments(),
             step,
             sums,
+            columns,
             spans,
             length,
             heads,
@@ -989,10 +834,11 @@ class _Steps:
             **options,
             Q=chunk,
         )
-        return cls(step, sums, spans, chunk, chunks)
+        return cls(step, sums, columns, spans, chunk, chunks)
 
     def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.step, self.sums, self.spans
+        """All but the step sizes."""
+        return self.sums, self.columns, self.spans
 
 
 def _walks(lanes: int, chunks: int, sizes: Tile, head_dim: int, device: torch.device) -> int:
@@ -1025,48 +871,47 @@ def _states(
         numbers, sizes: as for every launch.
         reverse: whether it walks from the back.
         local: what the segments add, and their decays; None where there is one segment only.
-        into: stored and partner [B, K, H, N, P], through [B, H, K, blocks] and last. None for the
-            launch that computes `local`.
+        into: stored and partner [B, K·pitch, H, P], of which a chunk takes the first N rows of its
+            pitch; through [B, H, K, blocks] and last. None for the launch that computes `local`.
 
     Returns:
         `local`, where that is what it computes.
     """
-    batch, length, heads, head_dim = right.shape
+    batch, _, heads, head_dim = right.shape
     groups, d_state = left.shape[2:]
     block = min(sizes["head_dim"], head_dim)
     segments = triton.cdiv(steps.chunks, each)
     made = None
+    right_tiles = _tiles(right, steps.chunk, block)
+    stored_tiles = partner_tiles = right_tiles
+    walked, pitch = segments, 0
     if into is None:
         adds = right.new_empty(batch, heads, segments, d_state, head_dim, dtype=torch.float32)
         local = made = adds, adds.new_empty(batch, heads, segments)
-        into = (adds, adds, adds, adds)
-    stored, partner, through, last = into
-    adds, decays = local if local is not None else (steps.step, steps.step)
-    walked = segments if made is None else segments - 1
-    four = (0, 0, 0, 0)
+        through = last = adds
+        walked -= 1
+    else:
+        stored, partner, through, last = into
+        stored_tiles, partner_tiles = (_tiles(t, d_state, block) for t in (stored, partner))
+        pitch = stored.shape[1] // steps.chunks
+    adds, decays = local if local is not None else (steps.sums, steps.sums)
     _states_kernel[(batch * walked * heads * (head_dim // block),)](
-        left,
-        right,
-        right if gate is None else gate,
+        _tiles(left, steps.chunk, d_state),
+        right_tiles,
+        right_tiles if gate is None else _tiles(gate, steps.chunk, block),
         *steps.pointers(),
-        steps.step if first is None else first,
+        steps.sums if first is None else first,
         adds,
         decays,
-        stored,
-        partner,
+        stored_tiles,
+        partner_tiles,
         through,
         last,
-        length,
         heads,
         heads // groups,
         steps.chunks,
         segments,
         each,
-        *left.stride()[:3],
-        *right.stride()[:3],
-        *((0, 0, 0) if gate is None else gate.stride()[:3]),
-        *(four if made is not None else stored.stride()[:4]),
-        *(four if made is not None else partner.stride()[:4]),
         REVERSE=reverse,
         LOCAL=made is not None,
         GATE=gate is not None,
@@ -1075,9 +920,9 @@ def _states(
         P=head_dim,
         BLOCK_P=block,
         Q=steps.chunk,
+        PITCH=pitch,
         **numbers.options,
-        num_warps=sizes["warps"],
-        num_stages=sizes["stages"],
+        **_launch(sizes),
     )
     return made
 
@@ -1093,46 +938,41 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, H, P], the state after the last token, and y before the gate where to `keep` it."""
-    batch, length, heads, head_dim = x.shape
+    batch, _, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
     numbers = _numbers(x, B, C)
     sizes = _sizes("ssd_scan", numbers, d_state, head_dim, x.device)
-    block = min(sizes["head_dim"], head_dim)
-    steps = _Steps.of(timing, sizes["chunk"])
+    block, chunk = min(sizes["head_dim"], head_dim), sizes["chunk"]
+    steps = _Steps.of(timing, chunk)
     each = _walks(batch * heads, steps.chunks, sizes, head_dim, x.device)
     segments = triton.cdiv(steps.chunks, each)
     local = None
     if segments > 1:
         walk = _sizes("ssd_segments", numbers, d_state, head_dim, x.device)
         local = _states(B, x, None, None, steps, each, numbers, walk, reverse=False)
-    adds, decays = local if local is not None else (steps.step, steps.step)
+    adds, decays = local if local is not None else (steps.sums, steps.sums)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     before = torch.empty_like(y) if keep else y.new_empty(0)
     last = y.new_empty(batch, heads, head_dim, d_state, dtype=torch.float32)
+    x_tiles, y_tiles = _tiles(x, chunk, block), _tiles(y, chunk, block)
     _scan_kernel[(batch * segments * heads * (head_dim // block),)](
-        x,
-        B,
-        C,
+        x_tiles,
+        _tiles(B, chunk, d_state),
+        _tiles(C, chunk, d_state),
         x if D is None else D,
-        x if z is None else z,
+        x_tiles if z is None else _tiles(z, chunk, block),
         *steps.pointers(),
         last if state is None else state,
         adds,
         decays,
-        y,
-        before if keep else y,
+        y_tiles,
+        _tiles(before, chunk, block) if keep else y_tiles,
         last,
-        length,
         heads,
         heads // groups,
         steps.chunks,
         segments,
         each,
-        *x.stride()[:3],
-        *B.stride()[:3],
-        *C.stride()[:3],
-        *((0, 0, 0) if z is None else z.stride()[:3]),
-        *y.stride()[:3],
         SKIP=D is not None,
         GATE=z is not None,
         KEEP=keep,
@@ -1140,10 +980,9 @@ def forward(
         N=d_state,
         P=head_dim,
         BLOCK_P=block,
-        Q=sizes["chunk"],
+        Q=chunk,
         **numbers.options,
-        num_warps=sizes["warps"],
-        num_stages=sizes["stages"],
+        **_launch(sizes),
     )
     return y, last, before
 
@@ -1178,22 +1017,21 @@ def backward(
     walk = sizes_of("ssd_states")
     p_blocks = head_dim // min(walk["head_dim"], head_dim)
     each = _walks(batch * heads, chunks, walk, head_dim, x.device)
-    entering = x.new_empty(batch, chunks, heads, d_state, head_dim, dtype=numbers.stored)
-    dx = torch.empty(batch, chunks * chunk, heads, head_dim, dtype=x.dtype, device=x.device)
-    if dx.dtype == entering.dtype and d_state <= chunk:
-        # A gradient of a state is no larger than that of x in its chunk, which comes later.
-        leaving = dx.unflatten(1, (chunks, chunk))[:, :, :d_state].transpose(2, 3)
-    else:
-        leaving = torch.empty_like(entering)
+    entering = x.new_empty(batch, chunks * d_state, heads, head_dim, dtype=numbers.stored)
+    dx = x.new_empty(batch, chunks * chunk, heads, head_dim)
+    # A gradient of a state is no larger than that of x in its chunk, which comes later.
+    alias = dx.dtype == entering.dtype and d_state <= chunk
+    leaving = dx if alias else torch.empty_like(entering)
     through = dx.new_empty(batch, heads, chunks, p_blocks, dtype=torch.float32)
-    d_state_first = dx.new_empty(batch, heads, head_dim, d_state, dtype=torch.float32)
-    for reverse, left, right, gate, first, into in (
-        (False, B, x, None, state, (entering, entering, through, d_state_first)),
-        (True, C, dy, z, d_last, (leaving, entering, through, d_state_first)),
+    d_first = dx.new_empty(batch, heads, head_dim, d_state, dtype=torch.float32)
+    for reverse, left, right, gate, first, stored in (
+        (False, B, x, None, state, entering),
+        (True, C, dy, z, d_last, leaving),
     ):
         local = None
         if each < chunks:
             local = _states(left, right, gate, None, steps, each, numbers, walk, reverse=reverse)
+        into = stored, entering, through, d_first
         _states(
             left,
             right,
@@ -1211,45 +1049,34 @@ def backward(
     # One chunk and some heads of a group a program.
     tiles = batch * chunks * groups
     wanted = sizes["per_sm"] * multiprocessors(x.device) * rows // chunk // tiles
-    parts = max(1, min(wanted, share))
-    heads_each = triton.cdiv(share, parts)
+    heads_each = triton.cdiv(share, max(1, min(wanted, share)))
     parts = triton.cdiv(share, heads_each)
-    scores = x.new_empty(parts * tiles, chunk, chunk, dtype=numbers.stored)
+    d_scores = x.new_empty(parts * tiles, chunk, 1, chunk, dtype=numbers.stored)
     lanes = batch * heads
     per_token = dx.new_empty(3 + chunk // rows, *steps.step.shape, dtype=torch.float32)
     ends, direct, leaves, begins = per_token[0], per_token[1], per_token[2], per_token[3:]
-    common = (length, heads, groups, share, heads_each, parts, chunks)
-    strides = (
-        *x.stride()[:3],
-        *B.stride()[:3],
-        *C.stride()[:3],
-        *((0, 0, 0) if z is None else z.stride()[:3]),
-    )
-    shape = {"N": d_state, "P": head_dim, "Q": chunk, **numbers.options}
+    counts = (heads, groups, share, heads_each, parts, chunks)
+    shape = {"GATE": z is not None, "N": d_state, "P": head_dim, "Q": chunk, **numbers.options}
+    x_tiles, B_tiles = _tiles(x, chunk, head_dim), _tiles(B, chunk, d_state)
+    dy_tiles = _tiles(dy, rows, head_dim)
     dC = _parts(C, parts)
     _grad_C_kernel[(tiles * parts * (chunk // rows),)](
-        x,
-        B,
-        C,
-        x if z is None else z,
-        dy,
+        x_tiles,
+        B_tiles,
+        _tiles(C, rows, d_state),
+        dy_tiles if z is None else _tiles(z, rows, head_dim),
+        dy_tiles,
         *steps.pointers(),
-        entering,
-        dC,
-        scores,
+        _tiles(entering, d_state, head_dim),
+        _tiles(dC, rows, d_state),
+        _tiles(d_scores, rows, chunk),
         ends,
         begins,
-        *common,
+        *counts,
         lanes,
-        *strides,
-        *dy.stride()[:3],
-        *dC.stride()[:4],
-        *entering.stride()[:4],
-        GATE=z is not None,
         ROWS=rows,
         **shape,
-        num_warps=sizes["warps"],
-        num_stages=sizes["stages"],
+        **_launch(sizes),
     )
     dC = _whole(dC, C)
     sizes = sizes_of("ssd_grad_x")
@@ -1258,36 +1085,32 @@ def backward(
     # Shares of the gradients of A and the bias, and of D, for sums over all chunks.
     shares = dx.new_empty(2, batch, chunks, heads, dtype=torch.float32)
     skips = shares.new_empty(batch, heads, chunks)
+    dy_tiles = _tiles(dy, chunk, head_dim)
+    # dx is written up to the length alone: behind it lie gradients of states, of no further use.
     _grad_x_kernel[(tiles * parts,)](
-        x,
-        B,
-        C,
+        x_tiles,
+        B_tiles,
+        _tiles(C, chunk, d_state),
         x if D is None else D,
-        x if z is None else z,
-        x if z is None else before,
-        dy,
-        *steps.pointers(),
-        leaving,
-        scores,
-        dx,
-        dz,
-        dB,
+        dy_tiles if z is None else _tiles(z, chunk, head_dim),
+        dy_tiles if z is None else _tiles(before, chunk, head_dim),
+        dy_tiles,
+        steps.step,
+        steps.sums,
+        steps.spans,
+        _tiles(leaving, d_state, head_dim),
+        _tiles(d_scores, chunk, chunk),
+        _tiles(dx, chunk, head_dim),
+        dy_tiles if z is None else _tiles(dz, chunk, head_dim),
+        _tiles(dB, chunk, d_state),
         direct,
         leaves,
         skips,
-        *common,
-        *strides,
-        *((0, 0, 0) if z is None else before.stride()[:3]),
-        *dy.stride()[:3],
-        *dx.stride()[:3],
-        *((0, 0, 0) if z is None else dz.stride()[:3]),
-        *dB.stride()[:4],
-        *leaving.stride()[:4],
+        *counts,
         SKIP=D is not None,
-        GATE=z is not None,
+        PITCH=leaving.shape[1] // chunks,
         **shape,
-        num_warps=sizes["warps"],
-        num_stages=sizes["stages"],
+        **_launch(sizes),
     )
     dB = _whole(dB, B)
     ddt = torch.empty_like(timing.dt, memory_format=torch.contiguous_format)
@@ -1323,7 +1146,7 @@ def backward(
         skips.sum((0, 2)).to(D.dtype) if D is not None else x.new_empty(0),
         dz,
         shares[1].sum((0, 1)).to(timing.bias.dtype) if timing.bias is not None else x.new_empty(0),
-        d_state_first if state is not None else x.new_empty(0),
+        d_first if state is not None else x.new_empty(0),
     )
 
 
@@ -1334,14 +1157,33 @@ def _sizes(
     return tile(operation, f"{kind} N{d_state} P{head_dim}", kind, device=device)
 
 
+def _launch(sizes: Tile) -> dict[str, int]:
+    """Triton's own options; `registers` caps those of a thread, so that more programs fit."""
+    options = {"num_warps": sizes["warps"], "num_stages": sizes["stages"]}
+    return options | ({"maxnreg": sizes["registers"]} if "registers" in sizes else {})
+
+
+def _tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A [B, T, I, J] tensor as [B, T, I J], to be read in tiles of one sequence."""
+    batch, length, heads, width = tensor.shape
+    return TensorDescriptor(
+        tensor,
+        [batch, length, heads * width],
+        [tensor.stride(0), tensor.stride(1), 1],
+        [1, rows, columns],
+    )
+
+
 def _parts(like: Tensor, parts: int) -> Tensor:
-    """[parts, B, T, G, N] for a gradient that is summed by parts; one part has its own dtype."""
+    """[parts·B, T, G, N] for a gradient that is summed by parts; one part has its own dtype."""
     dtype = like.dtype if parts == 1 else torch.float32
-    return torch.empty(parts, *like.shape, dtype=dtype, device=like.device)
+    return like.new_empty(parts * like.shape[0], *like.shape[1:], dtype=dtype)
 
 
 def _whole(parts: Tensor, like: Tensor) -> Tensor:
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(like.dtype)
+    if parts.shape == like.shape:
+        return parts
+    return parts.unflatten(0, (-1, like.shape[0])).sum(0).to(like.dtype)
 
 
 # --- the operators
@@ -1437,10 +1279,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy, d_last, _d_before):
     *tensors, before = ctx.saved_tensors
     x, D, z, bias, state = (tensors[i] for i in (0, 5, 6, 7, 8))
-    if dy is None:
-        dy = x.new_zeros(x.shape[3]).expand(x.shape)
-    elif dy.stride(-1) != 1:
-        dy = dy.contiguous()
+    dy = torch.zeros_like(x) if dy is None else _readable(dy)
     if d_last is not None:
         d_last = d_last.contiguous()
     dx, ddt, dA, dB, dC, dD, dz, d_bias, d_state = torch.ops.tamba.ssd_backward(
@@ -1454,6 +1293,26 @@ def _differentiate(ctx, dy, d_last, _d_before):
 
 
 _ssd.register_autograd(_differentiate, setup_context=_save)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """`tensor` [B, T, I, J], or where tiles of it cannot be addressed as they are, a copy.
+
+    Views of a projection's output pass as they are where their width in bytes is a multiple of 16.
+    """
+    unit = 16 // tensor.element_size()
+    batch, token, head, last = tensor.stride()
+    fits = (
+        last == 1
+        and (head == tensor.shape[3] or tensor.shape[2] == 1)
+        and token % unit == 0
+        and batch % unit == 0
+        and min(token, batch) > 0
+        and tensor.storage_offset() % unit == 0
+    )
+    if fits:
+        return tensor
+    return tensor.clone() if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _on(tensor: Tensor):
@@ -1478,9 +1337,8 @@ def ssd(
     padding: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`tamba.ops.ssd` on Triton, for at least one token; A and the state in float32."""
-    x, B, C = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, B, C))
-    if z is not None and z.stride(-1) != 1:
-        z = z.contiguous()
+    x, B, C = _readable(x), _readable(B), _readable(C)
+    z = None if z is None else _readable(z)
     low, high = (-math.inf, math.inf) if dt_limit is None else dt_limit
     keep = z is not None and torch.is_grad_enabled()
     y, last, _ = torch.ops.tamba.ssd(
