@@ -25,13 +25,16 @@ of a chunk. Step sizes, sums and spans are [B, H, K·Q] float32, float32 and int
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tamba.ops.kernels.tiles import Tile, multiprocessors, tile
@@ -102,7 +105,14 @@ def _put(tiles, row, start, column, values, ROWS: tl.constexpr, COLUMNS: tl.cons
 # --- step sizes
 
 
-@triton.jit(do_not_specialize=["length", "heads", "chunks", "dt_b", "starts_b"])
+_STEP_ARGUMENTS = [
+    *("dt_ptr", "A_ptr", "bias_ptr", "starts_ptr", "padding_ptr", "out_ptr"),
+    *("length", "heads", "chunks", "lanes"),
+    *("dt_b", "dt_t", "dt_h", "starts_b", "starts_t", "out_b", "out_t"),
+]
+
+
+@triton.jit(do_not_specialize=_STEP_ARGUMENTS)
 def _steps_kernel(
     dt_ptr,
     A_ptr,
@@ -188,8 +198,9 @@ def _enter(
     return state
 
 
-@triton.jit(do_not_specialize=["heads", "share", "chunks", "segments", "span_chunks"])
-def _states_kernel(
+@triton.jit
+def _walk(
+    pid,
     left_tiles,
     right_tiles,
     gate_tiles,
@@ -200,8 +211,6 @@ def _states_kernel(
     local_ptr,
     local_decay_ptr,
     stored_tiles,
-    partner_tiles,
-    through_ptr,
     last_ptr,
     heads,
     share,
@@ -225,11 +234,10 @@ def _states_kernel(
     Forwards left is B, right x and the weight dt and the decay to the end of the chunk. Backwards
     (`REVERSE`) left is C, right the output's gradient and the weight the decay since the start.
     With `LOCAL` only what the segment adds and its whole decay are written; without, every state
-    that enters a chunk (backwards: every gradient of one that leaves it) and, backwards, the sum of
-    state times gradient that passes through each chunk, and the gradient of the first state.
+    that enters a chunk (backwards: every gradient of one that leaves it), and backwards the
+    gradient of the first state.
     """
     blocks: tl.constexpr = P // BLOCK_P
-    pid = tl.program_id(0)
     block = pid % blocks
     head = (pid // blocks) % heads
     rest = pid // blocks // heads
@@ -277,12 +285,6 @@ def _states_kernel(
             columns = tl.load(column_ptr + steps + t)
             weight = tl.where(spans == span_end, tl.exp2(sum_end - columns), 0.0)
         if not LOCAL:
-            if REVERSE:
-                theirs = _tile(partner_tiles, row, chunk * N, column, N, BLOCK_P).to(tl.float32)
-                tl.store(
-                    through_ptr + (lane * chunks + chunk) * blocks + block,
-                    through * tl.sum(tl.sum(theirs * state, axis=1), axis=0),
-                )
             _put(stored_tiles, row, chunk * PITCH, column, state, N, BLOCK_P)
         state = tl.dot(
             tl.trans(left).to(DOT),
@@ -300,10 +302,177 @@ def _states_kernel(
         tl.store(last_ptr + lane * (N * P) + p[None, :] * N + n[:, None], state)
 
 
+@triton.jit(do_not_specialize=["first_ptr", "heads", "share", "chunks", "segments", "span_chunks"])
+def _segments_kernel(
+    B_tiles,
+    x_tiles,
+    sum_ptr,
+    column_ptr,
+    span_ptr,
+    local_ptr,
+    local_decay_ptr,
+    heads,
+    share,
+    chunks,
+    segments,
+    span_chunks,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    Q: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What every segment but the last adds to the state."""
+    _walk(
+        tl.program_id(0),
+        B_tiles,
+        x_tiles,
+        x_tiles,
+        sum_ptr,
+        column_ptr,
+        span_ptr,
+        local_ptr,
+        local_ptr,
+        local_decay_ptr,
+        x_tiles,
+        local_ptr,
+        heads,
+        share,
+        chunks,
+        segments,
+        span_chunks,
+        False,
+        True,
+        False,
+        False,
+        N,
+        P,
+        BLOCK_P,
+        Q,
+        0,
+        DOT,
+        PRECISION,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("first_ptr", "d_last_ptr"),
+        *("heads", "share", "chunks", "segments", "span_chunks"),
+    ]
+)
+def _states_kernel(
+    B_tiles,
+    C_tiles,
+    x_tiles,
+    dy_tiles,
+    z_tiles,
+    sum_ptr,
+    column_ptr,
+    span_ptr,
+    first_ptr,
+    d_last_ptr,
+    local_ptr,
+    local_decay_ptr,
+    d_local_ptr,
+    d_local_decay_ptr,
+    entering_tiles,
+    leaving_tiles,
+    d_first_ptr,
+    heads,
+    share,
+    chunks,
+    segments,
+    span_chunks,
+    LOCAL: tl.constexpr,
+    GATE: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    Q: tl.constexpr,
+    PITCH: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both walks of the backward pass: half of the programs from the front, half from the back."""
+    half = tl.num_programs(0) // 2
+    pid = tl.program_id(0)
+    if pid < half:
+        _walk(
+            pid,
+            B_tiles,
+            x_tiles,
+            x_tiles,
+            sum_ptr,
+            column_ptr,
+            span_ptr,
+            first_ptr,
+            local_ptr,
+            local_decay_ptr,
+            entering_tiles,
+            d_first_ptr,
+            heads,
+            share,
+            chunks,
+            segments,
+            span_chunks,
+            False,
+            LOCAL,
+            False,
+            FIRST,
+            N,
+            P,
+            BLOCK_P,
+            Q,
+            N,
+            DOT,
+            PRECISION,
+        )
+    else:
+        _walk(
+            pid - half,
+            C_tiles,
+            dy_tiles,
+            z_tiles,
+            sum_ptr,
+            column_ptr,
+            span_ptr,
+            d_last_ptr,
+            d_local_ptr,
+            d_local_decay_ptr,
+            leaving_tiles,
+            d_first_ptr,
+            heads,
+            share,
+            chunks,
+            segments,
+            span_chunks,
+            True,
+            LOCAL,
+            GATE,
+            LAST,
+            N,
+            P,
+            BLOCK_P,
+            Q,
+            PITCH,
+            DOT,
+            PRECISION,
+        )
+
+
 # --- forward
 
 
-@triton.jit(do_not_specialize=["heads", "share", "chunks", "segments", "span_chunks"])
+@triton.jit(
+    do_not_specialize=[
+        *("D_ptr", "first_ptr"),
+        *("heads", "share", "chunks", "segments", "span_chunks"),
+    ]
+)
 def _scan_kernel(
     x_tiles,
     B_tiles,
@@ -509,18 +678,101 @@ def _grad_C_kernel(
     _put(dC_tiles, part * rows + row, start_u, group * N, d_C, ROWS, N)
 
 
-@triton.jit(do_not_specialize=["heads", "groups", "share", "heads_each", "parts", "chunks"])
+@triton.jit
+def _grad_x_rows(
+    first_row,
+    scores,
+    d_B,
+    B,
+    x_tiles,
+    dx_tiles,
+    dy_tiles,
+    z_tiles,
+    dy,
+    leaving,
+    steps_at,
+    at,
+    row,
+    start,
+    column,
+    ends,
+    D,
+    SKIP: tl.constexpr,
+    GATE: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dx of `ROWS` tokens of a chunk for one head, and what else is summed or stored by token.
+
+    Args:
+        first_row: of the chunk.
+        scores: [s, u] B Cᵀ of these rows.
+        d_B: [s, N], the sum over heads so far.
+        dy, leaving: [Q, P] and [N, P], gradients of the outputs and of the state after the chunk.
+        steps_at, at: pointers to the chunk's step sizes, sums and spans; to what is stored.
+        ends: sums of the chunk, the last of them, and the last span.
+
+    Returns:
+        d_B with this head's part, and the rows' share of the gradient of D.
+    """
+    step_ptr, sum_ptr, span_ptr = steps_at
+    direct_ptr, leaves_ptr = at
+    sums, sum_end, span_end = ends
+    u = tl.arange(0, Q)
+    s = first_row + tl.arange(0, ROWS)
+    x = _tile(x_tiles, row, start + first_row, column, ROWS, P).to(tl.float32)
+    sums_s = tl.load(sum_ptr + s)
+    dt = tl.load(step_ptr + s)
+    to_end = tl.where(tl.load(span_ptr + s) == span_end, tl.exp2(sum_end - sums_s), 0.0)
+
+    outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
+    added = (x * (dt * to_end)[:, None]).to(DOT)
+    d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
+    tl.store(leaves_ptr + s, dt * tl.sum(x * outside, axis=1))
+    # Transposed: a token's row is where paths begin, its columns where they end.
+    decays = _decays(
+        sums[None, :],
+        sums_s[:, None],
+        span_ptr + u[None, :],
+        span_ptr + s[:, None],
+        span_end == 0,
+        s[:, None] <= u[None, :],
+    )
+    weighted = (scores.to(tl.float32) * decays).to(DOT)
+    d_input = tl.dot(weighted, dy.to(DOT), outside, input_precision=PRECISION)
+    tl.store(direct_ptr + s, tl.sum(x * d_input, axis=1))
+    dx = d_input * dt[:, None]
+    skip = 0.0
+    if SKIP:
+        dy_s = _tile(dy_tiles, row, start + first_row, column, ROWS, P).to(tl.float32)
+        if GATE:
+            dy_s *= _silu(_tile(z_tiles, row, start + first_row, column, ROWS, P).to(tl.float32))
+        dx += D * dy_s
+        skip = tl.sum(tl.sum(x * dy_s, axis=1), axis=0)
+    _put(dx_tiles, row, start + first_row, column, dx, ROWS, P)
+    return d_B, skip
+
+
+@triton.jit(
+    do_not_specialize=["D_ptr", "heads", "groups", "share", "heads_each", "parts", "chunks"]
+)
 def _grad_x_kernel(
     x_tiles,
     B_tiles,
     C_tiles,
     D_ptr,
     z_tiles,
+    z_row_tiles,
     before_tiles,
     dy_tiles,
+    dy_row_tiles,
     step_ptr,
     sum_ptr,
     span_ptr,
+    entering_tiles,
     leaving_tiles,
     scores_tiles,
     dx_tiles,
@@ -528,6 +780,7 @@ def _grad_x_kernel(
     dB_tiles,
     direct_ptr,
     leaves_ptr,
+    through_ptr,
     skip_ptr,
     heads,
     groups,
@@ -535,11 +788,12 @@ def _grad_x_kernel(
     heads_each,
     parts,
     chunks,
-    SKIP: tl.constexpr,
     GATE: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
+    SKIP: tl.constexpr,
+    ROWS: tl.constexpr,
     PITCH: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -559,17 +813,29 @@ def _grad_x_kernel(
 
     q = tl.arange(0, Q)
     start = chunk * Q
-    B = _tile(B_tiles, row, start, group * N, Q, N)
     C = _tile(C_tiles, row, start, group * N, Q, N)
-    scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
-    d_B = tl.zeros([Q, N], tl.float32)
+    B_0 = _tile(B_tiles, row, start, group * N, ROWS, N)
+    scores_0 = _dot(B_0, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
+    d_B_0 = tl.zeros([ROWS, N], tl.float32)
+    if ROWS < Q:
+        B_1 = _tile(B_tiles, row, start + ROWS, group * N, ROWS, N)
+        scores_1 = _dot(B_1, tl.trans(C), DOT, PRECISION).to(DOT)
+        d_B_1 = tl.zeros([ROWS, N], tl.float32)
     for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
         head = group * share + part * heads_each + i
         lane = (row * heads + head).to(tl.int64)
         steps = lane * (chunks * Q) + start
         column = head * P
-        x = _tile(x_tiles, row, start, column, Q, P)
         dy = _tile(dy_tiles, row, start, column, Q, P)
+        leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
+        entering = _tile(entering_tiles, row, chunk * N, column, N, P)
+        sums = tl.load(sum_ptr + steps + q)
+        sum_end = tl.load(sum_ptr + steps + Q - 1)
+        span_end = tl.load(span_ptr + steps + Q - 1)
+        through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
+        passing = entering.to(tl.float32) * leaving.to(tl.float32)
+        passing = through * tl.sum(tl.sum(passing, axis=1), axis=0)
+        tl.store(through_ptr + lane * chunks + chunk, passing)
         if GATE:
             z = _tile(z_tiles, row, start, column, Q, P).to(tl.float32)
             y = _tile(before_tiles, row, start, column, Q, P).to(tl.float32)
@@ -578,48 +844,79 @@ def _grad_x_kernel(
             dz = wide * y * open_by * (1.0 + z * (1.0 - open_by))
             _put(dz_tiles, row, start, column, dz, Q, P)
             dy = (wide * z * open_by).to(DOT)
-        leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
-        sums = tl.load(sum_ptr + steps + q)
-        spans = tl.load(span_ptr + steps + q)
-        dt = tl.load(step_ptr + steps + q)
-        sum_end = tl.load(sum_ptr + steps + Q - 1)
-        span_end = tl.load(span_ptr + steps + Q - 1)
-        to_end = tl.where(spans == span_end, tl.exp2(sum_end - sums), 0.0)
-
-        wide_x = x.to(tl.float32)
-        outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
-        added = (wide_x * (dt * to_end)[:, None]).to(DOT)
-        d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
-        tl.store(leaves_ptr + steps + q, dt * tl.sum(wide_x * outside, axis=1))
-        # Transposed: a token's row is where paths begin, its columns where they end.
-        decays = _decays(
-            sums[None, :],
-            sums[:, None],
-            span_ptr + steps + q[None, :],
-            span_ptr + steps + q[:, None],
-            span_end == 0,
-            q[:, None] <= q[None, :],
+        D = tl.load(D_ptr + head).to(tl.float32) if SKIP else 0.0
+        at = direct_ptr + steps, leaves_ptr + steps
+        steps_at = step_ptr + steps, sum_ptr + steps, span_ptr + steps
+        ends = sums, sum_end, span_end
+        d_B_0, skip = _grad_x_rows(
+            0,
+            scores_0,
+            d_B_0,
+            B_0,
+            x_tiles,
+            dx_tiles,
+            dy_row_tiles,
+            z_row_tiles,
+            dy,
+            leaving,
+            steps_at,
+            at,
+            row,
+            start,
+            column,
+            ends,
+            D,
+            SKIP,
+            GATE,
+            P,
+            Q,
+            ROWS,
+            DOT,
+            PRECISION,
         )
-        weighted = (scores.to(tl.float32) * decays).to(DOT)
-        d_input = tl.dot(weighted, dy.to(DOT), outside, input_precision=PRECISION)
-        tl.store(direct_ptr + steps + q, tl.sum(wide_x * d_input, axis=1))
-        dx = d_input * dt[:, None]
-        if SKIP:
-            wide_dy = dy.to(tl.float32)
-            dx += tl.load(D_ptr + head).to(tl.float32) * wide_dy
-            tl.store(
-                skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(wide_x * wide_dy, axis=1), axis=0)
+        if ROWS < Q:
+            d_B_1, skip_1 = _grad_x_rows(
+                ROWS,
+                scores_1,
+                d_B_1,
+                B_1,
+                x_tiles,
+                dx_tiles,
+                dy_row_tiles,
+                z_row_tiles,
+                dy,
+                leaving,
+                steps_at,
+                at,
+                row,
+                start,
+                column,
+                ends,
+                D,
+                SKIP,
+                GATE,
+                P,
+                Q,
+                ROWS,
+                DOT,
+                PRECISION,
             )
-        _put(dx_tiles, row, start, column, dx, Q, P)
+            skip += skip_1
+        if SKIP:
+            tl.store(skip_ptr + lane * chunks + chunk, skip)
     tiles = tl.num_programs(0) // parts
-    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, Q, Q)  # [u, s]
-    C = _tile(C_tiles, row, start, group * N, Q, N)
-    d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
     rows = tiles // (groups * chunks)
-    _put(dB_tiles, part * rows + row, start, group * N, d_B, Q, N)
+    C = _tile(C_tiles, row, start, group * N, Q, N)
+    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, Q, ROWS)  # [u, s]
+    d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B_0, input_precision=PRECISION)
+    _put(dB_tiles, part * rows + row, start, group * N, d_B, ROWS, N)
+    if ROWS < Q:
+        d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, ROWS, Q, ROWS)
+        d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B_1, input_precision=PRECISION)
+        _put(dB_tiles, part * rows + row, start + ROWS, group * N, d_B, ROWS, N)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "chunks", "lanes", "dt_b", "starts_b", "out_b"])
+@triton.jit(do_not_specialize=_STEP_ARGUMENTS)
 def _grad_steps_kernel(
     dt_ptr,
     A_ptr,
@@ -654,7 +951,6 @@ def _grad_steps_kernel(
     PADDING: tl.constexpr,
     Q: tl.constexpr,
     PARTS: tl.constexpr,
-    THROUGH: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One chunk of a block of heads: the gradient of dt, and shares of those of A and the bias.
@@ -677,10 +973,7 @@ def _grad_steps_kernel(
         balance -= tl.load(begins_ptr + i * lanes * total + at, mask=known, other=0.0)
     leaves = tl.load(leaves_ptr + at, mask=known, other=0.0)
     crossing = tl.cumsum(balance, axis=0, reverse=True) + tl.cumsum(leaves, axis=0) - leaves
-    for i in tl.static_range(THROUGH):
-        crossing += tl.load(
-            through_ptr + (lane * chunks + chunk) * THROUGH + i, mask=h < heads, other=0.0
-        )[None, :]
+    crossing += tl.load(through_ptr + lane * chunks + chunk, mask=h < heads, other=0.0)[None, :]
     step = tl.load(step_ptr + at, mask=known, other=0.0)
     A = tl.load(A_ptr + h, mask=h < heads, other=0.0).to(tl.float32)
     closed = step * (A * LOG2E)[None, :] < VANISHED
@@ -723,77 +1016,163 @@ def _grad_steps_kernel(
 # --- launches
 
 
-@dataclass(frozen=True)
-class _Numbers:
-    """What the matrix products run in.
+class _Launcher:
+    """Launches a kernel; once compiled, past Triton's look-up, which costs more than a launch.
 
-    Attributes:
-        wide: whether operands are float32.
-        options: `DOT` and `PRECISION` of the kernels.
-        stored: dtype of what the backward pass stores of the states.
+    The kernels here are specialised on constants and dtypes alone, so those are the key.
     """
 
-    wide: bool
-    options: dict[str, object]
-    stored: torch.dtype
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[Hashable, tuple[Any, list[object]]] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        arguments: Sequence[object],
+        constants: dict[str, object],
+        sizes: Tile,
+        key: Hashable,
+    ) -> None:
+        """`key`: dtypes of the arguments and their device. `sizes`: for Triton's own options."""
+        key = key, tuple(constants.values()), tuple(sizes.values())
+        known = self._compiled.get(key)
+        if known is not None:
+            compiled, tail = known
+            compiled[grid](*arguments, *tail)
+            return
+        options = {"num_warps": sizes["warps"], "num_stages": sizes["stages"]}
+        if "registers" in sizes:  # of a thread at most, so that more programs fit
+            options["maxnreg"] = sizes["registers"]
+        compiled = self._kernel[grid](*arguments, **constants, **options)
+        if compiled is not None:  # not under the interpreter
+            tail = [constants[name] for name in self._kernel.arg_names if name in constants]
+            self._compiled[key] = compiled, tail
 
 
-def _numbers(*operands: Tensor) -> _Numbers:
-    dtypes = {t.dtype for t in operands}
-    interpreted = not operands[0].is_cuda  # there products of bfloat16 are not to be had
-    if dtypes == {torch.bfloat16}:
-        dot = tl.float32 if interpreted else tl.bfloat16
-        return _Numbers(False, {"DOT": dot, "PRECISION": "ieee"}, torch.bfloat16)
-    # tf32 holds every float16, and one product of tf32 no less than one of float16.
-    precision = "tf32x3" if torch.float32 in dtypes else "tf32"
-    if interpreted:
-        precision = "ieee"
-    return _Numbers(True, {"DOT": tl.float32, "PRECISION": precision}, torch.float32)
+_steps = _Launcher(_steps_kernel)
+_segments = _Launcher(_segments_kernel)
+_states = _Launcher(_states_kernel)
+_scan = _Launcher(_scan_kernel)
+_grad_C = _Launcher(_grad_C_kernel)
+_grad_x = _Launcher(_grad_x_kernel)
+_grad_steps = _Launcher(_grad_steps_kernel)
+
+_STEP_SIZES: Tile = {"warps": 4, "stages": 1}
+_STEP_HEADS = 16
 
 
-@dataclass(frozen=True)
-class _Timing:
-    """dt as given, with what turns it into step sizes."""
+@dataclass
+class Call:
+    """The arguments of `tamba.ops.ssd`, ready for the kernels, and what follows from them."""
 
+    x: Tensor
     dt: Tensor
     A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
     bias: Tensor | None
+    state: Tensor | None
     starts: Tensor | None
     padding: Tensor | None
     softplus: bool
     low: float
     high: float
 
-    def arguments(self) -> tuple[Tensor, ...]:
-        """Pointers; where there is nothing, one that is not read."""
+    def __post_init__(self) -> None:
+        self.batch, self.length, self.heads, self.head_dim = self.x.shape
+        self.groups, self.d_state = self.B.shape[2:]
+        self.share = self.heads // self.groups
+        self.device = self.x.device
+        given = (
+            *(self.x, self.dt, self.A, self.B, self.C, self.D, self.z),
+            *(self.bias, self.state, self.starts, self.padding),
+        )
+        far = self.dt.stride(0) > 0x7FFFFFFF  # then it is an int64
+        self.key = (self.device, far, *(None if t is None else t.dtype for t in given))
+        self._numbers()
+
+    def _numbers(self) -> None:
+        """What matrix products run in, and the dtype that states are stored in."""
+        dtypes = {self.x.dtype, self.B.dtype, self.C.dtype}
+        interpreted = not self.x.is_cuda  # there products of bfloat16 are not to be had
+        self.wide = dtypes != {torch.bfloat16}
+        self.stored = torch.float32 if self.wide else torch.bfloat16
+        # tf32 holds every float16, and one product of tf32 no less than one of float16.
+        precision = "tf32x3" if torch.float32 in dtypes else "tf32"
+        self.constants = {
+            "N": self.d_state,
+            "P": self.head_dim,
+            "DOT": tl.float32 if self.wide or interpreted else tl.bfloat16,
+            "PRECISION": precision if self.wide and not interpreted else "ieee",
+        }
+
+    def sizes(self, operation: str) -> Tile:
+        kind = "wide" if self.wide else "half"
+        special = f"{kind} N{self.d_state} P{self.head_dim}"
+        return tile(operation, special, kind, device=self.device)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def step_arguments(self) -> tuple[list[object], list[object], dict[str, object]]:
+        """Pointers, strides and constants of the kernels that read dt."""
         bias, starts, padding = self.bias, self.starts, self.padding
-        return (
+        pointers = [
             self.dt,
             self.A,
             self.A if bias is None else bias,
             self.A if starts is None else starts,
             self.A if padding is None else padding,
-        )
-
-    def strides(self) -> tuple[int, ...]:
-        """Of dt and of starts."""
-        return (*self.dt.stride(), *((0, 0) if self.starts is None else self.starts.stride()))
-
-    def options(self) -> dict[str, object]:
-        """Of the kernels."""
-        return {
+        ]
+        strides = [*self.dt.stride(), *((0, 0) if starts is None else starts.stride())]
+        constants: dict[str, object] = {
             "SOFTPLUS": self.softplus,
             "LIMIT": self.low > -math.inf or self.high < math.inf,
-            "BIAS": self.bias is not None,
-            "STARTS": self.starts is not None,
-            "PADDING": self.padding is not None,
-            "BLOCK_H": 16,
-            "num_warps": 4,
+            "BIAS": bias is not None,
+            "STARTS": starts is not None,
+            "PADDING": padding is not None,
+            "BLOCK_H": _STEP_HEADS,
         }
+        return pointers, strides, constants
+
+    def steps(self, chunk: int) -> Steps:
+        """Launch `_steps_kernel`."""
+        chunks = -(-self.length // chunk)
+        shape = self.batch, self.heads, chunks * chunk
+        step, sums, columns = (self.new(*shape) for _ in range(3))
+        spans = self.new(*shape, dtype=torch.int32)
+        pointers, strides, constants = self.step_arguments()
+        constants["Q"] = chunk
+        _steps(
+            (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
+            (
+                *(*pointers, step, sums, columns, spans),
+                *(self.length, self.heads, chunks, *strides, self.low, self.high),
+            ),
+            constants,
+            _STEP_SIZES,
+            self.key,
+        )
+        return Steps(step, sums, columns, spans, chunk, chunks)
+
+    def segment_chunks(self, sizes: Tile, chunks: int, walks: int = 1) -> int:
+        """Chunks of a segment, so that programs fill the card and no segment is empty."""
+        blocks = self.head_dim // min(sizes["head_dim"], self.head_dim)
+        programs = walks * self.batch * self.heads * blocks
+        segments = min(sizes["per_sm"] * multiprocessors(self.device) // programs, chunks)
+        return -(-chunks // max(1, segments))
+
+    def added_by_segments(self, segments: int) -> tuple[Tensor, Tensor]:
+        """Room for what segments add to a state, and for their decays."""
+        shape = self.batch, self.heads, segments
+        return self.new(*shape, self.d_state, self.head_dim), self.new(*shape)
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """Of `chunks` chunks of `chunk` tokens, [B, H, K·Q].
 
     Attributes:
@@ -810,368 +1189,211 @@ class _Steps:
     chunk: int
     chunks: int
 
-    @classmethod
-    def of(cls, timing: _Timing, chunk: int) -> _Steps:
-        batch, length, heads = timing.dt.shape
-        chunks = triton.cdiv(length, chunk)
-        step, sums, columns = timing.dt.new_empty(
-            3, batch, heads, chunks * chunk, dtype=torch.float32
-        )
-        spans = timing.dt.new_empty(batch, heads, chunks * chunk, dtype=torch.int32)
-        options = timing.options()
-        _steps_kernel[(batch * chunks, triton.cdiv(heads, 16))](
-            *timing.arguments(),
-            step,
-            sums,
-            columns,
-            spans,
-            length,
-            heads,
-            chunks,
-            *timing.strides(),
-            timing.low,
-            timing.high,
-            **options,
-            Q=chunk,
-        )
-        return cls(step, sums, columns, spans, chunk, chunks)
 
-    def pointers(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All but the step sizes."""
-        return self.sums, self.columns, self.spans
-
-
-def _walks(lanes: int, chunks: int, sizes: Tile, head_dim: int, device: torch.device) -> int:
-    """Chunks of a segment, so that programs fill the card and no segment is empty."""
-    programs = lanes * (head_dim // min(sizes["head_dim"], head_dim))
-    segments = max(1, min(sizes["per_sm"] * multiprocessors(device) // programs, chunks))
-    return triton.cdiv(chunks, segments)
-
-
-def _states(
-    left: Tensor,
-    right: Tensor,
-    gate: Tensor | None,
-    first: Tensor | None,
-    steps: _Steps,
-    each: int,
-    numbers: _Numbers,
-    sizes: Tile,
-    *,
-    reverse: bool,
-    local: tuple[Tensor, Tensor] | None = None,
-    into: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor] | None:
-    """Launch `_states_kernel`.
-
-    Args:
-        left: B or C; right: x or dy; gate: z or None; first: [B, H, P, N] or None.
-        steps: of the chunks to walk.
-        each: chunks of a segment.
-        numbers, sizes: as for every launch.
-        reverse: whether it walks from the back.
-        local: what the segments add, and their decays; None where there is one segment only.
-        into: stored and partner [B, K·pitch, H, P], of which a chunk takes the first N rows of its
-            pitch; through [B, H, K, blocks] and last. None for the launch that computes `local`.
-
-    Returns:
-        `local`, where that is what it computes.
-    """
-    batch, _, heads, head_dim = right.shape
-    groups, d_state = left.shape[2:]
-    block = min(sizes["head_dim"], head_dim)
-    segments = triton.cdiv(steps.chunks, each)
-    made = None
-    right_tiles = _tiles(right, steps.chunk, block)
-    stored_tiles = partner_tiles = right_tiles
-    walked, pitch = segments, 0
-    if into is None:
-        adds = right.new_empty(batch, heads, segments, d_state, head_dim, dtype=torch.float32)
-        local = made = adds, adds.new_empty(batch, heads, segments)
-        through = last = adds
-        walked -= 1
-    else:
-        stored, partner, through, last = into
-        stored_tiles, partner_tiles = (_tiles(t, d_state, block) for t in (stored, partner))
-        pitch = stored.shape[1] // steps.chunks
-    adds, decays = local if local is not None else (steps.sums, steps.sums)
-    _states_kernel[(batch * walked * heads * (head_dim // block),)](
-        _tiles(left, steps.chunk, d_state),
-        right_tiles,
-        right_tiles if gate is None else _tiles(gate, steps.chunk, block),
-        *steps.pointers(),
-        steps.sums if first is None else first,
-        adds,
-        decays,
-        stored_tiles,
-        partner_tiles,
-        through,
-        last,
-        heads,
-        heads // groups,
-        steps.chunks,
-        segments,
-        each,
-        REVERSE=reverse,
-        LOCAL=made is not None,
-        GATE=gate is not None,
-        FIRST=first is not None,
-        N=d_state,
-        P=head_dim,
-        BLOCK_P=block,
-        Q=steps.chunk,
-        PITCH=pitch,
-        **numbers.options,
-        **_launch(sizes),
-    )
-    return made
-
-
-def forward(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    state: Tensor | None,
-    timing: _Timing,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, T, H, P], the state after the last token, and y before the gate where to `keep` it."""
-    batch, _, heads, head_dim = x.shape
-    groups, d_state = B.shape[2:]
-    numbers = _numbers(x, B, C)
-    sizes = _sizes("ssd_scan", numbers, d_state, head_dim, x.device)
-    block, chunk = min(sizes["head_dim"], head_dim), sizes["chunk"]
-    steps = _Steps.of(timing, chunk)
-    each = _walks(batch * heads, steps.chunks, sizes, head_dim, x.device)
-    segments = triton.cdiv(steps.chunks, each)
-    local = None
+    x, B, C, D, z, state = call.x, call.B, call.C, call.D, call.z, call.state
+    n, heads = call.d_state, call.heads
+    sizes = call.sizes("ssd_scan")
+    block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
+    steps = call.steps(chunk)
+    each = call.segment_chunks(sizes, steps.chunks)
+    segments = -(-steps.chunks // each)
+    sums = steps.sums, steps.columns, steps.spans
+    counts = heads, call.share, steps.chunks, segments, each
+    x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
+    adds = decays = steps.sums
     if segments > 1:
-        walk = _sizes("ssd_segments", numbers, d_state, head_dim, x.device)
-        local = _states(B, x, None, None, steps, each, numbers, walk, reverse=False)
-    adds, decays = local if local is not None else (steps.sums, steps.sums)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    before = torch.empty_like(y) if keep else y.new_empty(0)
-    last = y.new_empty(batch, heads, head_dim, d_state, dtype=torch.float32)
-    x_tiles, y_tiles = _tiles(x, chunk, block), _tiles(y, chunk, block)
-    _scan_kernel[(batch * segments * heads * (head_dim // block),)](
-        x_tiles,
-        _tiles(B, chunk, d_state),
-        _tiles(C, chunk, d_state),
-        x if D is None else D,
-        x_tiles if z is None else _tiles(z, chunk, block),
-        *steps.pointers(),
-        last if state is None else state,
-        adds,
-        decays,
-        y_tiles,
-        _tiles(before, chunk, block) if keep else y_tiles,
-        last,
-        heads,
-        heads // groups,
-        steps.chunks,
-        segments,
-        each,
-        SKIP=D is not None,
-        GATE=z is not None,
-        KEEP=keep,
-        FIRST=state is not None,
-        N=d_state,
-        P=head_dim,
-        BLOCK_P=block,
-        Q=chunk,
-        **numbers.options,
-        **_launch(sizes),
+        adds, decays = call.added_by_segments(segments)
+        walk = call.sizes("ssd_segments")
+        width = min(walk["head_dim"], call.head_dim)
+        narrow = x_tiles if width == block else _tiles(x, chunk, width)
+        _segments(
+            (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
+            (B_tiles, narrow, *sums, adds, decays, *counts),
+            {**call.constants, "BLOCK_P": width, "Q": chunk},
+            walk,
+            call.key,
+        )
+    y = call.new(*x.shape, dtype=x.dtype)
+    before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
+    last = call.new(call.batch, heads, call.head_dim, n)
+    y_tiles = _tiles(y, chunk, block)
+    _scan(
+        (call.batch * segments * heads * (call.head_dim // block), 1, 1),
+        (
+            *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
+            x_tiles if z is None else _tiles(z, chunk, block),
+            *sums,
+            *(last if state is None else state, adds, decays, y_tiles),
+            *(_tiles(before, chunk, block) if keep else y_tiles, last),
+            *counts,
+        ),
+        {
+            **call.constants,
+            "SKIP": D is not None,
+            "GATE": z is not None,
+            "KEEP": keep,
+            "FIRST": state is not None,
+            "BLOCK_P": block,
+            "Q": chunk,
+        },
+        sizes,
+        call.key,
     )
     return y, last, before
 
 
-def backward(
-    dy: Tensor,
-    d_last: Tensor | None,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    state: Tensor | None,
-    before: Tensor,
-    timing: _Timing,
-) -> tuple[Tensor, ...]:
+def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D, z, the bias and the state; empty for what is not given."""
-    batch, length, heads, head_dim = x.shape
-    groups, d_state = B.shape[2:]
-    share = heads // groups
-    numbers = _numbers(x, B, C)
-
-    def sizes_of(operation: str) -> Tile:
-        return _sizes(operation, numbers, d_state, head_dim, x.device)
-
-    sizes = sizes_of("ssd_grad_C")
-    rows = min(sizes["rows"], sizes["chunk"])
-    steps = _Steps.of(timing, sizes["chunk"])
-    chunk, chunks = steps.chunk, steps.chunks
+    x, B, C, D, z = call.x, call.B, call.C, call.D, call.z
+    batch, heads, groups, share = call.batch, call.heads, call.groups, call.share
+    n, p = call.d_state, call.head_dim
+    key = *call.key, dy.dtype
+    sizes = call.sizes("ssd_grad_C")
+    chunk = sizes["chunk"]
+    steps = call.steps(chunk)
+    chunks = steps.chunks
+    sums = steps.sums, steps.columns, steps.spans
 
     # The states before all chunks, and the gradients of those after them.
-    walk = sizes_of("ssd_states")
-    p_blocks = head_dim // min(walk["head_dim"], head_dim)
-    each = _walks(batch * heads, chunks, walk, head_dim, x.device)
-    entering = x.new_empty(batch, chunks * d_state, heads, head_dim, dtype=numbers.stored)
-    dx = x.new_empty(batch, chunks * chunk, heads, head_dim)
+    entering = call.new(batch, chunks * n, heads, p, dtype=call.stored)
+    dx = call.new(batch, chunks * chunk, heads, p, dtype=x.dtype)
     # A gradient of a state is no larger than that of x in its chunk, which comes later.
-    alias = dx.dtype == entering.dtype and d_state <= chunk
-    leaving = dx if alias else torch.empty_like(entering)
-    through = dx.new_empty(batch, heads, chunks, p_blocks, dtype=torch.float32)
-    d_first = dx.new_empty(batch, heads, head_dim, d_state, dtype=torch.float32)
-    for reverse, left, right, gate, first, stored in (
-        (False, B, x, None, state, entering),
-        (True, C, dy, z, d_last, leaving),
-    ):
-        local = None
-        if each < chunks:
-            local = _states(left, right, gate, None, steps, each, numbers, walk, reverse=reverse)
-        into = stored, entering, through, d_first
+    leaving = dx if dx.dtype == call.stored and n <= chunk else torch.empty_like(entering)
+    pitch = leaving.shape[1] // chunks
+    d_first = call.new(batch, heads, p, n)
+    walk = call.sizes("ssd_states")
+    width = min(walk["head_dim"], p)
+    each = call.segment_chunks(walk, chunks, walks=2)
+    segments = -(-chunks // each)
+    adds = decays = d_adds = d_decays = steps.sums
+    if segments > 1:
+        adds, decays = call.added_by_segments(segments)
+        d_adds, d_decays = call.added_by_segments(segments)
+    dy_tiles = _tiles(dy, chunk, width)
+    for local in (True, False) if segments > 1 else (False,):
         _states(
-            left,
-            right,
-            gate,
-            first,
-            steps,
-            each,
-            numbers,
+            (2 * batch * (segments - local) * heads * (p // width), 1, 1),
+            (
+                *(_tiles(B, chunk, n), _tiles(C, chunk, n), _tiles(x, chunk, width), dy_tiles),
+                dy_tiles if z is None else _tiles(z, chunk, width),
+                *sums,
+                steps.sums if call.state is None else call.state,
+                steps.sums if d_last is None else d_last,
+                *(adds, decays, d_adds, d_decays),
+                *(_tiles(entering, n, width), _tiles(leaving, n, width), d_first),
+                *(heads, share, chunks, segments, each),
+            ),
+            {
+                **call.constants,
+                "LOCAL": local,
+                "GATE": z is not None,
+                "FIRST": call.state is not None,
+                "LAST": d_last is not None,
+                "BLOCK_P": width,
+                "Q": chunk,
+                "PITCH": pitch,
+            },
             walk,
-            reverse=reverse,
-            local=local,
-            into=into,
+            key,
         )
 
     # One chunk and some heads of a group a program.
+    rows = min(sizes["rows"], chunk)
     tiles = batch * chunks * groups
-    wanted = sizes["per_sm"] * multiprocessors(x.device) * rows // chunk // tiles
-    heads_each = triton.cdiv(share, max(1, min(wanted, share)))
-    parts = triton.cdiv(share, heads_each)
-    d_scores = x.new_empty(parts * tiles, chunk, 1, chunk, dtype=numbers.stored)
-    lanes = batch * heads
-    per_token = dx.new_empty(3 + chunk // rows, *steps.step.shape, dtype=torch.float32)
-    ends, direct, leaves, begins = per_token[0], per_token[1], per_token[2], per_token[3:]
-    counts = (heads, groups, share, heads_each, parts, chunks)
-    shape = {"GATE": z is not None, "N": d_state, "P": head_dim, "Q": chunk, **numbers.options}
-    x_tiles, B_tiles = _tiles(x, chunk, head_dim), _tiles(B, chunk, d_state)
-    dy_tiles = _tiles(dy, rows, head_dim)
+    wanted = sizes["per_sm"] * multiprocessors(call.device) * rows // chunk // tiles
+    heads_each = -(-share // max(1, min(wanted, share)))
+    parts = -(-share // heads_each)
+    d_scores = call.new(parts * tiles, chunk, 1, chunk, dtype=call.stored)
+    ends, direct, leaves = (torch.empty_like(steps.step) for _ in range(3))
+    begins = call.new(chunk // rows, *steps.step.shape)
+    counts = heads, groups, share, heads_each, parts, chunks
+    constants = {**call.constants, "GATE": z is not None, "Q": chunk}
     dC = _parts(C, parts)
-    _grad_C_kernel[(tiles * parts * (chunk // rows),)](
-        x_tiles,
-        B_tiles,
-        _tiles(C, rows, d_state),
-        dy_tiles if z is None else _tiles(z, rows, head_dim),
-        dy_tiles,
-        *steps.pointers(),
-        _tiles(entering, d_state, head_dim),
-        _tiles(dC, rows, d_state),
-        _tiles(d_scores, rows, chunk),
-        ends,
-        begins,
-        *counts,
-        lanes,
-        ROWS=rows,
-        **shape,
-        **_launch(sizes),
+    dy_tiles = _tiles(dy, rows, p)
+    _grad_C(
+        (tiles * parts * (chunk // rows), 1, 1),
+        (
+            *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, rows, n)),
+            *(dy_tiles if z is None else _tiles(z, rows, p), dy_tiles),
+            *sums,
+            *(_tiles(entering, n, p), _tiles(dC, rows, n), _tiles(d_scores, rows, chunk)),
+            *(ends, begins, *counts, batch * heads),
+        ),
+        {**constants, "ROWS": rows},
+        sizes,
+        (*key, dC.dtype),
     )
     dC = _whole(dC, C)
-    sizes = sizes_of("ssd_grad_x")
+    sizes = call.sizes("ssd_grad_x")
+    rows = max(min(sizes["rows"], chunk), chunk // 2)
     dB = _parts(B, parts)
-    dz = x.new_empty(0) if z is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Shares of the gradients of A and the bias, and of D, for sums over all chunks.
-    shares = dx.new_empty(2, batch, chunks, heads, dtype=torch.float32)
-    skips = shares.new_empty(batch, heads, chunks)
-    dy_tiles = _tiles(dy, chunk, head_dim)
-    # dx is written up to the length alone: behind it lie gradients of states, of no further use.
-    _grad_x_kernel[(tiles * parts,)](
-        x_tiles,
-        B_tiles,
-        _tiles(C, chunk, d_state),
-        x if D is None else D,
-        dy_tiles if z is None else _tiles(z, chunk, head_dim),
-        dy_tiles if z is None else _tiles(before, chunk, head_dim),
-        dy_tiles,
-        steps.step,
-        steps.sums,
-        steps.spans,
-        _tiles(leaving, d_state, head_dim),
-        _tiles(d_scores, chunk, chunk),
-        _tiles(dx, chunk, head_dim),
-        dy_tiles if z is None else _tiles(dz, chunk, head_dim),
-        _tiles(dB, chunk, d_state),
-        direct,
-        leaves,
-        skips,
-        *counts,
-        SKIP=D is not None,
-        PITCH=leaving.shape[1] // chunks,
-        **shape,
-        **_launch(sizes),
+    dz = call.new(*(x.shape if z is not None else (0,)), dtype=x.dtype if z is None else z.dtype)
+    skips, through = call.new(batch, heads, chunks), call.new(batch, heads, chunks)
+    dy_tiles = _tiles(dy, chunk, p)
+    dy_rows = _tiles(dy, rows, p)
+    _grad_x(
+        (tiles * parts, 1, 1),
+        (
+            *(_tiles(x, rows, p), _tiles(B, rows, n), _tiles(C, chunk, n), x if D is None else D),
+            *((dy_tiles, dy_rows) if z is None else (_tiles(z, chunk, p), _tiles(z, rows, p))),
+            dy_tiles if z is None else _tiles(before, chunk, p),
+            *(dy_tiles, dy_rows, steps.step, steps.sums, steps.spans),
+            *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, chunk, rows)),
+            *(_tiles(dx, rows, p), dy_tiles if z is None else _tiles(dz, chunk, p)),
+            *(_tiles(dB, rows, n), direct, leaves, through, skips, *counts),
+        ),
+        {**constants, "SKIP": D is not None, "ROWS": rows, "PITCH": pitch},
+        sizes,
+        (*key, dB.dtype),
     )
     dB = _whole(dB, B)
-    ddt = torch.empty_like(timing.dt, memory_format=torch.contiguous_format)
-    _grad_steps_kernel[(batch * chunks, triton.cdiv(heads, 16))](
-        *timing.arguments(),
-        steps.step,
-        ends,
-        begins,
-        direct,
-        leaves,
-        through,
-        ddt,
-        shares,
-        length,
-        heads,
-        chunks,
-        lanes,
-        *timing.strides(),
-        *ddt.stride()[:2],
-        timing.low,
-        timing.high,
-        **timing.options(),
-        Q=chunk,
-        PARTS=chunk // rows,
-        THROUGH=p_blocks,
+    ddt = call.new(*call.dt.shape, dtype=call.dt.dtype)
+    # Shares of the gradients of A and the bias, for sums over all chunks.
+    shares = call.new(2, batch * chunks, heads)
+    pointers, strides, step_constants = call.step_arguments()
+    _grad_steps(
+        (batch * chunks, -(-heads // _STEP_HEADS), 1),
+        (
+            *(*pointers, steps.step, ends, begins, direct, leaves, through, ddt, shares),
+            *(call.length, heads, chunks, batch * heads, *strides, *ddt.stride()[:2]),
+            *(call.low, call.high),
+        ),
+        {**step_constants, "Q": chunk, "PARTS": begins.shape[0]},
+        _STEP_SIZES,
+        key,
     )
+    shares = shares.sum(1)
+    none = [call.new(0) for _ in range(4)]
     return (
-        dx[:, :length],
+        dx[:, : call.length],
         ddt,
-        shares[0].sum((0, 1)),
+        shares[0],
         dB,
         dC,
-        skips.sum((0, 2)).to(D.dtype) if D is not None else x.new_empty(0),
+        none[0] if D is None else skips.sum((0, 2)).to(D.dtype),
         dz,
-        shares[1].sum((0, 1)).to(timing.bias.dtype) if timing.bias is not None else x.new_empty(0),
-        d_first if state is not None else x.new_empty(0),
+        none[2] if call.bias is None else shares[1].to(call.bias.dtype, copy=True),
+        none[3] if call.state is None else d_first,
     )
-
-
-def _sizes(
-    operation: str, numbers: _Numbers, d_state: int, head_dim: int, device: torch.device
-) -> Tile:
-    kind = "wide" if numbers.wide else "half"
-    return tile(operation, f"{kind} N{d_state} P{head_dim}", kind, device=device)
-
-
-def _launch(sizes: Tile) -> dict[str, int]:
-    """Triton's own options; `registers` caps those of a thread, so that more programs fit."""
-    options = {"num_warps": sizes["warps"], "num_stages": sizes["stages"]}
-    return options | ({"maxnreg": sizes["registers"]} if "registers" in sizes else {})
 
 
 def _tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A [B, T, I, J] tensor as [B, T, I J], to be read in tiles of one sequence."""
+    """A [B, T, I, J] tensor as [B, T, I J], to be read in tiles of one sequence.
+
+    Made without the checks of its class, which take longer than the rest: `_readable` has made
+    them, and our own tensors pass.
+    """
     batch, length, heads, width = tensor.shape
-    return TensorDescriptor(
-        tensor,
-        [batch, length, heads * width],
-        [tensor.stride(0), tensor.stride(1), 1],
-        [1, rows, columns],
-    )
+    strides = tensor.stride()
+    tiles: TensorDescriptor = object.__new__(TensorDescriptor)
+    tiles.base = tensor
+    tiles.shape = [batch, length, heads * width]
+    tiles.strides = [strides[0], strides[1], 1]
+    tiles.block_shape = [1, rows, columns]
+    tiles.padding = "zero"
+    return tiles
 
 
 def _parts(like: Tensor, parts: int) -> Tensor:
@@ -1186,11 +1408,30 @@ def _whole(parts: Tensor, like: Tensor) -> Tensor:
     return parts.unflatten(0, (-1, like.shape[0])).sum(0).to(like.dtype)
 
 
-# --- the operators
+def _readable(tensor: Tensor) -> Tensor:
+    """`tensor` [B, T, I, J], or where tiles of it cannot be addressed as they are, a copy.
+
+    Views of a projection's output pass as they are where their width in bytes is a multiple of 16.
+    """
+    unit = 16 // tensor.element_size()
+    batch, token, head, last = tensor.stride()
+    fits = (
+        last == 1
+        and (head == tensor.shape[3] or tensor.shape[2] == 1)
+        and token % unit == 0
+        and batch % unit == 0
+        and min(token, batch) > 0
+        and tensor.data_ptr() % 16 == 0
+    )
+    if fits:
+        return tensor
+    return tensor.clone() if tensor.is_contiguous() else tensor.contiguous()
 
 
-@torch.library.custom_op("tamba::ssd", mutates_args=())
-def _ssd(
+# --- the operator
+
+
+def _run_forward(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -1207,20 +1448,14 @@ def _ssd(
     high: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    timing = _Timing(dt, A, dt_bias, starts, padding, softplus, low, high)
+    x, B, C = _readable(x), _readable(B), _readable(C)
+    z = None if z is None else _readable(z)
+    call = Call(x, dt, A, B, C, D, z, dt_bias, state, starts, padding, softplus, low, high)
     with _on(x):
-        return forward(x, B, C, D, z, state, timing, keep)
+        return forward(call, keep)
 
 
-@_ssd.register_fake
-def _(x, dt, A, B, C, D, z, dt_bias, state, starts, padding, softplus, low, high, keep):
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    last = x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
-    return y, last, torch.empty_like(y) if keep else x.new_empty(0)
-
-
-@torch.library.custom_op("tamba::ssd_backward", mutates_args=())
-def _ssd_backward(
+def _run_backward(
     dy: Tensor,
     d_last: Tensor | None,
     x: Tensor,
@@ -1239,34 +1474,47 @@ def _ssd_backward(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    timing = _Timing(dt, A, dt_bias, starts, padding, softplus, low, high)
+    x, B, C, dy = _readable(x), _readable(B), _readable(C), _readable(dy)
+    z = None if z is None else _readable(z)
+    d_last = None if d_last is None else d_last.contiguous()
+    call = Call(x, dt, A, B, C, D, z, dt_bias, state, starts, padding, softplus, low, high)
     with _on(x):
-        return backward(dy, d_last, x, B, C, D, z, state, before, timing)
+        return backward(call, dy, d_last, before)  # type: ignore[return-value]
 
 
-@_ssd_backward.register_fake
-def _(
-    dy,
-    d_last,
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    z,
-    dt_bias,
-    state,
-    starts,
-    padding,
-    before,
-    softplus,
-    low,
-    high,
-):
-    inner = (x.new_empty(0) if t is None else torch.empty_like(t) for t in (D, z, dt_bias, state))
-    dD, dz, d_bias, d_state = inner
-    return (*(torch.empty_like(t) for t in (x, dt, A, B, C)), dD, dz, d_bias, d_state)
+def _on(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device: make it the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+# Twice under one maths: as operators of torch's library, which compilers can see through, and as a
+# plain autograd function, whose overhead a model with short sequences would otherwise notice.
+_forward_op = torch.library.custom_op("tamba::ssd", _run_forward, mutates_args=())
+_backward_op = torch.library.custom_op("tamba::ssd_backward", _run_backward, mutates_args=())
+
+
+@_forward_op.register_fake
+def _(x, dt, A, B, C, D, z, dt_bias, state, starts, padding, softplus, low, high, keep):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
+    return y, last, torch.empty_like(y) if keep else x.new_empty(0)
+
+
+@_backward_op.register_fake
+def _(dy, d_last, x, dt, A, B, C, D, z, dt_bias, state, starts, padding, before, *options):
+    def like(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    none = [x.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    return (
+        *(like(t) for t in (x, dt, A, B, C)),
+        none[0] if D is None else like(D),
+        x.new_empty(0) if z is None else like(z),
+        none[1] if dt_bias is None else like(dt_bias),
+        none[2] if state is None else like(state),
+    )
 
 
 def _save(ctx, inputs, output):
@@ -1276,48 +1524,39 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, d_last, _d_before):
+def _gradients(run, ctx, dy, d_last):
+    """Gradients of all arguments, by `run`."""
     *tensors, before = ctx.saved_tensors
-    x, D, z, bias, state = (tensors[i] for i in (0, 5, 6, 7, 8))
-    dy = torch.zeros_like(x) if dy is None else _readable(dy)
-    if d_last is not None:
-        d_last = d_last.contiguous()
-    dx, ddt, dA, dB, dC, dD, dz, d_bias, d_state = torch.ops.tamba.ssd_backward(
-        dy, d_last, *tensors, before, *ctx.options
-    )
-    optional = (
-        None if given is None else grad
-        for given, grad in ((D, dD), (z, dz), (bias, d_bias), (state, d_state))
-    )
-    return dx, ddt, dA, dB, dC, *optional, None, None, None, None, None, None
+    if dy is None:
+        dy = torch.zeros_like(tensors[0])
+    grads = list(run(dy, d_last, *tensors, before, *ctx.options))
+    for i in (5, 6, 7, 8):
+        if tensors[i] is None:
+            grads[i] = None
+    return (*grads, None, None, None, None, None, None)
 
 
-_ssd.register_autograd(_differentiate, setup_context=_save)
+def _differentiate(ctx, dy, d_last, _d_before):
+    return _gradients(_backward_op, ctx, dy, d_last)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """`tensor` [B, T, I, J], or where tiles of it cannot be addressed as they are, a copy.
-
-    Views of a projection's output pass as they are where their width in bytes is a multiple of 16.
-    """
-    unit = 16 // tensor.element_size()
-    batch, token, head, last = tensor.stride()
-    fits = (
-        last == 1
-        and (head == tensor.shape[3] or tensor.shape[2] == 1)
-        and token % unit == 0
-        and batch % unit == 0
-        and min(token, batch) > 0
-        and tensor.storage_offset() % unit == 0
-    )
-    if fits:
-        return tensor
-    return tensor.clone() if tensor.is_contiguous() else tensor.contiguous()
+_forward_op.register_autograd(_differentiate, setup_context=_save)
 
 
-def _on(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+class _Eager(torch.autograd.Function):
+    """`tamba::ssd` without the library's bookkeeping."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run_forward(*inputs)
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, d_last, _d_before):
+        return _gradients(_run_backward, ctx, dy, d_last)
 
 
 def ssd(
@@ -1337,25 +1576,21 @@ def ssd(
     padding: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`tamba.ops.ssd` on Triton, for at least one token; A and the state in float32."""
-    x, B, C = _readable(x), _readable(B), _readable(C)
-    z = None if z is None else _readable(z)
     low, high = (-math.inf, math.inf) if dt_limit is None else dt_limit
-    keep = z is not None and torch.is_grad_enabled()
-    y, last, _ = torch.ops.tamba.ssd(
-        x,
-        dt,
-        A.contiguous(),
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        None if state is None else state.contiguous(),
-        starts,
-        padding,
-        dt_softplus,
-        low,
-        high,
-        keep,
+    tensors = (
+        *(x, dt, A.contiguous(), B, C, D, z, dt_bias),
+        *(None if state is None else state.contiguous(), starts, padding),
     )
+    keep = z is not None and torch.is_grad_enabled()
+    options = dt_softplus, float(low), float(high), keep
+    # A compiler at work, or a tensor without memory of its own: torch must see an operator.
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        y, last, _ = _forward_op(*tensors, *options)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y, last, _ = _Eager.apply(*tensors, *options)
+    else:
+        y, last, _ = _run_forward(*tensors, *options)
     return y, last
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

@@ -23,18 +23,19 @@ TILES: dict[str, dict[str, Tile]] = {
     "any": {
         "ssd_scan": {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_scan wide": {"chunk": 32, "head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 2},
+        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 3},
         "ssd_segments wide": {"head_dim": 32, "warps": 4, "stages": 1},
         "ssd_states": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_grad_C": {"chunk": 64, "rows": 64, "per_sm": 2, "warps": 8, "stages": 1},
         "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_grad_x": {"warps": 8, "stages": 1},
-        "ssd_grad_x wide": {"warps": 4, "stages": 1},
+        "ssd_grad_x": {"rows": 64, "warps": 8, "stages": 2},
+        "ssd_grad_x wide": {"rows": 32, "warps": 4, "stages": 1},
     },
     "sm90": {
-        "ssd_grad_C": {"chunk": 128, "rows": 128, "per_sm": 2, "warps": 8, "stages": 1},
-        "ssd_grad_x": {"warps": 8, "stages": 1},
+        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
+        "ssd_grad_C": {"chunk": 128, "rows": 64, "per_sm": 2, "warps": 8, "stages": 2},
+        "ssd_grad_x": {"rows": 64, "warps": 8, "stages": 2},
     },
 }
 _overrides: dict[str, Tile] = {}
