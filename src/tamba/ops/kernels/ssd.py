@@ -679,81 +679,46 @@ def _grad_C_kernel(
 
 
 @triton.jit
-def _grad_x_rows(
-    first_row,
+def _into(
+    inside,
     scores,
-    d_B,
-    B,
-    x_tiles,
-    dx_tiles,
     dy_tiles,
     z_tiles,
-    dy,
-    leaving,
-    steps_at,
-    at,
     row,
     start,
     column,
-    ends,
-    D,
-    SKIP: tl.constexpr,
+    first,
+    sums,
+    sum_ptr,
+    span_ptr,
+    whole,
     GATE: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
-    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dx of `ROWS` tokens of a chunk for one head, and what else is summed or stored by token.
+    """`inside` [s, P] and what it gets from the outputs of tokens `first` and on of the chunk.
 
-    Args:
-        first_row: of the chunk.
-        scores: [s, u] B Cᵀ of these rows.
-        d_B: [s, N], the sum over heads so far.
-        dy, leaving: [Q, P] and [N, P], gradients of the outputs and of the state after the chunk.
-        steps_at, at: pointers to the chunk's step sizes, sums and spans; to what is stored.
-        ends: sums of the chunk, the last of them, and the last span.
-
-    Returns:
-        d_B with this head's part, and the rows' share of the gradient of D.
+    scores: [s, u] B Cᵀ. Transposed: a token's row is where paths begin, its columns where they end.
     """
-    step_ptr, sum_ptr, span_ptr = steps_at
-    direct_ptr, leaves_ptr = at
-    sums, sum_end, span_end = ends
-    u = tl.arange(0, Q)
-    s = first_row + tl.arange(0, ROWS)
-    x = _tile(x_tiles, row, start + first_row, column, ROWS, P).to(tl.float32)
-    sums_s = tl.load(sum_ptr + s)
-    dt = tl.load(step_ptr + s)
-    to_end = tl.where(tl.load(span_ptr + s) == span_end, tl.exp2(sum_end - sums_s), 0.0)
-
-    outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
-    added = (x * (dt * to_end)[:, None]).to(DOT)
-    d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
-    tl.store(leaves_ptr + s, dt * tl.sum(x * outside, axis=1))
-    # Transposed: a token's row is where paths begin, its columns where they end.
+    s = tl.arange(0, Q)
+    u = first + tl.arange(0, COLUMNS)
+    dy = _tile(dy_tiles, row, start + first, column, COLUMNS, P)
+    if GATE:
+        z = _tile(z_tiles, row, start + first, column, COLUMNS, P)
+        dy = (dy.to(tl.float32) * _silu(z.to(tl.float32))).to(DOT)
     decays = _decays(
-        sums[None, :],
-        sums_s[:, None],
+        tl.load(sum_ptr + u)[None, :],
+        sums[:, None],
         span_ptr + u[None, :],
         span_ptr + s[:, None],
-        span_end == 0,
+        whole,
         s[:, None] <= u[None, :],
     )
     weighted = (scores.to(tl.float32) * decays).to(DOT)
-    d_input = tl.dot(weighted, dy.to(DOT), outside, input_precision=PRECISION)
-    tl.store(direct_ptr + s, tl.sum(x * d_input, axis=1))
-    dx = d_input * dt[:, None]
-    skip = 0.0
-    if SKIP:
-        dy_s = _tile(dy_tiles, row, start + first_row, column, ROWS, P).to(tl.float32)
-        if GATE:
-            dy_s *= _silu(_tile(z_tiles, row, start + first_row, column, ROWS, P).to(tl.float32))
-        dx += D * dy_s
-        skip = tl.sum(tl.sum(x * dy_s, axis=1), axis=0)
-    _put(dx_tiles, row, start + first_row, column, dx, ROWS, P)
-    return d_B, skip
+    return tl.dot(weighted, dy.to(DOT), inside, input_precision=PRECISION)
 
 
 @triton.jit(
@@ -765,10 +730,10 @@ def _grad_x_kernel(
     C_tiles,
     D_ptr,
     z_tiles,
-    z_row_tiles,
+    z_column_tiles,
     before_tiles,
     dy_tiles,
-    dy_row_tiles,
+    dy_column_tiles,
     step_ptr,
     sum_ptr,
     span_ptr,
@@ -793,7 +758,7 @@ def _grad_x_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     SKIP: tl.constexpr,
-    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PITCH: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -813,107 +778,74 @@ def _grad_x_kernel(
 
     q = tl.arange(0, Q)
     start = chunk * Q
-    C = _tile(C_tiles, row, start, group * N, Q, N)
-    B_0 = _tile(B_tiles, row, start, group * N, ROWS, N)
-    scores_0 = _dot(B_0, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
-    d_B_0 = tl.zeros([ROWS, N], tl.float32)
-    if ROWS < Q:
-        B_1 = _tile(B_tiles, row, start + ROWS, group * N, ROWS, N)
-        scores_1 = _dot(B_1, tl.trans(C), DOT, PRECISION).to(DOT)
-        d_B_1 = tl.zeros([ROWS, N], tl.float32)
+    B = _tile(B_tiles, row, start, group * N, Q, N)
+    C = _tile(C_tiles, row, start, group * N, COLUMNS, N)
+    scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
+    if COLUMNS < Q:
+        C = _tile(C_tiles, row, start + COLUMNS, group * N, COLUMNS, N)
+        later_scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)
+    d_B = tl.zeros([Q, N], tl.float32)
     for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
         head = group * share + part * heads_each + i
         lane = (row * heads + head).to(tl.int64)
         steps = lane * (chunks * Q) + start
         column = head * P
-        dy = _tile(dy_tiles, row, start, column, Q, P)
-        leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
-        entering = _tile(entering_tiles, row, chunk * N, column, N, P)
         sums = tl.load(sum_ptr + steps + q)
         sum_end = tl.load(sum_ptr + steps + Q - 1)
         span_end = tl.load(span_ptr + steps + Q - 1)
-        through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
-        passing = entering.to(tl.float32) * leaving.to(tl.float32)
-        passing = through * tl.sum(tl.sum(passing, axis=1), axis=0)
-        tl.store(through_ptr + lane * chunks + chunk, passing)
+        inside = tl.zeros([Q, P], tl.float32)
+        inside = _into(
+            *(inside, scores, dy_column_tiles, z_column_tiles, row, start, column, 0, sums),
+            *(sum_ptr + steps, span_ptr + steps, span_end == 0),
+            *(GATE, P, Q, COLUMNS, DOT, PRECISION),
+        )
+        if COLUMNS < Q:
+            inside = _into(
+                *(inside, later_scores, dy_column_tiles, z_column_tiles, row, start, column),
+                *(COLUMNS, sums, sum_ptr + steps, span_ptr + steps, span_end == 0),
+                *(GATE, P, Q, COLUMNS, DOT, PRECISION),
+            )
+
+        leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
+        x = _tile(x_tiles, row, start, column, Q, P).to(tl.float32)
+        dt = tl.load(step_ptr + steps + q)
+        spans = tl.load(span_ptr + steps + q)
+        to_end = tl.where(spans == span_end, tl.exp2(sum_end - sums), 0.0)
+        outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
+        tl.store(leaves_ptr + steps + q, dt * tl.sum(x * outside, axis=1))
+        d_input = inside + outside
+        tl.store(direct_ptr + steps + q, tl.sum(x * d_input, axis=1))
+        added = (x * (dt * to_end)[:, None]).to(DOT)
+        d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
+
+        dx = d_input * dt[:, None]
+        if SKIP or GATE:
+            dy = _tile(dy_tiles, row, start, column, Q, P).to(tl.float32)
         if GATE:
             z = _tile(z_tiles, row, start, column, Q, P).to(tl.float32)
             y = _tile(before_tiles, row, start, column, Q, P).to(tl.float32)
-            wide = dy.to(tl.float32)
             open_by = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
-            dz = wide * y * open_by * (1.0 + z * (1.0 - open_by))
+            dz = dy * y * open_by * (1.0 + z * (1.0 - open_by))
             _put(dz_tiles, row, start, column, dz, Q, P)
-            dy = (wide * z * open_by).to(DOT)
-        D = tl.load(D_ptr + head).to(tl.float32) if SKIP else 0.0
-        at = direct_ptr + steps, leaves_ptr + steps
-        steps_at = step_ptr + steps, sum_ptr + steps, span_ptr + steps
-        ends = sums, sum_end, span_end
-        d_B_0, skip = _grad_x_rows(
-            0,
-            scores_0,
-            d_B_0,
-            B_0,
-            x_tiles,
-            dx_tiles,
-            dy_row_tiles,
-            z_row_tiles,
-            dy,
-            leaving,
-            steps_at,
-            at,
-            row,
-            start,
-            column,
-            ends,
-            D,
-            SKIP,
-            GATE,
-            P,
-            Q,
-            ROWS,
-            DOT,
-            PRECISION,
-        )
-        if ROWS < Q:
-            d_B_1, skip_1 = _grad_x_rows(
-                ROWS,
-                scores_1,
-                d_B_1,
-                B_1,
-                x_tiles,
-                dx_tiles,
-                dy_row_tiles,
-                z_row_tiles,
-                dy,
-                leaving,
-                steps_at,
-                at,
-                row,
-                start,
-                column,
-                ends,
-                D,
-                SKIP,
-                GATE,
-                P,
-                Q,
-                ROWS,
-                DOT,
-                PRECISION,
-            )
-            skip += skip_1
+            dy *= z * open_by
         if SKIP:
-            tl.store(skip_ptr + lane * chunks + chunk, skip)
+            dx += tl.load(D_ptr + head).to(tl.float32) * dy
+            tl.store(skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(x * dy, axis=1), axis=0))
+        entering = _tile(entering_tiles, row, chunk * N, column, N, P)
+        passing = tl.sum(tl.sum(entering.to(tl.float32) * leaving.to(tl.float32), axis=1), axis=0)
+        passing *= tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
+        tl.store(through_ptr + lane * chunks + chunk, passing)
+        _put(dx_tiles, row, start, column, dx, Q, P)
     tiles = tl.num_programs(0) // parts
+    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, COLUMNS, Q)  # [u, s]
+    C = _tile(C_tiles, row, start, group * N, COLUMNS, N)
+    d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
+    if COLUMNS < Q:
+        d_scores = _tile(scores_tiles, part * tiles + tile_at, COLUMNS, 0, COLUMNS, Q)
+        C = _tile(C_tiles, row, start + COLUMNS, group * N, COLUMNS, N)
+        d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
     rows = tiles // (groups * chunks)
-    C = _tile(C_tiles, row, start, group * N, Q, N)
-    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, Q, ROWS)  # [u, s]
-    d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B_0, input_precision=PRECISION)
-    _put(dB_tiles, part * rows + row, start, group * N, d_B, ROWS, N)
-    if ROWS < Q:
-        d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, ROWS, Q, ROWS)
-        d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B_1, input_precision=PRECISION)
-        _put(dB_tiles, part * rows + row, start + ROWS, group * N, d_B, ROWS, N)
+    _put(dB_tiles, part * rows + row, start, group * N, d_B, Q, N)
 
 
 @triton.jit(do_not_specialize=_STEP_ARGUMENTS)
@@ -1327,24 +1259,25 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     dC = _whole(dC, C)
     sizes = call.sizes("ssd_grad_x")
-    rows = max(min(sizes["rows"], chunk), chunk // 2)
+    columns = max(min(sizes["columns"], chunk), chunk // 2)
     dB = _parts(B, parts)
     dz = call.new(*(x.shape if z is not None else (0,)), dtype=x.dtype if z is None else z.dtype)
     skips, through = call.new(batch, heads, chunks), call.new(batch, heads, chunks)
     dy_tiles = _tiles(dy, chunk, p)
-    dy_rows = _tiles(dy, rows, p)
+    dy_columns = _tiles(dy, columns, p)
     _grad_x(
         (tiles * parts, 1, 1),
         (
-            *(_tiles(x, rows, p), _tiles(B, rows, n), _tiles(C, chunk, n), x if D is None else D),
-            *((dy_tiles, dy_rows) if z is None else (_tiles(z, chunk, p), _tiles(z, rows, p))),
+            *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, columns, n)),
+            *(x if D is None else D, dy_tiles if z is None else _tiles(z, chunk, p)),
+            dy_columns if z is None else _tiles(z, columns, p),
             dy_tiles if z is None else _tiles(before, chunk, p),
-            *(dy_tiles, dy_rows, steps.step, steps.sums, steps.spans),
-            *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, chunk, rows)),
-            *(_tiles(dx, rows, p), dy_tiles if z is None else _tiles(dz, chunk, p)),
-            *(_tiles(dB, rows, n), direct, leaves, through, skips, *counts),
+            *(dy_tiles, dy_columns, steps.step, steps.sums, steps.spans),
+            *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, columns, chunk)),
+            *(_tiles(dx, chunk, p), dy_tiles if z is None else _tiles(dz, chunk, p)),
+            *(_tiles(dB, chunk, n), direct, leaves, through, skips, *counts),
         ),
-        {**constants, "SKIP": D is not None, "ROWS": rows, "PITCH": pitch},
+        {**constants, "SKIP": D is not None, "COLUMNS": columns, "PITCH": pitch},
         sizes,
         (*key, dB.dtype),
     )

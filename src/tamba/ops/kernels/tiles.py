@@ -29,13 +29,13 @@ TILES: dict[str, dict[str, Tile]] = {
         "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_grad_C": {"chunk": 64, "rows": 64, "per_sm": 2, "warps": 8, "stages": 1},
         "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_grad_x": {"rows": 64, "warps": 8, "stages": 2},
-        "ssd_grad_x wide": {"rows": 32, "warps": 4, "stages": 1},
+        "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 2},
+        "ssd_grad_x wide": {"columns": 32, "warps": 4, "stages": 1},
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
         "ssd_grad_C": {"chunk": 128, "rows": 64, "per_sm": 2, "warps": 8, "stages": 2},
-        "ssd_grad_x": {"rows": 64, "warps": 8, "stages": 2},
+        "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 2},
     },
 }
 _overrides: dict[str, Tile] = {}
