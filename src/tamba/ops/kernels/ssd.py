@@ -203,7 +203,6 @@ def _walk(
     pid,
     left_tiles,
     right_tiles,
-    gate_tiles,
     sum_ptr,
     column_ptr,
     span_ptr,
@@ -219,7 +218,6 @@ def _walk(
     span_chunks,
     REVERSE: tl.constexpr,
     LOCAL: tl.constexpr,
-    GATE: tl.constexpr,
     FIRST: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
@@ -277,8 +275,6 @@ def _walk(
         sum_end = tl.load(sum_ptr + steps + start + Q - 1)
         span_end = tl.load(span_ptr + steps + start + Q - 1)
         through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
-        if GATE:
-            right *= _silu(_tile(gate_tiles, row, start, column, Q, BLOCK_P).to(tl.float32))
         if REVERSE:
             weight = tl.where(spans == 0, tl.exp2(tl.load(sum_ptr + steps + t)), 0.0)
         else:
@@ -328,7 +324,6 @@ def _segments_kernel(
         tl.program_id(0),
         B_tiles,
         x_tiles,
-        x_tiles,
         sum_ptr,
         column_ptr,
         span_ptr,
@@ -344,7 +339,6 @@ def _segments_kernel(
         span_chunks,
         False,
         True,
-        False,
         False,
         N,
         P,
@@ -367,7 +361,6 @@ def _states_kernel(
     C_tiles,
     x_tiles,
     dy_tiles,
-    z_tiles,
     sum_ptr,
     column_ptr,
     span_ptr,
@@ -386,7 +379,6 @@ def _states_kernel(
     segments,
     span_chunks,
     LOCAL: tl.constexpr,
-    GATE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     N: tl.constexpr,
@@ -405,7 +397,6 @@ def _states_kernel(
             pid,
             B_tiles,
             x_tiles,
-            x_tiles,
             sum_ptr,
             column_ptr,
             span_ptr,
@@ -421,7 +412,6 @@ def _states_kernel(
             span_chunks,
             False,
             LOCAL,
-            False,
             FIRST,
             N,
             P,
@@ -436,7 +426,6 @@ def _states_kernel(
             pid - half,
             C_tiles,
             dy_tiles,
-            z_tiles,
             sum_ptr,
             column_ptr,
             span_ptr,
@@ -452,7 +441,6 @@ def _states_kernel(
             span_chunks,
             True,
             LOCAL,
-            GATE,
             LAST,
             N,
             P,
@@ -576,6 +564,28 @@ def _scan_kernel(
 # --- backward
 
 
+@triton.jit
+def _ungate_kernel(
+    dy_tiles,
+    z_tiles,
+    before_tiles,
+    dz_tiles,
+    d_before_tiles,
+    P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Some tokens of one head: gradients of the gate and of what it was multiplied by."""
+    row = tl.program_id(2)
+    start = tl.program_id(1) * ROWS
+    column = tl.program_id(0) * P
+    dy = _tile(dy_tiles, row, start, column, ROWS, P).to(tl.float32)
+    z = _tile(z_tiles, row, start, column, ROWS, P).to(tl.float32)
+    before = _tile(before_tiles, row, start, column, ROWS, P).to(tl.float32)
+    share = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
+    _put(dz_tiles, row, start, column, dy * before * share * (1.0 + z * (1.0 - share)), ROWS, P)
+    _put(d_before_tiles, row, start, column, dy * z * share, ROWS, P)
+
+
 @triton.jit(
     do_not_specialize=["heads", "groups", "share", "heads_each", "parts", "chunks", "lanes"]
 )
@@ -583,7 +593,6 @@ def _grad_C_kernel(
     x_tiles,
     B_tiles,
     C_tiles,
-    z_tiles,
     dy_tiles,
     sum_ptr,
     column_ptr,
@@ -600,7 +609,6 @@ def _grad_C_kernel(
     parts,
     chunks,
     lanes,
-    GATE: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -638,9 +646,6 @@ def _grad_C_kernel(
         steps = lane * (chunks * Q) + start
         x = _tile(x_tiles, row, start, head * P, Q, P)
         dy = _tile(dy_tiles, row, start_u, head * P, ROWS, P)
-        if GATE:
-            z = _tile(z_tiles, row, start_u, head * P, ROWS, P)
-            dy = (dy.to(tl.float32) * _silu(z.to(tl.float32))).to(DOT)
         state = _tile(entering_tiles, row, chunk * N, head * P, N, P)
         sums = tl.load(sum_ptr + steps + u)
         spans = tl.load(span_ptr + steps + u)
@@ -683,7 +688,6 @@ def _into(
     inside,
     scores,
     dy_tiles,
-    z_tiles,
     row,
     start,
     column,
@@ -692,7 +696,6 @@ def _into(
     sum_ptr,
     span_ptr,
     whole,
-    GATE: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -706,9 +709,6 @@ def _into(
     s = tl.arange(0, Q)
     u = first + tl.arange(0, COLUMNS)
     dy = _tile(dy_tiles, row, start + first, column, COLUMNS, P)
-    if GATE:
-        z = _tile(z_tiles, row, start + first, column, COLUMNS, P)
-        dy = (dy.to(tl.float32) * _silu(z.to(tl.float32))).to(DOT)
     decays = _decays(
         tl.load(sum_ptr + u)[None, :],
         sums[:, None],
@@ -729,9 +729,6 @@ def _grad_x_kernel(
     B_tiles,
     C_tiles,
     D_ptr,
-    z_tiles,
-    z_column_tiles,
-    before_tiles,
     dy_tiles,
     dy_column_tiles,
     step_ptr,
@@ -741,7 +738,6 @@ def _grad_x_kernel(
     leaving_tiles,
     scores_tiles,
     dx_tiles,
-    dz_tiles,
     dB_tiles,
     direct_ptr,
     leaves_ptr,
@@ -753,7 +749,6 @@ def _grad_x_kernel(
     heads_each,
     parts,
     chunks,
-    GATE: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -763,7 +758,7 @@ def _grad_x_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One chunk, some heads of one group: gradients of x, z and B.
+    """One chunk, some heads of one group: gradients of x and B.
 
     Also written: for every head and token the gradient of dt as the factor of x, and what flows
     along the paths that begin there and leave the chunk; and its share of the gradient of D. The
@@ -795,15 +790,15 @@ def _grad_x_kernel(
         span_end = tl.load(span_ptr + steps + Q - 1)
         inside = tl.zeros([Q, P], tl.float32)
         inside = _into(
-            *(inside, scores, dy_column_tiles, z_column_tiles, row, start, column, 0, sums),
+            *(inside, scores, dy_column_tiles, row, start, column, 0, sums),
             *(sum_ptr + steps, span_ptr + steps, span_end == 0),
-            *(GATE, P, Q, COLUMNS, DOT, PRECISION),
+            *(P, Q, COLUMNS, DOT, PRECISION),
         )
         if COLUMNS < Q:
             inside = _into(
-                *(inside, later_scores, dy_column_tiles, z_column_tiles, row, start, column),
+                *(inside, later_scores, dy_column_tiles, row, start, column),
                 *(COLUMNS, sums, sum_ptr + steps, span_ptr + steps, span_end == 0),
-                *(GATE, P, Q, COLUMNS, DOT, PRECISION),
+                *(P, Q, COLUMNS, DOT, PRECISION),
             )
 
         leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
@@ -819,16 +814,8 @@ def _grad_x_kernel(
         d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
 
         dx = d_input * dt[:, None]
-        if SKIP or GATE:
-            dy = _tile(dy_tiles, row, start, column, Q, P).to(tl.float32)
-        if GATE:
-            z = _tile(z_tiles, row, start, column, Q, P).to(tl.float32)
-            y = _tile(before_tiles, row, start, column, Q, P).to(tl.float32)
-            open_by = 1.0 / (1.0 + tl.exp2(-z * LOG2E))
-            dz = dy * y * open_by * (1.0 + z * (1.0 - open_by))
-            _put(dz_tiles, row, start, column, dz, Q, P)
-            dy *= z * open_by
         if SKIP:
+            dy = _tile(dy_tiles, row, start, column, Q, P).to(tl.float32)
             dx += tl.load(D_ptr + head).to(tl.float32) * dy
             tl.store(skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(x * dy, axis=1), axis=0))
         entering = _tile(entering_tiles, row, chunk * N, column, N, P)
@@ -986,12 +973,14 @@ _steps = _Launcher(_steps_kernel)
 _segments = _Launcher(_segments_kernel)
 _states = _Launcher(_states_kernel)
 _scan = _Launcher(_scan_kernel)
+_ungate = _Launcher(_ungate_kernel)
 _grad_C = _Launcher(_grad_C_kernel)
 _grad_x = _Launcher(_grad_x_kernel)
 _grad_steps = _Launcher(_grad_steps_kernel)
 
 _STEP_SIZES: Tile = {"warps": 4, "stages": 1}
 _STEP_HEADS = 16
+_UNGATE_SIZES: Tile = {"rows": 64, "warps": 4, "stages": 1}
 
 
 @dataclass
@@ -1074,7 +1063,7 @@ class Call:
         """Launch `_steps_kernel`."""
         chunks = -(-self.length // chunk)
         shape = self.batch, self.heads, chunks * chunk
-        step, sums, columns = (self.new(*shape) for _ in range(3))
+        step, sums, columns = self.new(3, *shape).unbind()
         spans = self.new(*shape, dtype=torch.int32)
         pointers, strides, constants = self.step_arguments()
         constants["Q"] = chunk
@@ -1182,6 +1171,17 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     batch, heads, groups, share = call.batch, call.heads, call.groups, call.share
     n, p = call.d_state, call.head_dim
     key = *call.key, dy.dtype
+    dz = call.new(*(x.shape if z is not None else (0,)), dtype=x.dtype if z is None else z.dtype)
+    if z is not None:
+        gated, dy = dy, call.new(*x.shape, dtype=x.dtype)
+        rows = _UNGATE_SIZES["rows"]
+        _ungate(
+            (heads, -(-call.length // rows), batch),
+            [_tiles(t, rows, p) for t in (gated, z, before, dz, dy)],
+            {"P": p, "ROWS": rows},
+            _UNGATE_SIZES,
+            key,
+        )
     sizes = call.sizes("ssd_grad_C")
     chunk = sizes["chunk"]
     steps = call.steps(chunk)
@@ -1203,13 +1203,12 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     if segments > 1:
         adds, decays = call.added_by_segments(segments)
         d_adds, d_decays = call.added_by_segments(segments)
-    dy_tiles = _tiles(dy, chunk, width)
     for local in (True, False) if segments > 1 else (False,):
         _states(
             (2 * batch * (segments - local) * heads * (p // width), 1, 1),
             (
-                *(_tiles(B, chunk, n), _tiles(C, chunk, n), _tiles(x, chunk, width), dy_tiles),
-                dy_tiles if z is None else _tiles(z, chunk, width),
+                *(_tiles(B, chunk, n), _tiles(C, chunk, n)),
+                *(_tiles(x, chunk, width), _tiles(dy, chunk, width)),
                 *sums,
                 steps.sums if call.state is None else call.state,
                 steps.sums if d_last is None else d_last,
@@ -1220,7 +1219,6 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             {
                 **call.constants,
                 "LOCAL": local,
-                "GATE": z is not None,
                 "FIRST": call.state is not None,
                 "LAST": d_last is not None,
                 "BLOCK_P": width,
@@ -1241,15 +1239,13 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     ends, direct, leaves = (torch.empty_like(steps.step) for _ in range(3))
     begins = call.new(chunk // rows, *steps.step.shape)
     counts = heads, groups, share, heads_each, parts, chunks
-    constants = {**call.constants, "GATE": z is not None, "Q": chunk}
+    constants = {**call.constants, "Q": chunk}
     dC = _parts(C, parts)
-    dy_tiles = _tiles(dy, rows, p)
     _grad_C(
         (tiles * parts * (chunk // rows), 1, 1),
         (
             *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, rows, n)),
-            *(dy_tiles if z is None else _tiles(z, rows, p), dy_tiles),
-            *sums,
+            *(_tiles(dy, rows, p), *sums),
             *(_tiles(entering, n, p), _tiles(dC, rows, n), _tiles(d_scores, rows, chunk)),
             *(ends, begins, *counts, batch * heads),
         ),
@@ -1261,21 +1257,15 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     sizes = call.sizes("ssd_grad_x")
     columns = max(min(sizes["columns"], chunk), chunk // 2)
     dB = _parts(B, parts)
-    dz = call.new(*(x.shape if z is not None else (0,)), dtype=x.dtype if z is None else z.dtype)
     skips, through = call.new(batch, heads, chunks), call.new(batch, heads, chunks)
-    dy_tiles = _tiles(dy, chunk, p)
-    dy_columns = _tiles(dy, columns, p)
     _grad_x(
         (tiles * parts, 1, 1),
         (
             *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, columns, n)),
-            *(x if D is None else D, dy_tiles if z is None else _tiles(z, chunk, p)),
-            dy_columns if z is None else _tiles(z, columns, p),
-            dy_tiles if z is None else _tiles(before, chunk, p),
-            *(dy_tiles, dy_columns, steps.step, steps.sums, steps.spans),
+            *(x if D is None else D, _tiles(dy, chunk, p), _tiles(dy, columns, p)),
+            *(steps.step, steps.sums, steps.spans),
             *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, columns, chunk)),
-            *(_tiles(dx, chunk, p), dy_tiles if z is None else _tiles(dz, chunk, p)),
-            *(_tiles(dB, chunk, n), direct, leaves, through, skips, *counts),
+            *(_tiles(dx, chunk, p), _tiles(dB, chunk, n), direct, leaves, through, skips, *counts),
         ),
         {**constants, "SKIP": D is not None, "COLUMNS": columns, "PITCH": pitch},
         sizes,

@@ -1,8 +1,8 @@
 """Tile sizes of the kernels: one table, checked in, and a tuner that nobody has to run.
 
-A kernel asks `tile` for its sizes. The most specific entry wins: the card's architecture before
-``"any"``, the operation with its bucket before the operation alone. Nothing is timed while a model
-runs, so that a first call costs its compilation and no more.
+A kernel asks `tile` for its sizes. The most specific entry wins: the operation with its bucket
+before the operation alone, and then the card's architecture before ``"any"``. Nothing is timed
+while a model runs, so that a first call costs its compilation and no more.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ TILES: dict[str, dict[str, Tile]] = {
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
+        "ssd_states half N128 P64": {
+            "head_dim": 64,
+            "per_sm": 2,
+            "warps": 4,
+            "stages": 3,
+        },
         "ssd_grad_C": {"chunk": 128, "rows": 64, "per_sm": 2, "warps": 8, "stages": 2},
         "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 2},
     },
@@ -50,10 +56,11 @@ def tile(operation: str, *buckets: str, device: torch.device) -> Tile:
         device: where it will run.
     """
     keys = [f"{operation} {bucket}" for bucket in buckets] + [operation]
-    for table in (_overrides, TILES.get(architecture(device), {}), TILES["any"]):
+    for tables in ([_overrides], [TILES.get(architecture(device), {}), TILES["any"]]):
         for key in keys:
-            if key in table:
-                return table[key]
+            for table in tables:
+                if key in table:
+                    return table[key]
     raise KeyError(f"no tile sizes for {operation}")
 
 
