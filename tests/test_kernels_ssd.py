@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+from importlib.util import spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +297,18 @@ def test_random_shapes(data: st.DataObject) -> None:
 @given(st.data())
 def test_many_random_shapes(data: st.DataObject) -> None:
     _random_case(data, 100, [16, 32, 64])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("marks", [pytest.param(None, marks=gpu)], ids=["gpu"])
+def test_compiled_kernels(marks: None, sizes: tuple[int, int], dtype: str) -> None:
+    """A few rows of `benchmarks/ssd_gradients.py`, which has them all."""
+    path = Path(__file__).parents[1] / "benchmarks" / "ssd_gradients.py"
+    table = importlib.util.module_from_spec(spec_from_file_location("ssd_gradients", path))
+    table.__loader__.exec_module(table)
+    for groups, length in ((1, 63), (2, 1000), (4, 4097)):
+        case = {"dtype": dtype, "N": sizes[0], "P": sizes[1], "G": groups, "T": length, "dt": -4.0}
+        errors = table.measure(case)
+        over = {k: e for k, e in errors.items() if not e <= table.BOUNDS[dtype]}
+        assert not set(over) - set(table.SUMS), over
