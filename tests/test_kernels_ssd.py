@@ -307,8 +307,15 @@ def test_compiled_kernels(marks: None, sizes: tuple[int, int], dtype: str) -> No
     path = Path(__file__).parents[1] / "benchmarks" / "ssd_gradients.py"
     table = importlib.util.module_from_spec(spec_from_file_location("ssd_gradients", path))
     table.__loader__.exec_module(table)
-    for groups, length in ((1, 63), (2, 1000), (4, 4097)):
-        case = {"dtype": dtype, "N": sizes[0], "P": sizes[1], "G": groups, "T": length, "dt": -4.0}
-        errors = table.measure(case)
-        over = {k: e for k, e in errors.items() if not e <= table.BOUNDS[dtype]}
-        assert not set(over) - set(table.SUMS), over
+    # At 4097 tokens a program has several heads of a group; with large steps their spans differ.
+    for seed, (groups, length, dt) in enumerate(
+        [(1, 63, -4.0), (4, 1000, -30.0), (4, 4097, 1.0)]
+        + [(groups, 4097, dt) for groups in (1, 2) for dt in (-4.0, 1.0, 1.0, 100.0, 100.0)]
+    ):
+        case = {"dtype": dtype, "N": sizes[0], "P": sizes[1], "G": groups, "T": length, "dt": dt}
+        errors = table.measure(case, seed)
+        # A state that all but vanishes has a gradient near the smallest numbers there are.
+        names = set(errors) - set(table.SUMS) - ({"d_state"} if dt >= 1 else set())
+        bound = 1.2 * table.BOUNDS[dtype]  # the table says how near each is
+        over = {k: errors[k] for k in names if not errors[k] <= bound}
+        assert not over, (case, over)

@@ -224,6 +224,7 @@ def _walk(
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
     PITCH: tl.constexpr,
+    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -279,7 +280,11 @@ def _walk(
             weight = tl.where(spans == 0, tl.exp2(tl.load(sum_ptr + steps + t)), 0.0)
         else:
             columns = tl.load(column_ptr + steps + t)
-            weight = tl.where(spans == span_end, tl.exp2(sum_end - columns), 0.0)
+            if FOLDED:
+                weight = tl.exp2(sum_end - columns)
+            else:
+                weight = tl.exp2(sum_end - tl.load(sum_ptr + steps + t)) * columns
+            weight = tl.where(spans == span_end, weight, 0.0)
         if not LOCAL:
             _put(stored_tiles, row, chunk * PITCH, column, state, N, BLOCK_P)
         state = tl.dot(
@@ -316,6 +321,7 @@ def _segments_kernel(
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
+    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -345,6 +351,7 @@ def _segments_kernel(
         BLOCK_P,
         Q,
         0,
+        FOLDED,
         DOT,
         PRECISION,
     )
@@ -386,6 +393,7 @@ def _states_kernel(
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
     PITCH: tl.constexpr,
+    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -418,6 +426,7 @@ def _states_kernel(
             BLOCK_P,
             Q,
             N,
+            FOLDED,
             DOT,
             PRECISION,
         )
@@ -447,6 +456,7 @@ def _states_kernel(
             BLOCK_P,
             Q,
             PITCH,
+            FOLDED,
             DOT,
             PRECISION,
         )
@@ -489,6 +499,7 @@ def _scan_kernel(
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
+    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -530,9 +541,11 @@ def _scan_kernel(
         span_end = tl.load(span_ptr + steps + start + Q - 1)
 
         scores = _dot(C, tl.trans(B), DOT, PRECISION)
+        if not FOLDED:
+            scores *= columns[None, :]
         scores *= _decays(
             sums[:, None],
-            columns[None, :],
+            columns[None, :] if FOLDED else sums[None, :],
             span_ptr + at[:, None],
             span_ptr + at[None, :],
             span_end == 0,
@@ -549,7 +562,8 @@ def _scan_kernel(
             y *= _silu(_tile(z_tiles, row, start, column, Q, BLOCK_P).to(tl.float32))
         _put(y_tiles, row, start, column, y, Q, BLOCK_P)
 
-        weight = tl.where(spans == span_end, tl.exp2(sum_end - columns), 0.0)
+        weight = tl.exp2(sum_end - columns) if FOLDED else tl.exp2(sum_end - sums) * columns
+        weight = tl.where(spans == span_end, weight, 0.0)
         through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
         state = tl.dot(
             tl.trans(B).to(DOT),
@@ -613,6 +627,7 @@ def _grad_C_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     ROWS: tl.constexpr,
+    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -653,9 +668,13 @@ def _grad_C_kernel(
         span_end = tl.load(span_ptr + steps + Q - 1)
 
         mixed = _dot(dy, tl.trans(x), DOT, PRECISION)
+        begins = columns
+        if not FOLDED:
+            mixed *= columns[None, :]
+            begins = tl.load(sum_ptr + steps + s)
         mixed *= _decays(
             sums[:, None],
-            columns[None, :],
+            begins[None, :],
             span_ptr + steps + u[:, None],
             span_ptr + steps + s[None, :],
             span_end == 0,
@@ -755,6 +774,7 @@ def _grad_x_kernel(
     SKIP: tl.constexpr,
     COLUMNS: tl.constexpr,
     PITCH: tl.constexpr,
+    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -1026,6 +1046,7 @@ class Call:
         self.constants = {
             "N": self.d_state,
             "P": self.head_dim,
+            "FOLDED": not self.wide,
             "DOT": tl.float32 if self.wide or interpreted else tl.bfloat16,
             "PRECISION": precision if self.wide and not interpreted else "ieee",
         }
@@ -1099,7 +1120,9 @@ class Steps:
     Attributes:
         step: step sizes.
         sums: running sums of log2 decays.
-        columns: sums less log2 of the step sizes, so that one exponential has both factors.
+        columns: sums less log2 of the step sizes, so that one exponential has both factors. Good
+            for bfloat16 (`FOLDED`); where sums are in the thousands it costs float32 digits, and
+            the kernels get step sizes in its place.
         spans: numbers of spans, from 0 in every chunk.
     """
 
@@ -1120,7 +1143,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     steps = call.steps(chunk)
     each = call.segment_chunks(sizes, steps.chunks)
     segments = -(-steps.chunks // each)
-    sums = steps.sums, steps.columns, steps.spans
+    sums = steps.sums, steps.step if call.wide else steps.columns, steps.spans
     counts = heads, call.share, steps.chunks, segments, each
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
     adds = decays = steps.sums
@@ -1186,7 +1209,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     chunk = sizes["chunk"]
     steps = call.steps(chunk)
     chunks = steps.chunks
-    sums = steps.sums, steps.columns, steps.spans
+    sums = steps.sums, steps.step if call.wide else steps.columns, steps.spans
 
     # The states before all chunks, and the gradients of those after them.
     entering = call.new(batch, chunks * n, heads, p, dtype=call.stored)
