@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["exact", "fp64", "fp32", "decode", "half", "half_gradient"]
+Kind = Literal["exact", "fp64", "fp32", "kernel", "decode", "half", "half_gradient"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ TOLERANCES: dict[Kind, Tolerance] = {
     "fp64": Tolerance(of_largest=1e-10),
     # Two ways to compute the same in float32; ours against another implementation.
     "fp32": Tolerance(absolute=1e-5, relative=1e-5),
+    # A kernel's float32 results and gradients against the float64 truth.
+    "kernel": Tolerance(rms=1e-5),
     # Logits of the cached path against one full pass, float32.
     "decode": Tolerance(absolute=1e-4),
     # bfloat16 or float16 arithmetic against a float32 or float64 reference: values, gradients.

@@ -17,8 +17,8 @@ from torch import Tensor
 from tamba.bench.measure import Clock, EventClock
 
 try:
-    import triton  # type: ignore[import-untyped]
-    import triton.language as tl  # type: ignore[import-untyped]
+    import triton
+    import triton.language as tl
 except ImportError:  # the measure of exponentials is left out then
     triton = None
 
@@ -129,7 +129,7 @@ def _exponentials_a_second(device: torch.device, clock: Clock) -> float:
 if triton is not None:
 
     @triton.jit
-    def _exp_kernel(numbers, repeats, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _exp_kernel(numbers, repeats, BLOCK: tl.constexpr):
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(numbers + at)
         for _ in range(repeats):

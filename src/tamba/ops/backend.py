@@ -18,6 +18,7 @@ from torch import Tensor
 
 logger = logging.getLogger("tamba")
 
+_HAS_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -41,7 +42,7 @@ def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) ->
     if not on_gpu and not interpreted:
         return False
     why = unusual or _why_not(given)
-    if why:
+    if why and not torch.compiler.is_compiling():
         _say_once(op, why)
     return why is None
 
@@ -63,17 +64,12 @@ def compiles_for_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _why_not(tensors: list[Tensor]) -> str | None:
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "Triton is not installed"
     if any(t.device != tensors[0].device for t in tensors):
         return "its arguments lie on different devices"
     odd = next((t.dtype for t in tensors if t.is_floating_point() and t.dtype not in _DTYPES), None)
     return None if odd is None else f"the kernels know no {str(odd).removeprefix('torch.')}"
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

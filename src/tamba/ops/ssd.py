@@ -24,10 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tamba.ops.backend import kernels_run
 from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, step_sizes
 
 # Up to this many tokens a plain recurrence needs fewer operations than one chunk does.
 _STEPS = 2
+# The head_dim and d_state that the Triton kernels know.
+_KERNEL_SIZES = (16, 32, 64, 128)
 # How many Q x Q matrices a tile holds. On a CPU its buffers then stay in a core's cache; elsewhere
 # the only concern is memory.
 _TILE = 32
@@ -43,6 +46,7 @@ def ssd(
     C: Tensor,
     *,
     D: Tensor | None = None,
+    z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] | None = None,
@@ -63,13 +67,14 @@ def ssd(
         B: [B, T, G, N]; head h uses group ``h // (H / G)``.
         C: [B, T, G, N].
         D: [H] skip, or None.
+        z: [B, T, H, P] gate: y is multiplied by silu(z), after the skip; None for no gate.
         dt_bias: [H], added to dt, or None.
         dt_softplus: whether dt goes through softplus after the bias.
         dt_limit: least and greatest dt, applied last, or None.
         state: [B, H, P, N] before token 0; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
         padding: [B] int, leading positions that are no tokens, or None.
-        chunk_size: tokens to a chunk, rounded up to a power of two.
+        chunk_size: tokens to a chunk, rounded up to a power of two; the kernels choose their own.
 
     Returns:
         y [B, T, H, P] in the dtype of `x`, and the state after the last token [B, H, P, N] in
@@ -78,7 +83,59 @@ def ssd(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_shapes(x, dt, A, B, C, state)
+    _check_shapes(x, dt, A, B, C, state, z)
+    if x.shape[1] and kernels_run(
+        "ssd", x, dt, A, B, C, D, z, dt_bias, state, unusual=_unusual(x, B)
+    ):
+        from tamba.ops.kernels import ssd as kernels
+
+        return kernels.ssd(
+            x,
+            dt,
+            A.float(),
+            B,
+            C,
+            D=D,
+            z=z,
+            dt_bias=dt_bias,
+            dt_softplus=dt_softplus,
+            dt_limit=dt_limit,
+            state=None if state is None else state.float(),
+            starts=starts,
+            padding=padding,
+        )
+    y, state = _on_torch(
+        x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, state, starts, padding, chunk_size
+    )
+    if z is not None:
+        y = (y * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))).to(x.dtype)
+    return y, state
+
+
+def _unusual(x: Tensor, B: Tensor) -> str | None:
+    """What about the sizes the kernels do not cover."""
+    for name, size in (("head_dim", x.shape[3]), ("d_state", B.shape[3])):
+        if size not in _KERNEL_SIZES:
+            return f"{name} {size} is none of {', '.join(map(str, _KERNEL_SIZES))}"
+    return None
+
+
+def _on_torch(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float] | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """`ssd` without the gate, in plain torch."""
     dtype = compute_dtype(x, dt, A, B, C)
     if state is None:
         state = torch.zeros(
@@ -105,7 +162,13 @@ def ssd(
 
 
 def _check_shapes(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    state: Tensor | None,
+    z: Tensor | None,
 ) -> None:
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
@@ -115,12 +178,14 @@ def _check_shapes(
         and B.shape == C.shape == (batch, length, groups, d_state)
         and heads % groups == 0
         and (state is None or state.shape == (batch, heads, head_dim, d_state))
+        and (z is None or z.shape == x.shape)
     )
     if not fits:
         raise ValueError(
             "ssd: expected x [B,T,H,P], dt [B,T,H], A [H], B and C [B,T,G,N] with G dividing H, "
             f"state [B,H,P,N]; got x {tuple(x.shape)}, dt {tuple(dt.shape)}, A {tuple(A.shape)}, "
             f"B {tuple(B.shape)}, C {tuple(C.shape)}, "
+            f"z {None if z is None else tuple(z.shape)}, "
             f"state {None if state is None else tuple(state.shape)}"
         )
 

@@ -73,7 +73,7 @@ def _exp2(v: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _forward(x, dt, A, B, C, starts, state, y, kept):  # type: ignore[no-untyped-def]
+def _forward(x, dt, A, B, C, starts, state, y, kept):
     """One block of channels of one row. A and state are [N, D], A times log2(e)."""
     tokens, width = x.shape
     d_state = A.shape[0]
@@ -112,9 +112,7 @@ def _forward(x, dt, A, B, C, starts, state, y, kept):  # type: ignore[no-untyped
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
-def _backward(  # type: ignore[no-untyped-def]
-    x, dt, A, B, C, starts, kept, gy, g_state, gx, gdt, gA, gB, gC
-):
+def _backward(x, dt, A, B, C, starts, kept, gy, g_state, gx, gdt, gA, gB, gC):
     """One block of channels of one row; g_state [N, D] is read and written."""
     tokens, width = x.shape
     d_state = A.shape[0]

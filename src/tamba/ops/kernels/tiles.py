@@ -1,0 +1,125 @@
+"""Tile sizes of the kernels: one table, checked in, and a tuner that nobody has to run.
+
+A kernel asks `tile` for its sizes. The most specific entry wins: the operation with its bucket
+before the operation alone, and then the card's architecture before ``"any"``. Nothing is timed
+while a model runs, so that a first call costs its compilation and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+Tile = Mapping[str, int]
+
+# Architecture -> "operation" or "operation bucket" -> sizes. `warps` and `stages` are Triton's; the
+# others are the kernel's own: `chunk`, `head_dim`, `rows` tokens or channels of a tile, `heads` per
+# program, `per_sm` programs that share a multiprocessor. The bucket "wide" is float32 operands.
+TILES: dict[str, dict[str, Tile]] = {
+    "any": {
+        "ssd_scan": {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2},
+        "ssd_scan wide": {"chunk": 32, "head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
+        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 3},
+        "ssd_segments wide": {"head_dim": 32, "warps": 4, "stages": 1},
+        "ssd_states": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 2},
+        "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
+        "ssd_grad_C": {"chunk": 64, "rows": 64, "per_sm": 2, "warps": 8, "stages": 1},
+        "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
+        "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 1},
+        "ssd_grad_x wide": {"columns": 32, "warps": 4, "stages": 1},
+    },
+    "sm90": {
+        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
+        "ssd_states half N128 P64": {
+            "head_dim": 64,
+            "per_sm": 2,
+            "warps": 4,
+            "stages": 3,
+        },
+        "ssd_grad_C": {"chunk": 128, "rows": 64, "per_sm": 2, "warps": 8, "stages": 2},
+        # Two stages are a quarter faster, but with several heads a program gave wrong dx where
+        # spans differ between heads (Triton 3.6): see docs/performance-ssd.md.
+        "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 1},
+    },
+}
+_overrides: dict[str, Tile] = {}
+
+
+def tile(operation: str, *buckets: str, device: torch.device) -> Tile:
+    """Sizes for `operation` on `device`.
+
+    Args:
+        operation: a key of the table.
+        buckets: names of special cases that apply, the most special first.
+        device: where it will run.
+    """
+    keys = [f"{operation} {bucket}" for bucket in buckets] + [operation]
+    for tables in ([_overrides], [TILES.get(architecture(device), {}), TILES["any"]]):
+        for key in keys:
+            for table in tables:
+                if key in table:
+                    return table[key]
+    raise KeyError(f"no tile sizes for {operation}")
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """``"sm90"`` and the like; ``"any"`` where it is not a CUDA device."""
+    if device.type != "cuda":
+        return "any"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the card has; 1 where there is none."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextmanager
+def using(tiles: Mapping[str, Tile]) -> Iterator[None]:
+    """Inside, these entries go before those of the table (keys as in the table)."""
+    before = dict(_overrides)
+    _overrides.update(tiles)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def tune(
+    key: str, candidates: Sequence[Tile], run: Callable[[], object], *, repeats: int = 30
+) -> list[tuple[float, Tile]]:
+    """(microseconds, sizes), best first, of `run` under each candidate for the table's entry `key`.
+
+    Candidates that do not compile or do not fit the card are left out. Needs a CUDA device.
+    """
+    timed: list[tuple[float, Tile]] = []
+    for candidate in candidates:
+        with using({key: candidate}):
+            try:
+                timed.append((_median_us(run, repeats), candidate))
+            except Exception as error:  # whatever a compiler raises: the next one may fit
+                print(f"{key} {dict(candidate)}: {type(error).__name__}")
+    return sorted(timed, key=lambda one: one[0])
+
+
+def _median_us(run: Callable[[], object], repeats: int) -> float:
+    for _ in range(3):
+        run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    spans = sorted(a.elapsed_time(b) for a, b in pairwise(marks))
+    return 1000 * spans[len(spans) // 2]
