@@ -1,0 +1,1069 @@
+"""The Mamba-1 selective scan as Triton kernels: one lane a channel (or two), time in registers.
+
+A program owns a block of channels of one row and walks a span of tokens. It takes `K` tokens at a
+time and, for those, one state number `n` after the other, so that what a lane holds is a few
+numbers per token and the `N` states of its channels; sums over states never leave the lane. B and C
+are the same for all lanes: they are laid out beforehand as pairs of float32, so that one 64-bit
+load brings both to a lane. The exponentials are what bounds the forward pass on recent cards (the
+special-function units give 16 a clock where there are 128 multiply-adds); the last few states of a
+tile therefore take a polynomial instead.
+
+The gradient needs the states again. The forward pass keeps one state per K tokens, from which the
+backward pass recomputes K states at a time in registers, walking from the last token to the first.
+Sums over channels (for B and C) go through a matrix product with a column of ones where operands
+are half precision, and through float32 reductions otherwise; what a program cannot finish it leaves
+as a partial sum of its own, added up afterwards in a fixed order: results repeat bit for bit.
+
+Rows too few to fill the card are cut into spans of tokens that run at the same time: a first pass
+finds what each span adds to a zero state, a second one chains the spans, and the main pass starts
+each span from the state it really has. More than 16 states a channel are done 16 at a time, with
+the sums over states kept in float32 between the passes.
+
+Shape letters: `B` batch, `T` tokens, `D` channels, `G` groups, `N` d_state (`M`: rounded up), `K`
+tokens of a tile, `J` tiles of a row, `S` spans of a row, `R` channel blocks of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tamba.ops.kernels.tiles import Tile, multiprocessors, tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Added to the exponent of a token that starts a document: its decay is exactly 0.
+START = tl.constexpr(-1.0e30)
+STATES = 16  # of one pass
+
+
+@triton.jit
+def exp2_by_polynomial(x):
+    """2^x for x ≤ 0 without the special-function unit, relative error 2e-7; 0 below -127."""
+    x = tl.maximum(x, -127.0)
+    shifted = x + 12582912.0  # 1.5 · 2^23: the integer nearest to x is in the low bits
+    f = x - (shifted - 12582912.0)
+    p = 0.0013333533
+    p = p * f + 0.00966625
+    p = p * f + 0.055505
+    p = p * f + 0.24022351
+    p = p * f + 0.69314714
+    p = p * f + 1.0
+    bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decay_of(exponent, POLYNOMIAL: tl.constexpr):
+    if POLYNOMIAL:
+        return exp2_by_polynomial(exponent)
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def reciprocal(x, ASM: tl.constexpr):
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+        )
+    return 1.0 / x
+
+
+@triton.jit
+def sigmoid(x, ASM: tl.constexpr):
+    return reciprocal(1.0 + tl.exp2(x * -LOG2E), ASM)
+
+
+@triton.jit
+def softplus(x):
+    """max(x, 0) + log1p(exp(-|x|)), relative error 3e-7 down to the smallest results."""
+    u = tl.exp2(tl.abs(x) * -LOG2E)
+    p = -0.00853921
+    p = p * u + 0.04408963
+    p = p * u - 0.10768171
+    p = p * u + 0.17745241
+    p = p * u - 0.24495463
+    p = p * u + 0.3327548
+    p = p * u - 0.49997405
+    p = p * u + 0.99999981
+    return p * u + tl.maximum(x, 0.0)
+
+
+@triton.jit
+def load_rows(pointer, stride, t0, end, mask, K: tl.constexpr):
+    """K rows as they lie in memory; 0 past `end` and before 0."""
+    rows = ()
+    for k in tl.static_range(K):
+        t = t0 + k
+        rows += (tl.load(pointer + t * stride, mask=mask & (t < end) & (t >= 0), other=0.0),)
+    return rows
+
+
+@triton.jit
+def step_sizes(raw, bias, t0, first, end, SOFTPLUS: tl.constexpr, K: tl.constexpr):
+    """K rows of dt ready for use; 0 where there is no token."""
+    rows = ()
+    for k in tl.static_range(K):
+        v = raw[k].to(tl.float32) + bias
+        if SOFTPLUS:
+            v = softplus(v)
+        rows += (tl.where((t0 + k >= first) & (t0 + k < end), v, 0.0),)
+    return rows
+
+
+@triton.jit
+def b_and_c(pointer):
+    """The pair of float32 that lies at `pointer` as one 64-bit number."""
+    pair = tl.load(pointer)
+    b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return b, c
+
+
+@triton.jit(do_not_specialize=["T", "T_all"])
+def pack_kernel(
+    B, C, starts, padding, pairs, offsets,
+    T, T_all, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, M2: tl.constexpr,
+    B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, starts_b, starts_t,
+    HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """B and C as pairs [B, G, T_all, M, 2] float32, and what a start adds to exponents [B, T_all].
+
+    Zero where there is no token and no state.
+    """
+    row, group = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    t = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    first = 0
+    if HAS_PADDING:
+        first = tl.load(padding + row)
+    real = (t < T) & (t >= first)
+    n = tl.arange(0, M2)
+    mask = real[:, None] & (n < N)[None, :]
+    t_, n_ = t[:, None], n[None, :]
+    b = tl.load(B + row * B_b + t_ * B_t + group * B_g + n_ * B_n, mask=mask, other=0.0)
+    c = tl.load(C + row * C_b + t_ * C_t + group * C_g + n_ * C_n, mask=mask, other=0.0)
+    both = tl.join(b.to(tl.float32), c.to(tl.float32))  # [TOKENS, M, 2]
+    at = ((row * G + group) * T_all + t_) * M + n_
+    at = at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(pairs + at, both, mask=((t < T_all)[:, None] & (n < M)[None, :])[:, :, None])
+    if HAS_STARTS and group == 0:
+        begins = tl.load(starts + row * starts_b + t * starts_t, mask=real, other=0) != 0
+        tl.store(offsets + row * T_all + t, tl.where(begins, START, 0.0), mask=t < T_all)
+
+
+@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+def forward_kernel(
+    x, dt, z, A, pairs, offsets, D, bias, padding, state,
+    y, sums, last, kept, ends, steps,
+    T, T_all, span, n_spans, J,
+    x_b, x_t, dt_b, dt_t, z_b, z_t, A_d, A_n, state_b, state_d, state_n,
+    n0, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr, KEEP: tl.constexpr, EVERY: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """States n0 … n0 + NB of one block of channels over one span of tokens.
+
+    `ends` [B, S, N, D] holds what each span leaves (written with ENDS_ONLY, with `steps` [B, S, D],
+    the sum of dt or -1 where a document starts inside) or the state each span begins with (read
+    with FROM_ENDS). `kept` [B, J, N, D] gets the state before every EVERY tokens. `sums` [B, T, D] carries
+    the float32 sums over states from the FIRST to the LAST pass.
+    """
+    per_group: tl.constexpr = CHANNELS // G
+    blocks: tl.constexpr = (per_group + BLOCK - 1) // BLOCK
+    group = tl.program_id(0) // blocks
+    inside = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    d = group * per_group + inside
+    mask = inside < per_group
+    row, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    begin = which * span
+    end = tl.minimum(begin + span, T)
+
+    x += row * x_b + d
+    dt += row * dt_b + d
+    z += row * z_b + d
+    y += row * T * CHANNELS + d
+    sums += row * T * CHANNELS + d
+    pairs += (row * G + group) * T_all * M + n0
+    offsets += row * T_all
+    first = 0
+    if HAS_PADDING:
+        first = tl.load(padding + row).to(tl.int32)
+    bias_ = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias_ = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+    D_ = tl.zeros([BLOCK], tl.float32)
+    if HAS_D:
+        D_ = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
+
+    rates = ()
+    h = ()
+    for i in tl.static_range(NB):
+        n = n0 + i
+        here = mask & (n < N)
+        rates += (tl.load(A + d * A_d + n * A_n, mask=here, other=0.0).to(tl.float32) * LOG2E,)
+        if FROM_ENDS:
+            at = ((row * n_spans + which) * N + n) * CHANNELS + d
+            h += (tl.load(ends + at, mask=here, other=0.0),)
+        elif HAS_STATE:
+            at = row * state_b + d * state_d + n * state_n
+            h += (tl.load(state + at, mask=here, other=0.0).to(tl.float32),)
+        else:
+            h += (tl.zeros([BLOCK], tl.float32),)
+
+    elapsed = tl.zeros([BLOCK], tl.float32)
+    begun = tl.zeros([], tl.float32)
+    start = begin.to(tl.int64)
+    raw_x = load_rows(x, x_t, start, end, mask, K)
+    raw_dt = load_rows(dt, dt_t, start, end, mask, K)
+    for j in range((end - begin + K - 1) // K):
+        t0 = start + j * K
+        dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
+        inputs = ()
+        out = ()
+        for k in tl.static_range(K):
+            value = raw_x[k].to(tl.float32)
+            if HAS_PADDING:
+                value = tl.where(t0 + k >= first, value, 0.0)
+            inputs += (dts[k] * value,)
+            if ENDS_ONLY:
+                elapsed += dts[k]
+            elif not FIRST:
+                at = sums + (t0 + k) * CHANNELS
+                out += (tl.load(at, mask=mask & (t0 + k < end), other=0.0),)
+            else:
+                out += (D_ * value,)
+        # What the next tile needs is on its way while this one is worked on.
+        raw_x = load_rows(x, x_t, t0 + K, end, mask, K)
+        raw_dt = load_rows(dt, dt_t, t0 + K, end, mask, K)
+        raw_z = raw_x
+        if HAS_Z and LAST and not ENDS_ONLY:
+            raw_z = load_rows(z, z_t, t0, end, mask, K)
+        begins = ()
+        if HAS_STARTS:
+            for k in tl.static_range(K):
+                begins += (tl.load(offsets + t0 + k),)
+                begun = tl.minimum(begun, begins[k])
+        if KEEP:
+            # Shared by the lanes but for d: 32 bits hold what is left.
+            tile_at = kept + (row * J + t0 // EVERY) * (N * CHANNELS) + n0 * CHANNELS
+            due = mask & (t0 % EVERY == 0)
+            for i in tl.static_range(NB):
+                value = h[i].to(kept.dtype.element_ty)
+                tl.store(tile_at + (i * CHANNELS + d), value, mask=due & (n0 + i < N))
+        moved = ()
+        for i in tl.static_range(NB):
+            state_ = h[i]
+            added = ()
+            for k in tl.static_range(K):
+                b, c = b_and_c(pairs + (t0 + k) * M + i)
+                exponent = dts[k] * rates[i]
+                if HAS_STARTS:
+                    exponent += begins[k]
+                state_ = decay_of(exponent, i >= NB - POLYNOMIALS) * state_ + inputs[k] * b
+                if not ENDS_ONLY:
+                    added += (out[k] + state_ * c,)
+            if not ENDS_ONLY:
+                out = added
+            moved += (state_,)
+        h = moved
+        if not ENDS_ONLY:
+            for k in tl.static_range(K):
+                live = mask & (t0 + k < end)
+                if LAST:
+                    value = out[k]
+                    if HAS_Z:
+                        gate = raw_z[k].to(tl.float32)
+                        value = value * gate * sigmoid(gate, ASM)
+                    tl.store(y + (t0 + k) * CHANNELS, value.to(y.dtype.element_ty), mask=live)
+                else:
+                    tl.store(sums + (t0 + k) * CHANNELS, out[k], mask=live)
+
+    for i in tl.static_range(NB):
+        n = n0 + i
+        if ENDS_ONLY:
+            at = ((row * n_spans + which) * N + n) * CHANNELS + d
+            tl.store(ends + at, h[i], mask=mask & (n < N))
+        else:
+            at = (row * CHANNELS + d) * N + n
+            tl.store(last + at, h[i], mask=mask & (n < N) & (which == n_spans - 1))
+    if ENDS_ONLY:
+        if HAS_STARTS:
+            elapsed = tl.where(begun < 0.0, -1.0, elapsed)
+        tl.store(steps + (row * n_spans + which) * CHANNELS + d, elapsed, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_spans"])
+def chain_kernel(
+    ends, steps, A, state, out,
+    n_spans, A_d, A_n, state_b, state_d, state_n,
+    N: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
+    BACKWARDS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_OUT: tl.constexpr,
+):  # fmt: skip
+    """`ends` [B, S, N, D], what spans add to a zero state, becomes what they begin with.
+
+    BACKWARDS chains from the last span to the first; `out` [B, D, N] then gets what is left.
+    """
+    row, n = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = d < CHANNELS
+    rate = tl.load(A + d * A_d + n * A_n, mask=mask, other=0.0).to(tl.float32) * LOG2E
+    carry = tl.zeros([BLOCK], tl.float32)
+    if HAS_STATE:
+        at = row * state_b + d * state_d + n * state_n
+        carry = tl.load(state + at, mask=mask, other=0.0).to(tl.float32)
+    for i in range(n_spans):
+        which = i
+        if BACKWARDS:
+            which = n_spans - 1 - i
+        at = row * n_spans + which
+        elapsed = tl.load(steps + at * CHANNELS + d, mask=mask, other=0.0)
+        here = ends + (at * N + n) * CHANNELS + d
+        added = tl.load(here, mask=mask, other=0.0)
+        tl.store(here, carry, mask=mask)
+        carry = tl.where(elapsed < 0.0, 0.0, tl.exp2(elapsed * rate)) * carry + added
+    if HAS_OUT:
+        tl.store(out + (row * CHANNELS + d) * N + n, carry, mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+def backward_kernel(
+    x, dt, z, A, pairs, offsets, D, bias, padding, kept, dy, dlast,
+    dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, ends, steps, sum_y, sum_input, sum_log,
+    T, T_all, span, n_spans, J,
+    x_b, x_t, dt_b, dt_t, z_b, z_t, A_d, A_n, dy_b, dy_t, dlast_b, dlast_d, dlast_n,
+    n0, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    HAS_DLAST: tl.constexpr, ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BY_DOT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The gradient over one span, last token first, for the states n0 … n0 + NB.
+
+    With R what later tokens and the last state take from h_t, and g its whole gradient:
+    ``g = dy C + R``, ``R' = a g``; ``d(dt x) = Σ_n g B``, ``d(dt A) = R' h_before``,
+    ``dB = Σ_d g dt x``, ``dC = Σ_d dy h``.
+
+    `dB` and `dC` [R, B, T_all, M], `dA` [B, S, N, D], `dD` and `dbias` [B, S, D] get this program's
+    share. `sum_y`, `sum_input` and `sum_log` [B, T, D] carry sums over states from the FIRST to the
+    LAST pass. ENDS_ONLY, `ends` [B, S, N, D], FROM_ENDS: as in the forward pass, for R.
+    """
+    per_group: tl.constexpr = CHANNELS // G
+    blocks: tl.constexpr = (per_group + BLOCK - 1) // BLOCK
+    group = tl.program_id(0) // blocks
+    inside = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    d = group * per_group + inside
+    mask = inside < per_group
+    row, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    begin = which * span
+    end = tl.minimum(begin + span, T)
+
+    x += row * x_b + d
+    dt += row * dt_b + d
+    z += row * z_b + d
+    dy += row * dy_b + d
+    flat = row * T * CHANNELS + d
+    pairs += (row * G + group) * T_all * M + n0
+    offsets += row * T_all
+    first = 0
+    if HAS_PADDING:
+        first = tl.load(padding + row).to(tl.int32)
+    bias_ = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias_ = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+    D_ = tl.zeros([BLOCK], tl.float32)
+    if HAS_D:
+        D_ = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
+
+    R = ()
+    dA_ = ()
+    for i in tl.static_range(NB):
+        n = n0 + i
+        here = mask & (n < N)
+        if FROM_ENDS:
+            at = ((row * n_spans + which) * N + n) * CHANNELS + d
+            R += (tl.load(ends + at, mask=here, other=0.0),)
+        elif HAS_DLAST and not ENDS_ONLY:
+            at = row * dlast_b + d * dlast_d + n * dlast_n
+            R += (tl.load(dlast + at, mask=here, other=0.0).to(tl.float32),)
+        else:
+            R += (tl.zeros([BLOCK], tl.float32),)
+        dA_ += (tl.zeros([BLOCK], tl.float32),)
+    dD_ = tl.zeros([BLOCK], tl.float32)
+    dbias_ = tl.zeros([BLOCK], tl.float32)
+    elapsed = tl.zeros([BLOCK], tl.float32)
+    begun = tl.zeros([], tl.float32)
+    column = tl.arange(0, NB)
+    line = tl.arange(0, K)
+
+    tiles = (end - begin + K - 1) // K
+    start = (begin + (tiles - 1) * K).to(tl.int64)
+    raw_x = load_rows(x, x_t, start, end, mask, K)
+    raw_dt = load_rows(dt, dt_t, start, end, mask, K)
+    raw_dy = load_rows(dy, dy_t, start, end, mask, K)
+    raw_z = raw_dy
+    if HAS_Z:
+        raw_z = load_rows(z, z_t, start, end, mask, K)
+    for j in range(tiles):
+        t0 = start - j * K
+        dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
+        inputs = ()
+        grads = ()
+        for k in tl.static_range(K):
+            value = raw_x[k].to(tl.float32)
+            grad = raw_dy[k].to(tl.float32)
+            if HAS_Z:
+                gate = raw_z[k].to(tl.float32)
+                grad = grad * gate * sigmoid(gate, ASM)
+            if HAS_PADDING:
+                value = tl.where(t0 + k >= first, value, 0.0)
+                grad = tl.where(t0 + k >= first, grad, 0.0)
+            inputs += (dts[k] * value,)
+            grads += (grad,)
+            if ENDS_ONLY:
+                elapsed += dts[k]
+        raw_x = load_rows(x, x_t, t0 - K, end, mask, K)
+        raw_dt = load_rows(dt, dt_t, t0 - K, end, mask, K)
+        raw_dy = load_rows(dy, dy_t, t0 - K, end, mask, K)
+        if HAS_Z:
+            raw_z = load_rows(z, z_t, t0 - K, end, mask, K)
+        begins = ()
+        if HAS_STARTS:
+            for k in tl.static_range(K):
+                begins += (tl.load(offsets + t0 + k),)
+                begun = tl.minimum(begun, begins[k])
+        ys = ()
+        d_inputs = ()
+        d_logs = ()
+        for k in tl.static_range(K):
+            zero = tl.zeros([BLOCK], tl.float32)
+            if FIRST:
+                ys += (zero,)
+                d_inputs += (zero,)
+                d_logs += (zero,)
+            elif not ENDS_ONLY:
+                at = flat + (t0 + k) * CHANNELS
+                live = mask & (t0 + k < end)
+                ys += (tl.load(sum_y + at, mask=live, other=0.0),)
+                d_inputs += (tl.load(sum_input + at, mask=live, other=0.0),)
+                d_logs += (tl.load(sum_log + at, mask=live, other=0.0),)
+        dB_ = tl.zeros([K, NB], tl.float32)
+        dC_ = tl.zeros([K, NB], tl.float32)
+        next_R = ()
+        next_dA = ()
+        for i in tl.static_range(NB):
+            here = mask & (n0 + i < N)
+            rate = tl.load(A + d * A_d + (n0 + i) * A_n, mask=here, other=0.0).to(tl.float32)
+            rate2 = rate * LOG2E
+            decays = ()
+            for k in tl.static_range(K):
+                exponent = dts[k] * rate2
+                if HAS_STARTS:
+                    exponent += begins[k]
+                decays += (decay_of(exponent, i >= NB - POLYNOMIALS),)
+            before = ()
+            if not ENDS_ONLY:
+                at = kept + (row * J + t0 // K) * (N * CHANNELS) + ((n0 + i) * CHANNELS + d)
+                h = tl.load(at, mask=here, other=0.0).to(tl.float32)
+                outs = ()
+                gathered_C = tl.zeros([K, BLOCK], tl.float32)
+                for k in tl.static_range(K):
+                    before += (h,)
+                    b, c = b_and_c(pairs + (t0 + k) * M + i)
+                    h = decays[k] * h + inputs[k] * b
+                    outs += (ys[k] + h * c,)
+                    share = (grads[k] * h)[None, :]
+                    gathered_C = tl.where(line[:, None] == k, share, gathered_C)
+                ys = outs
+                one = column == i
+                if BY_DOT:
+                    ones = tl.broadcast_to(one[None, :], [BLOCK, NB]).to(tl.bfloat16)
+                    dC_ = tl.dot(gathered_C.to(tl.bfloat16), ones, dC_)
+                else:
+                    dC_ += tl.sum(gathered_C, 1)[:, None] * one[None, :].to(tl.float32)
+            carry = R[i]
+            if ENDS_ONLY:
+                for back in tl.static_range(K):
+                    b, c = b_and_c(pairs + (t0 + (K - 1 - back)) * M + i)
+                    carry = decays[K - 1 - back] * (grads[K - 1 - back] * c + carry)
+            else:
+                dA_n = dA_[i]
+                gathered_B = tl.zeros([K, BLOCK], tl.float32)
+                outs_input = ()
+                outs_log = ()
+                for back in tl.static_range(K):
+                    b, c = b_and_c(pairs + (t0 + (K - 1 - back)) * M + i)
+                    g = grads[K - 1 - back] * c + carry
+                    carry = decays[K - 1 - back] * g
+                    q = carry * before[K - 1 - back]
+                    outs_input += (d_inputs[K - 1 - back] + g * b,)
+                    outs_log += (d_logs[K - 1 - back] + q * rate,)
+                    dA_n += q * dts[K - 1 - back]
+                    share = (g * inputs[K - 1 - back])[None, :]
+                    gathered_B = tl.where(line[:, None] == K - 1 - back, share, gathered_B)
+                d_inputs = ()
+                d_logs = ()
+                for k in tl.static_range(K):
+                    d_inputs += (outs_input[K - 1 - k],)
+                    d_logs += (outs_log[K - 1 - k],)
+                next_dA += (dA_n,)
+                one = column == i
+                if BY_DOT:
+                    ones = tl.broadcast_to(one[None, :], [BLOCK, NB]).to(tl.bfloat16)
+                    dB_ = tl.dot(gathered_B.to(tl.bfloat16), ones, dB_)
+                else:
+                    dB_ += tl.sum(gathered_B, 1)[:, None] * one[None, :].to(tl.float32)
+            next_R += (carry,)
+        R = next_R
+        if not ENDS_ONLY:
+            dA_ = next_dA
+            at = ((tl.program_id(0).to(tl.int64) * tl.num_programs(1) + row) * T_all + t0) * M
+            at = at + n0 + line[:, None] * M + column[None, :]
+            tl.store(dB + at, dB_)
+            tl.store(dC + at, dC_)
+            for k in tl.static_range(K):
+                t = t0 + k
+                live = mask & (t < end)
+                at = flat + t * CHANNELS
+                if LAST:
+                    value = tl.load(x + t * x_t, mask=live, other=0.0).to(tl.float32)
+                    real = live
+                    if HAS_PADDING:
+                        real = live & (t >= first)
+                        value = tl.where(t >= first, value, 0.0)
+                    grad_dt = d_inputs[k] * value + d_logs[k]
+                    if SOFTPLUS:
+                        raw = tl.load(dt + t * dt_t, mask=live, other=0.0).to(tl.float32)
+                        grad_dt = grad_dt * sigmoid(raw + bias_, ASM)
+                    grad_dt = tl.where(real, grad_dt, 0.0)
+                    dbias_ += grad_dt
+                    tl.store(ddt + at, grad_dt.to(ddt.dtype.element_ty), mask=live)
+                    grad_x = d_inputs[k] * dts[k] + D_ * grads[k]
+                    tl.store(dx + at, grad_x.to(dx.dtype.element_ty), mask=live)
+                    dD_ += grads[k] * value
+                    if HAS_Z:
+                        gate = tl.load(z + t * z_t, mask=live, other=0.0).to(tl.float32)
+                        grad = tl.load(dy + t * dy_t, mask=live, other=0.0).to(tl.float32)
+                        s = sigmoid(gate, ASM)
+                        grad_z = grad * (ys[k] + D_ * value) * (s + gate * s * (1.0 - s))
+                        grad_z = tl.where(real, grad_z, 0.0)
+                        tl.store(dz + at, grad_z.to(dz.dtype.element_ty), mask=live)
+                else:
+                    tl.store(sum_y + at, ys[k], mask=live)
+                    tl.store(sum_input + at, d_inputs[k], mask=live)
+                    tl.store(sum_log + at, d_logs[k], mask=live)
+
+    at = (row * n_spans + which) * CHANNELS + d
+    for i in tl.static_range(NB):
+        n = n0 + i
+        here = mask & (n < N)
+        of_span = ((row * n_spans + which) * N + n) * CHANNELS + d
+        if ENDS_ONLY:
+            tl.store(ends + of_span, R[i], mask=here)
+        else:
+            tl.store(dA + of_span, dA_[i], mask=here)
+            if HAS_STATE:
+                to = dstate + (row * CHANNELS + d) * N + n
+                tl.store(to, R[i], mask=here & (which == 0))
+    if ENDS_ONLY:
+        if HAS_STARTS:
+            elapsed = tl.where(begun < 0.0, -1.0, elapsed)
+        tl.store(steps + at, elapsed, mask=mask)
+    elif LAST:
+        tl.store(dD + at, dD_, mask=mask)
+        tl.store(dbias + at, dbias_, mask=mask)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a call is cut into programs.
+
+    Attributes:
+        tokens: of a tile, `K`.
+        channels: of a program.
+        warps: of a program.
+        polynomials: states of a tile whose decay is a polynomial.
+        blocks: programs that the channels of a row are for.
+        passes: each for `states` states.
+        padded: states of all passes together, `M`.
+        n_tiles: of a row.
+        span: tokens of a program, a multiple of `tokens`.
+        n_spans: of a row.
+    """
+
+    tokens: int
+    channels: int
+    warps: int
+    polynomials: int
+    blocks: int
+    states: int
+    passes: int
+    padded: int
+    n_tiles: int
+    span: int
+    n_spans: int
+
+    @classmethod
+    def of(cls, x: Tensor, A: Tensor, groups: int, operation: str) -> Cut:
+        batch, length, channels = x.shape
+        d_state = A.shape[1]
+        sizes = sizes_for(operation, x)
+        tokens = sizes["tokens"]
+        per_group = channels // groups
+        block = min(sizes["channels"], max(32, triton.next_power_of_2(per_group)))
+        blocks = groups * -(-per_group // block)
+        states = min(STATES, max(4, triton.next_power_of_2(d_state)))
+        passes = -(-d_state // states)
+        n_tiles = -(-length // tokens)
+        # A span costs its work about twice: only where the card would be less than half full.
+        wanted = sizes["per_sm"] * multiprocessors(x.device)
+        n_spans = wanted // (blocks * batch)
+        tiles = max(sizes["least_tiles"], -(-n_tiles // max(1, n_spans)))
+        n_spans = -(-n_tiles // tiles)
+        if n_spans < 3:
+            n_spans, tiles = 1, n_tiles
+        return cls(
+            tokens=tokens,
+            channels=block,
+            warps=sizes["warps"],
+            polynomials=sizes["polynomials"],
+            blocks=blocks,
+            states=states,
+            passes=passes,
+            padded=passes * states,
+            n_tiles=n_tiles,
+            span=tiles * tokens,
+            n_spans=n_spans,
+        )
+
+
+class _Prepared:
+    """Arguments of one call as both passes of the kernels want them."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        z: Tensor | None,
+        dt_bias: Tensor | None,
+        softplus: bool,
+        starts: Tensor | None,
+        padding: Tensor | None,
+        operation: str,
+    ) -> None:
+        self.batch, self.length, self.n_channels = x.shape
+        self.groups, self.d_state = B.shape[2:]
+        self.cut = cut = Cut.of(x, A, self.groups, operation)
+        self.T_all = cut.n_tiles * cut.tokens
+        self.x, self.dt = rows_of(x), rows_of(dt)
+        self.z = None if z is None else rows_of(z)
+        self.A, self.D, self.dt_bias = A, D, dt_bias
+        self.padding = padding
+        new = x.new_empty
+        self.pairs = new(
+            (self.batch, self.groups, self.T_all, cut.padded), dtype=torch.int64
+        )
+        self.offsets = new((self.batch, self.T_all), dtype=torch.float32) if starts is not None else self.pairs
+        self.flags = dict(
+            SOFTPLUS=softplus,
+            HAS_D=D is not None,
+            HAS_Z=z is not None,
+            HAS_BIAS=dt_bias is not None,
+            HAS_STARTS=starts is not None,
+            HAS_PADDING=padding is not None,
+            ASM=x.is_cuda,
+        )
+        tokens = 32
+        marks = self.pairs if starts is None else starts.view(torch.uint8)
+        pack_kernel[(-(-self.T_all // tokens), self.batch, self.groups)](
+            B, C, marks, _or(padding, self.pairs), self.pairs.view(torch.float32), self.offsets,
+            self.length, self.T_all, self.groups, self.d_state, cut.padded,
+            triton.next_power_of_2(cut.padded),
+            *B.stride(), *C.stride(), *(marks.stride()[:2]),
+            HAS_STARTS=starts is not None, HAS_PADDING=padding is not None, TOKENS=tokens,
+        )  # fmt: skip
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.cut.blocks, self.batch, self.cut.n_spans
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What both kernels take first."""
+        blank = self.pairs
+        return (
+            self.x, self.dt, _or(self.z, blank), self.A, self.pairs, self.offsets,
+            _or(self.D, blank), _or(self.dt_bias, blank), _or(self.padding, blank),
+        )  # fmt: skip
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Lengths, and the strides of x, dt, z and A."""
+        cut = self.cut
+        z = self.x if self.z is None else self.z
+        return (
+            self.length, self.T_all, cut.span, cut.n_spans, -(-self.length // kept_every(self.x)),
+            *self.x.stride()[:2], *self.dt.stride()[:2], *z.stride()[:2], *self.A.stride(),
+        )  # fmt: skip
+
+    def constants(self, number: int) -> dict[str, Any]:
+        """Those of pass `number` over the states."""
+        cut = self.cut
+        return self.flags | dict(
+            n0=number * cut.states,
+            N=self.d_state,
+            NB=cut.states,
+            M=cut.padded,
+            CHANNELS=self.n_channels,
+            G=self.groups,
+            BLOCK=cut.channels,
+            K=cut.tokens,
+            POLYNOMIALS=cut.polynomials,
+            FIRST=number == 0,
+            LAST=number == cut.passes - 1,
+            num_warps=cut.warps,
+        )
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.x.new_empty(shape, dtype=dtype)
+
+    def chain(
+        self, ends: Tensor, steps: Tensor, state: Tensor | None, out: Tensor | None, *,
+        backwards: bool,
+    ) -> None:  # fmt: skip
+        strides = (0, 0, 0) if state is None else state.stride()
+        block = 64
+        chain_kernel[(-(-self.n_channels // block), self.batch, self.d_state)](
+            ends, steps, self.A, _or(state, ends), _or(out, ends),
+            self.cut.n_spans, *self.A.stride(), *strides,
+            N=self.d_state, CHANNELS=self.n_channels, BLOCK=block, BACKWARDS=backwards,
+            HAS_STATE=state is not None, HAS_OUT=out is not None, num_warps=1,
+        )  # fmt: skip
+
+
+def sizes_for(operation: str, x: Tensor) -> Tile:
+    """The entry of the tile table; `wide` where operands are float32."""
+    return tile(operation, *(("wide",) if x.dtype == torch.float32 else ()), device=x.device)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """Channels next to each other; only what is not so already is copied."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _or(tensor: Tensor | None, blank: Tensor) -> Tensor:
+    """An address to pass where there is no argument."""
+    return blank if tensor is None else tensor
+
+
+def kept_shape(x: Tensor, A: Tensor, keep: bool) -> tuple[int, int, int, int]:
+    """[B, J, N, D]: a state before each tile of tokens."""
+    tiles = -(-x.shape[1] // kept_every(x)) if keep else 0
+    return x.shape[0], tiles, A.shape[1], x.shape[2]
+
+
+def kept_every(x: Tensor) -> int:
+    """Tokens from one kept state to the next: a tile of the backward pass."""
+    return sizes_for("scan_backward", x)["tokens"]
+
+
+def kept_dtype(x: Tensor) -> torch.dtype:
+    """What kept states are rounded to: each is an entry of its own, so errors do not add up."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [B, T, D], the last state [B, D, N] float32, and the states before each tile [B, J, N, D].
+
+    The latter are what the gradient needs; none unless `keep`.
+    """
+    call = _Prepared(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, "scan_forward"
+    )
+    cut, batch, d_state, channels = call.cut, call.batch, call.d_state, call.n_channels
+    y = x.new_empty(x.shape)
+    last = call.new(batch, channels, d_state)
+    kept = call.new(*kept_shape(x, A, keep), dtype=kept_dtype(x))
+    sums = call.new(*x.shape) if cut.passes > 1 else last
+    ends = steps = last
+    strides = (0, 0, 0) if state is None else state.stride()
+    several = cut.n_spans > 1
+    if several:
+        ends = call.new(batch, cut.n_spans, d_state, channels)
+        steps = call.new(batch, cut.n_spans, channels)
+
+    def run(number: int, **flags: bool) -> None:
+        forward_kernel[call.grid](
+            *call.inputs, _or(state, last), y, sums, last, kept, ends, steps,
+            *call.sizes, *strides, **call.constants(number), EVERY=kept_every(x), **flags,
+        )  # fmt: skip
+
+    if several:
+        for number in range(cut.passes):
+            run(number, HAS_STATE=False, ENDS_ONLY=True, FROM_ENDS=False, KEEP=False)
+        call.chain(ends, steps, state, None, backwards=False)
+    for number in range(cut.passes):
+        from_state = state is not None and not several
+        run(number, HAS_STATE=from_state, ENDS_ONLY=False, FROM_ENDS=several, KEEP=keep)
+    return y, last, kept
+
+
+def backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    kept: Tensor,
+    has_state: bool,
+) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C, D, z, dt_bias and the state, empty for what was not given."""
+    call = _Prepared(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, "scan_backward"
+    )
+    cut, batch, d_state, channels = call.cut, call.batch, call.d_state, call.n_channels
+    dy = rows_of(dy)
+    dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
+    dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
+    dA = call.new(batch, cut.n_spans, d_state, channels)
+    dB, dC = (call.new(cut.blocks, batch, call.T_all, cut.padded) for _ in range(2))
+    dD, dbias = (call.new(batch, cut.n_spans, channels) for _ in range(2))
+    dstate = call.new(batch, channels, d_state) if has_state else call.new(0)
+    several = cut.n_spans > 1
+    ends, steps = dA, dD
+    if several:
+        ends = call.new(batch, cut.n_spans, d_state, channels)
+        steps = call.new(batch, cut.n_spans, channels)
+    sums = (dA, dA, dA)
+    if cut.passes > 1:
+        sums = tuple(call.new(*x.shape) for _ in range(3))
+    strides = (0, 0, 0) if dlast is None else dlast.stride()
+    by_dot = x.dtype != torch.float32 and x.is_cuda and cut.states >= 16 and cut.channels >= 16
+
+    def run(number: int, **flags: bool) -> None:
+        backward_kernel[call.grid](
+            *call.inputs, kept, dy, _or(dlast, dA),
+            dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, ends, steps, *sums,
+            *call.sizes, *dy.stride()[:2], *strides,
+            **call.constants(number), **flags, HAS_STATE=has_state, BY_DOT=by_dot,
+        )  # fmt: skip
+
+    if several:
+        for number in range(cut.passes):
+            run(number, HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
+        call.chain(ends, steps, dlast, None, backwards=True)
+    for number in range(cut.passes):
+        from_last = dlast is not None and not several
+        run(number, HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
+    of_groups = [
+        part.view(call.groups, -1, *part.shape[1:])
+        .sum(1)[:, :, : call.length, :d_state]
+        .permute(1, 2, 0, 3)
+        for part in (dB, dC)
+    ]
+    return (
+        dx,
+        ddt,
+        dA.sum((0, 1)).mT.to(A.dtype).contiguous(),
+        of_groups[0].to(B.dtype).contiguous(),
+        of_groups[1].to(C.dtype).contiguous(),
+        x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype),
+        dz,
+        x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype),
+        dstate,
+    )
+
+
+@torch.library.custom_op("tamba::selective_scan", mutates_args=())
+def scan_op(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward` as an operator that torch's compiler and autograd know."""
+    with torch.cuda.device_of(x):
+        return forward(
+            x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding, keep
+        )
+
+
+@scan_op.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((x.shape[0], *A.shape), dtype=torch.float32),
+        x.new_empty(kept_shape(x, A, keep), dtype=kept_dtype(x)),
+    )
+
+
+@torch.library.custom_op("tamba::selective_scan_backward", mutates_args=())
+def scan_backward_op(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    kept: Tensor,
+    has_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`backward` likewise."""
+    with torch.cuda.device_of(x):
+        return backward(
+            dy, dlast, x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, kept, has_state
+        )  # type: ignore[return-value]
+
+
+@scan_backward_op.register_fake
+def _(
+    dy: Tensor,
+    dlast: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    starts: Tensor | None,
+    padding: Tensor | None,
+    kept: Tensor,
+    has_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], *A.shape) if has_state else (0,)
+
+    def like(tensor: Tensor | None) -> Tensor:
+        return x.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+    return (
+        like(x), like(dt), like(A), like(B), like(C), like(D), like(z), like(dt_bias),
+        x.new_empty(shape, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, dt, A, B, C, D, z, dt_bias, softplus, state, starts, padding, _ = inputs
+    ctx.save_for_backward(x, dt, A, B, C, D, z, dt_bias, starts, padding, output[2])
+    ctx.softplus, ctx.has_state = softplus, state is not None
+    ctx.state_dtype = None if state is None else state.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(
+    ctx: Any, dy: Tensor | None, dlast: Tensor | None, dkept: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, dt, A, B, C, D, z, dt_bias, starts, padding, kept = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(x)
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dstate = scan_backward_op(
+        dy, dlast, x, dt, A, B, C, D, z, dt_bias, ctx.softplus, starts, padding, kept,
+        ctx.has_state,
+    )  # fmt: skip
+    return (
+        dx,
+        ddt,
+        dA,
+        dB,
+        dC,
+        None if D is None else dD,
+        None if z is None else dz,
+        None if dt_bias is None else dbias,
+        None,
+        dstate.to(ctx.state_dtype) if ctx.has_state else None,
+        None,
+        None,
+        None,
+    )
+
+
+scan_op.register_autograd(_gradient, setup_context=_keep_for_gradient)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`tamba.ops.selective_scan` for arguments whose shapes were checked, at least one token."""
+    given = (x, dt, A, B, C, D, z, dt_bias, state)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    y, last, _ = scan_op(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding, keep
+    )
+    return y, last
