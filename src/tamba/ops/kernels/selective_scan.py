@@ -96,11 +96,11 @@ def softplus(x):
 
 @triton.jit
 def load_rows(pointer, stride, t0, end, mask, K: tl.constexpr):
-    """K rows as they lie in memory; 0 past `end` and before 0."""
+    """K rows as they lie in memory; 0 past `end`."""
     rows = ()
+    pointer += t0 * stride
     for k in tl.static_range(K):
-        t = t0 + k
-        rows += (tl.load(pointer + t * stride, mask=mask & (t < end) & (t >= 0), other=0.0),)
+        rows += (tl.load(pointer + k * stride, mask=mask & (t0 + k < end), other=0.0),)
     return rows
 
 
@@ -123,6 +123,75 @@ def b_and_c(pointer):
     b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return b, c
+
+
+# Sums over a warp's channels of 8 + 8 numbers a lane. Neighbouring tokens go, rounded to bfloat16,
+# into one register of the left operand of a 16 x 8 x 16 matrix product; the right operand has a one
+# in the column where a sum is to come out, and the product adds up the four lanes of a row. What the
+# eight rows hold is added by exchanging halves. Lane l then has the sum number
+# ``(l>>3&1) + 2(l>>4&1) + 4(l&1) + 8(l>>1&1)``; lanes 4 to 7 of each eight repeat their neighbours.
+SUM_OVER_WARP = tl.constexpr(
+    """
+    {
+    .reg .b32 a<8>;
+    .reg .f32 d<4>, e<2>, s, t, zero;
+    .reg .pred high, odd;
+    mov.f32 zero, 0f00000000;
+    cvt.rn.bf16x2.f32 a0, $2, $1;
+    cvt.rn.bf16x2.f32 a1, $4, $3;
+    cvt.rn.bf16x2.f32 a2, $6, $5;
+    cvt.rn.bf16x2.f32 a3, $8, $7;
+    cvt.rn.bf16x2.f32 a4, $10, $9;
+    cvt.rn.bf16x2.f32 a5, $12, $11;
+    cvt.rn.bf16x2.f32 a6, $14, $13;
+    cvt.rn.bf16x2.f32 a7, $16, $15;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {d0, d1, d2, d3}, {a0, a1, a2, a3}, {$17, $18}, {zero, zero, zero, zero};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {d0, d1, d2, d3}, {a4, a5, a6, a7}, {$19, $20}, {d0, d1, d2, d3};
+    setp.ne.s32 high, $21, 0;
+    setp.ne.s32 odd, $22, 0;
+    selp.f32 s, d0, d2, high;
+    selp.f32 e0, d2, d0, high;
+    shfl.sync.bfly.b32 t, s, 16, 0x1f, 0xffffffff;
+    add.f32 e0, e0, t;
+    selp.f32 s, d1, d3, high;
+    selp.f32 e1, d3, d1, high;
+    shfl.sync.bfly.b32 t, s, 16, 0x1f, 0xffffffff;
+    add.f32 e1, e1, t;
+    selp.f32 s, e0, e1, odd;
+    selp.f32 e0, e1, e0, odd;
+    shfl.sync.bfly.b32 t, s, 8, 0x1f, 0xffffffff;
+    add.f32 e0, e0, t;
+    shfl.sync.bfly.b32 t, e0, 4, 0x1f, 0xffffffff;
+    add.f32 $0, e0, t;
+    }
+    """
+)
+# bfloat16 one in the low and in the high half of a register.
+ONE_LOW = tl.constexpr(0x00003F80)
+ONE_HIGH = tl.constexpr(0x3F800000)
+
+
+@triton.jit
+def ones_in(row, low: tl.constexpr):
+    """This lane's part of a right operand with ones in columns `low` and `low` + 1."""
+    return tl.where(row == low, ONE_LOW, tl.where(row == low + 1, ONE_HIGH, 0)).to(tl.int32)
+
+
+@triton.jit
+def sums_over_warps(p, q, lane):
+    """Eight rows p and eight rows q to one number a lane, their sums over the 32 lanes."""
+    row = lane >> 2
+    return tl.inline_asm_elementwise(
+        SUM_OVER_WARP,
+        "=f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r",
+        [p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7],
+         q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7],
+         ones_in(row, 0), ones_in(row, 2), ones_in(row, 4), ones_in(row, 6),
+         lane & 16, lane & 8],
+        tl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "T_all"])
@@ -161,8 +230,8 @@ def forward_kernel(
     x, dt, z, A, pairs, offsets, D, bias, padding, state,
     y, sums, last, kept, ends, steps,
     T, T_all, span, n_spans, J,
-    x_b, x_t, dt_b, dt_t, z_b, z_t, A_d, A_n, state_b, state_d, state_n,
-    n0, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
+    x_b, dt_b, z_b, A_d, A_n, state_b, state_d, state_n,
+    n0, X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, POLYNOMIALS: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -221,8 +290,8 @@ def forward_kernel(
     elapsed = tl.zeros([BLOCK], tl.float32)
     begun = tl.zeros([], tl.float32)
     start = begin.to(tl.int64)
-    raw_x = load_rows(x, x_t, start, end, mask, K)
-    raw_dt = load_rows(dt, dt_t, start, end, mask, K)
+    raw_x = load_rows(x, X_T, start, end, mask, K)
+    raw_dt = load_rows(dt, DT_T, start, end, mask, K)
     for j in range((end - begin + K - 1) // K):
         t0 = start + j * K
         dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
@@ -241,11 +310,11 @@ def forward_kernel(
             else:
                 out += (D_ * value,)
         # What the next tile needs is on its way while this one is worked on.
-        raw_x = load_rows(x, x_t, t0 + K, end, mask, K)
-        raw_dt = load_rows(dt, dt_t, t0 + K, end, mask, K)
+        raw_x = load_rows(x, X_T, t0 + K, end, mask, K)
+        raw_dt = load_rows(dt, DT_T, t0 + K, end, mask, K)
         raw_z = raw_x
         if HAS_Z and LAST and not ENDS_ONLY:
-            raw_z = load_rows(z, z_t, t0, end, mask, K)
+            raw_z = load_rows(z, Z_T, t0, end, mask, K)
         begins = ()
         if HAS_STARTS:
             for k in tl.static_range(K):
@@ -336,15 +405,15 @@ def chain_kernel(
 @triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
 def backward_kernel(
     x, dt, z, A, pairs, offsets, D, bias, padding, kept, dy, dlast,
-    dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, ends, steps, sum_y, sum_input, sum_log,
+    dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps, sum_y, sum_input, sum_log,
     T, T_all, span, n_spans, J,
-    x_b, x_t, dt_b, dt_t, z_b, z_t, A_d, A_n, dy_b, dy_t, dlast_b, dlast_d, dlast_n,
-    n0, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
+    x_b, dt_b, z_b, A_d, A_n, dy_b, dlast_b, dlast_d, dlast_n,
+    n0, X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr, DY_T: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, POLYNOMIALS: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_DLAST: tl.constexpr, ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BY_DOT: tl.constexpr, ASM: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BY_PRODUCT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The gradient over one span, last token first, for the states n0 … n0 + NB.
 
@@ -352,8 +421,8 @@ def backward_kernel(
     ``g = dy C + R``, ``R' = a g``; ``d(dt x) = Σ_n g B``, ``d(dt A) = R' h_before``,
     ``dB = Σ_d g dt x``, ``dC = Σ_d dy h``.
 
-    `dB` and `dC` [R, B, T_all, M], `dA` [B, S, N, D], `dD` and `dbias` [B, S, D] get this program's
-    share. `sum_y`, `sum_input` and `sum_log` [B, T, D] carry sums over states from the FIRST to the
+    `dBC` [R, B, J, M, 2, K] (R counts warps BY_PRODUCT, else programs), `dA` [B, S, N, D], `dD` and
+    `dbias` [B, S, D] get this program's share. `sum_y`, `sum_input` and `sum_log` [B, T, D] carry sums over states from the FIRST to the
     LAST pass. ENDS_ONLY, `ends` [B, S, N, D], FROM_ENDS: as in the forward pass, for R.
     """
     per_group: tl.constexpr = CHANNELS // G
@@ -383,11 +452,13 @@ def backward_kernel(
     if HAS_D:
         D_ = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
 
+    rates = ()
     R = ()
     dA_ = ()
     for i in tl.static_range(NB):
         n = n0 + i
         here = mask & (n < N)
+        rates += (tl.load(A + d * A_d + n * A_n, mask=here, other=0.0).to(tl.float32) * LOG2E,)
         if FROM_ENDS:
             at = ((row * n_spans + which) * N + n) * CHANNELS + d
             R += (tl.load(ends + at, mask=here, other=0.0),)
@@ -401,17 +472,18 @@ def backward_kernel(
     dbias_ = tl.zeros([BLOCK], tl.float32)
     elapsed = tl.zeros([BLOCK], tl.float32)
     begun = tl.zeros([], tl.float32)
-    column = tl.arange(0, NB)
-    line = tl.arange(0, K)
+    lane = tl.arange(0, BLOCK) % 32
+    which_sum = (lane >> 3 & 1) + 2 * (lane >> 4 & 1) + 4 * (lane & 1) + 8 * (lane >> 1 & 1)
+    part = tl.program_id(0).to(tl.int64)
 
     tiles = (end - begin + K - 1) // K
     start = (begin + (tiles - 1) * K).to(tl.int64)
-    raw_x = load_rows(x, x_t, start, end, mask, K)
-    raw_dt = load_rows(dt, dt_t, start, end, mask, K)
-    raw_dy = load_rows(dy, dy_t, start, end, mask, K)
+    raw_x = load_rows(x, X_T, start, end, mask, K)
+    raw_dt = load_rows(dt, DT_T, start, end, mask, K)
+    raw_dy = load_rows(dy, DY_T, start, end, mask, K)
     raw_z = raw_dy
     if HAS_Z:
-        raw_z = load_rows(z, z_t, start, end, mask, K)
+        raw_z = load_rows(z, Z_T, start, end, mask, K)
     for j in range(tiles):
         t0 = start - j * K
         dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
@@ -430,11 +502,12 @@ def backward_kernel(
             grads += (grad,)
             if ENDS_ONLY:
                 elapsed += dts[k]
-        raw_x = load_rows(x, x_t, t0 - K, end, mask, K)
-        raw_dt = load_rows(dt, dt_t, t0 - K, end, mask, K)
-        raw_dy = load_rows(dy, dy_t, t0 - K, end, mask, K)
+        ahead = tl.maximum(t0 - K, 0)
+        raw_x = load_rows(x, X_T, ahead, end, mask, K)
+        raw_dt = load_rows(dt, DT_T, ahead, end, mask, K)
+        raw_dy = load_rows(dy, DY_T, ahead, end, mask, K)
         if HAS_Z:
-            raw_z = load_rows(z, z_t, t0 - K, end, mask, K)
+            raw_z = load_rows(z, Z_T, ahead, end, mask, K)
         begins = ()
         if HAS_STARTS:
             for k in tl.static_range(K):
@@ -455,17 +528,13 @@ def backward_kernel(
                 ys += (tl.load(sum_y + at, mask=live, other=0.0),)
                 d_inputs += (tl.load(sum_input + at, mask=live, other=0.0),)
                 d_logs += (tl.load(sum_log + at, mask=live, other=0.0),)
-        dB_ = tl.zeros([K, NB], tl.float32)
-        dC_ = tl.zeros([K, NB], tl.float32)
         next_R = ()
         next_dA = ()
         for i in tl.static_range(NB):
             here = mask & (n0 + i < N)
-            rate = tl.load(A + d * A_d + (n0 + i) * A_n, mask=here, other=0.0).to(tl.float32)
-            rate2 = rate * LOG2E
             decays = ()
             for k in tl.static_range(K):
-                exponent = dts[k] * rate2
+                exponent = dts[k] * rates[i]
                 if HAS_STARTS:
                     exponent += begins[k]
                 decays += (decay_of(exponent, i >= NB - POLYNOMIALS),)
@@ -474,21 +543,14 @@ def backward_kernel(
                 at = kept + (row * J + t0 // K) * (N * CHANNELS) + ((n0 + i) * CHANNELS + d)
                 h = tl.load(at, mask=here, other=0.0).to(tl.float32)
                 outs = ()
-                gathered_C = tl.zeros([K, BLOCK], tl.float32)
+                for_C = ()
                 for k in tl.static_range(K):
                     before += (h,)
                     b, c = b_and_c(pairs + (t0 + k) * M + i)
                     h = decays[k] * h + inputs[k] * b
                     outs += (ys[k] + h * c,)
-                    share = (grads[k] * h)[None, :]
-                    gathered_C = tl.where(line[:, None] == k, share, gathered_C)
+                    for_C += (grads[k] * h,)
                 ys = outs
-                one = column == i
-                if BY_DOT:
-                    ones = tl.broadcast_to(one[None, :], [BLOCK, NB]).to(tl.bfloat16)
-                    dC_ = tl.dot(gathered_C.to(tl.bfloat16), ones, dC_)
-                else:
-                    dC_ += tl.sum(gathered_C, 1)[:, None] * one[None, :].to(tl.float32)
             carry = R[i]
             if ENDS_ONLY:
                 for back in tl.static_range(K):
@@ -496,7 +558,7 @@ def backward_kernel(
                     carry = decays[K - 1 - back] * (grads[K - 1 - back] * c + carry)
             else:
                 dA_n = dA_[i]
-                gathered_B = tl.zeros([K, BLOCK], tl.float32)
+                from_last = ()
                 outs_input = ()
                 outs_log = ()
                 for back in tl.static_range(K):
@@ -505,43 +567,45 @@ def backward_kernel(
                     carry = decays[K - 1 - back] * g
                     q = carry * before[K - 1 - back]
                     outs_input += (d_inputs[K - 1 - back] + g * b,)
-                    outs_log += (d_logs[K - 1 - back] + q * rate,)
+                    outs_log += (d_logs[K - 1 - back] + q * rates[i],)
                     dA_n += q * dts[K - 1 - back]
-                    share = (g * inputs[K - 1 - back])[None, :]
-                    gathered_B = tl.where(line[:, None] == K - 1 - back, share, gathered_B)
+                    from_last += (g * inputs[K - 1 - back],)
                 d_inputs = ()
                 d_logs = ()
+                for_B = ()
                 for k in tl.static_range(K):
                     d_inputs += (outs_input[K - 1 - k],)
                     d_logs += (outs_log[K - 1 - k],)
+                    for_B += (from_last[K - 1 - k],)
                 next_dA += (dA_n,)
-                one = column == i
-                if BY_DOT:
-                    ones = tl.broadcast_to(one[None, :], [BLOCK, NB]).to(tl.bfloat16)
-                    dB_ = tl.dot(gathered_B.to(tl.bfloat16), ones, dB_)
+                if BY_PRODUCT:
+                    tl.static_assert(K == 8)
+                    total = sums_over_warps(for_B, for_C, lane)
+                    warp = part * (BLOCK // 32) + tl.arange(0, BLOCK) // 32
+                    at = ((warp * tl.num_programs(1) + row) * J + t0 // K) * M + n0 + i
+                    tl.store(dBC + at * 16 + which_sum, total, mask=(lane & 4) == 0)
                 else:
-                    dB_ += tl.sum(gathered_B, 1)[:, None] * one[None, :].to(tl.float32)
+                    at = ((part * tl.num_programs(1) + row) * J + t0 // K) * M + n0 + i
+                    for k in tl.static_range(K):
+                        tl.store(dBC + at * (2 * K) + k, tl.sum(for_B[k], 0))
+                        tl.store(dBC + at * (2 * K) + K + k, tl.sum(for_C[k], 0))
             next_R += (carry,)
         R = next_R
         if not ENDS_ONLY:
             dA_ = next_dA
-            at = ((tl.program_id(0).to(tl.int64) * tl.num_programs(1) + row) * T_all + t0) * M
-            at = at + n0 + line[:, None] * M + column[None, :]
-            tl.store(dB + at, dB_)
-            tl.store(dC + at, dC_)
             for k in tl.static_range(K):
                 t = t0 + k
                 live = mask & (t < end)
                 at = flat + t * CHANNELS
                 if LAST:
-                    value = tl.load(x + t * x_t, mask=live, other=0.0).to(tl.float32)
+                    value = tl.load(x + t * X_T, mask=live, other=0.0).to(tl.float32)
                     real = live
                     if HAS_PADDING:
                         real = live & (t >= first)
                         value = tl.where(t >= first, value, 0.0)
-                    grad_dt = d_inputs[k] * value + d_logs[k]
+                    grad_dt = d_inputs[k] * value + d_logs[k] * LN2
                     if SOFTPLUS:
-                        raw = tl.load(dt + t * dt_t, mask=live, other=0.0).to(tl.float32)
+                        raw = tl.load(dt + t * DT_T, mask=live, other=0.0).to(tl.float32)
                         grad_dt = grad_dt * sigmoid(raw + bias_, ASM)
                     grad_dt = tl.where(real, grad_dt, 0.0)
                     dbias_ += grad_dt
@@ -550,8 +614,8 @@ def backward_kernel(
                     tl.store(dx + at, grad_x.to(dx.dtype.element_ty), mask=live)
                     dD_ += grads[k] * value
                     if HAS_Z:
-                        gate = tl.load(z + t * z_t, mask=live, other=0.0).to(tl.float32)
-                        grad = tl.load(dy + t * dy_t, mask=live, other=0.0).to(tl.float32)
+                        gate = tl.load(z + t * Z_T, mask=live, other=0.0).to(tl.float32)
+                        grad = tl.load(dy + t * DY_T, mask=live, other=0.0).to(tl.float32)
                         s = sigmoid(gate, ASM)
                         grad_z = grad * (ys[k] + D_ * value) * (s + gate * s * (1.0 - s))
                         grad_z = tl.where(real, grad_z, 0.0)
@@ -715,7 +779,7 @@ class _Prepared:
         z = self.x if self.z is None else self.z
         return (
             self.length, self.T_all, cut.span, cut.n_spans, -(-self.length // kept_every(self.x)),
-            *self.x.stride()[:2], *self.dt.stride()[:2], *z.stride()[:2], *self.A.stride(),
+            self.x.stride(0), self.dt.stride(0), z.stride(0), *self.A.stride(),
         )  # fmt: skip
 
     def constants(self, number: int) -> dict[str, Any]:
@@ -723,6 +787,9 @@ class _Prepared:
         cut = self.cut
         return self.flags | dict(
             n0=number * cut.states,
+            X_T=token_stride(self.x),
+            DT_T=token_stride(self.dt),
+            Z_T=token_stride(self.x if self.z is None else self.z),
             N=self.d_state,
             NB=cut.states,
             M=cut.padded,
@@ -734,6 +801,7 @@ class _Prepared:
             FIRST=number == 0,
             LAST=number == cut.passes - 1,
             num_warps=cut.warps,
+            num_stages=1,
         )
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -761,6 +829,11 @@ def sizes_for(operation: str, x: Tensor) -> Tile:
 def rows_of(tensor: Tensor) -> Tensor:
     """Channels next to each other; only what is not so already is copied."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def token_stride(rows: Tensor) -> int:
+    """Of [B, T, D]; with one token it says nothing, and must not ask for another compilation."""
+    return rows.stride(1) if rows.shape[1] > 1 else rows.shape[2]
 
 
 def _or(tensor: Tensor | None, blank: Tensor) -> Tensor:
@@ -860,7 +933,10 @@ def backward(
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     dA = call.new(batch, cut.n_spans, d_state, channels)
-    dB, dC = (call.new(cut.blocks, batch, call.T_all, cut.padded) for _ in range(2))
+    by_product = x.is_cuda and x.dtype != torch.float32 and cut.tokens == 8
+    parts = cut.blocks * (cut.channels // 32 if by_product else 1)
+    n_tiles = -(-call.length // cut.tokens)
+    dBC = call.new(parts, batch, n_tiles, cut.padded, 2, cut.tokens)
     dD, dbias = (call.new(batch, cut.n_spans, channels) for _ in range(2))
     dstate = call.new(batch, channels, d_state) if has_state else call.new(0)
     several = cut.n_spans > 1
@@ -872,14 +948,13 @@ def backward(
     if cut.passes > 1:
         sums = tuple(call.new(*x.shape) for _ in range(3))
     strides = (0, 0, 0) if dlast is None else dlast.stride()
-    by_dot = x.dtype != torch.float32 and x.is_cuda and cut.states >= 16 and cut.channels >= 16
 
     def run(number: int, **flags: bool) -> None:
         backward_kernel[call.grid](
             *call.inputs, kept, dy, _or(dlast, dA),
-            dx, ddt, dz, dA, dB, dC, dD, dbias, dstate, ends, steps, *sums,
-            *call.sizes, *dy.stride()[:2], *strides,
-            **call.constants(number), **flags, HAS_STATE=has_state, BY_DOT=by_dot,
+            dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps, *sums,
+            *call.sizes, dy.stride(0), *strides,
+            **call.constants(number), **flags, HAS_STATE=has_state, DY_T=token_stride(dy), BY_PRODUCT=by_product,
         )  # fmt: skip
 
     if several:
@@ -889,18 +964,15 @@ def backward(
     for number in range(cut.passes):
         from_last = dlast is not None and not several
         run(number, HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
-    of_groups = [
-        part.view(call.groups, -1, *part.shape[1:])
-        .sum(1)[:, :, : call.length, :d_state]
-        .permute(1, 2, 0, 3)
-        for part in (dB, dC)
-    ]
+    # [G, B, J, M, 2, K] to two of [B, T, G, N]
+    of_groups = dBC.view(call.groups, -1, *dBC.shape[1:]).sum(1).permute(4, 1, 2, 5, 0, 3)
+    of_groups = of_groups.flatten(2, 3)[:, :, : call.length, :, :d_state]
     return (
         dx,
         ddt,
         dA.sum((0, 1)).mT.to(A.dtype).contiguous(),
-        of_groups[0].to(B.dtype).contiguous(),
-        of_groups[1].to(C.dtype).contiguous(),
+        B.new_empty(B.shape).copy_(of_groups[0]),
+        C.new_empty(C.shape).copy_(of_groups[1]),
         x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype),
         dz,
         x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype),

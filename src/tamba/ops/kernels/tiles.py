@@ -30,13 +30,15 @@ TILES: dict[str, dict[str, Tile]] = {
         "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_grad_x": {"warps": 8, "stages": 1},
         "ssd_grad_x wide": {"warps": 4, "stages": 1},
-        # `tokens` is shared: the forward pass keeps a state per tile for the backward pass.
+        # The forward pass keeps a state for every tile of the backward pass.
         "scan_forward": {
-            "tokens": 8, "channels": 64, "per_sm": 4, "least_tiles": 8, "polynomials": 2, "warps": 1,
+            "tokens": 4, "channels": 32, "polynomials": 2, "per_sm": 8, "least_tiles": 16, "warps": 1,
         },
         "scan_backward": {
-            "tokens": 8, "channels": 64, "per_sm": 4, "least_tiles": 8, "polynomials": 0, "warps": 1,
+            "tokens": 8, "channels": 32, "polynomials": 0, "per_sm": 8, "least_tiles": 8, "warps": 1,
         },
+        "conv_forward": {"tokens": 8, "channels": 128, "per_sm": 64, "least_tiles": 8, "warps": 1},
+        "conv_backward": {"tokens": 8, "channels": 128, "per_sm": 32, "least_tiles": 8, "warps": 1},
     },
     "sm90": {
         "ssd_grad_C": {"chunk": 128, "rows": 128, "per_sm": 2, "warps": 8, "stages": 1},
