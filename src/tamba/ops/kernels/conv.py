@@ -23,15 +23,33 @@ from tamba.ops.kernels.tiles import multiprocessors, tile
 
 
 @triton.jit
-def value_at(x, state, t, first, T, mask, X_T: tl.constexpr, state_w, W: tl.constexpr,
-             HAS_STATE: tl.constexpr):  # fmt: skip
-    """Row t of the inputs after the window before them, float32; 0 where there is none."""
-    value = tl.load(x + t * X_T, mask=mask & (t >= first) & (t < T), other=0.0).to(tl.float32)
+def load_rows(rows, t0, first, T, mask, STRIDE: tl.constexpr, K: tl.constexpr):
+    """K rows as they lie in memory; 0 where there is no token."""
+    loaded = ()
+    rows += t0.to(tl.int64) * STRIDE
+    for k in tl.static_range(K):
+        here = mask & (t0 + k >= first) & (t0 + k < T)
+        loaded += (tl.load(rows + k * STRIDE, mask=here, other=0.0),)
+    return loaded
+
+
+@triton.jit
+def with_state(row, state, t, first, mask, state_w, W: tl.constexpr, HAS_STATE: tl.constexpr):
+    """Row t in float32, taken from the window before token 0 where it is not a token."""
+    value = row.to(tl.float32)
     if HAS_STATE:
         slot = t - first + W - 1
         past = mask & (slot >= 0) & (slot < W - 1)
         value += tl.load(state + slot * state_w, mask=past, other=0.0).to(tl.float32)
     return value
+
+
+@triton.jit
+def value_at(x, state, t, first, T, mask, X_T: tl.constexpr, state_w, W: tl.constexpr,
+             HAS_STATE: tl.constexpr):  # fmt: skip
+    """Row t of the inputs after the window before them, float32; 0 where there is none."""
+    row = load_rows(x, t, first, T, mask, X_T, 1)
+    return with_state(row[0], state, t, first, mask, state_w, W, HAS_STATE)
 
 
 @triton.jit
@@ -80,18 +98,21 @@ def forward_kernel(
     if HAS_BIAS:
         bias_ = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
     # What the next token finds before it, and whether it may look past each of those.
-    start = begin.to(tl.int64)
+    start = begin
     window = ()
     open_ = ()
     for j in tl.static_range(1, W):
         t = start - (W - j)
         window += (value_at(x, state, t, first, T, mask, X_T, state_w, W, HAS_STATE),)
         open_ += (tl.zeros([], tl.float32) + continues(starts, t, starts_t, first, T, HAS_STARTS),)
+    raw = load_rows(x, start, first, T, mask, X_T, K)
     for tile_ in range((end - begin + K - 1) // K):
         t0 = start + tile_ * K
+        y_at = y + t0.to(tl.int64) * C
         values = ()
         for k in tl.static_range(K):
-            values += (value_at(x, state, t0 + k, first, T, mask, X_T, state_w, W, HAS_STATE),)
+            values += (with_state(raw[k], state, t0 + k, first, mask, state_w, W, HAS_STATE),)
+        raw = load_rows(x, t0 + K, first, T, mask, X_T, K)
         for k in tl.static_range(K):
             out = bias_ + taps[W - 1] * values[k]
             seen = continues(starts, t0 + k, starts_t, first, T, HAS_STARTS)
@@ -105,12 +126,12 @@ def forward_kernel(
             if SILU:
                 out = out * sigmoid(out, ASM)
             live = mask & (t0 + k < end)
-            tl.store(y + (t0 + k) * C, out.to(y.dtype.element_ty), mask=live)
+            tl.store(y_at + k * C, out.to(y.dtype.element_ty), mask=live)
             window = window[1:] + (values[k],)
             open_ = open_[1:]
     if end == T:
         for k in tl.static_range(W - 1):
-            t = tl.zeros([], tl.int64) + T - (W - 1) + k
+            t = T - (W - 1) + k
             value = value_at(x, state, t, first, T, mask, X_T, state_w, W, HAS_STATE)
             value = value * reaches_end(starts, t, starts_t, first, T, W, HAS_STARTS)
             to = last + (row * C + c) * (W - 1) + k
@@ -154,7 +175,7 @@ def backward_kernel(
     dbias_ = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
         bias_ = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
-    start = begin.to(tl.int64)
+    start = begin
     window = ()
     pending = ()
     open_ = ()
@@ -167,15 +188,18 @@ def backward_kernel(
     owned = begin
     if which == 0:
         owned = begin - (W - 1)
+    raw_x = load_rows(x, start, first, T, mask, X_T, K)
+    raw_dy = load_rows(dy, start, first, T, mask, DY_T, K)
     for tile_ in range((end - begin + W - 1 + K - 1) // K):
         t0 = start + tile_ * K
+        dx_at = dx + t0.to(tl.int64) * C
         values = ()
         grads = ()
         for k in tl.static_range(K):
-            t = t0 + k
-            values += (value_at(x, state, t, first, T, mask, X_T, state_w, W, HAS_STATE),)
-            live = mask & (t >= first) & (t < T)
-            grads += (tl.load(dy + t * DY_T, mask=live, other=0.0).to(tl.float32),)
+            values += (with_state(raw_x[k], state, t0 + k, first, mask, state_w, W, HAS_STATE),)
+            grads += (raw_dy[k].to(tl.float32),)
+        raw_x = load_rows(x, t0 + K, first, T, mask, X_T, K)
+        raw_dy = load_rows(dy, t0 + K, first, T, mask, DY_T, K)
         for k in tl.static_range(K):
             t = t0 + k
             # How much of each of the taps before the last the token sees.
@@ -223,7 +247,7 @@ def backward_kernel(
                     done += late * reaches_end(starts, u, starts_t, first, T, W, HAS_STARTS)
             own = mask & (u >= owned) & (u < end)
             to_x = tl.where(u >= first, done, 0.0)
-            tl.store(dx + u * C, to_x.to(dx.dtype.element_ty), mask=own & (u >= 0))
+            tl.store(dx_at + (k - (W - 1)) * C, to_x.to(dx.dtype.element_ty), mask=own & (u >= 0))
             if HAS_STATE:
                 slot = u - first + W - 1
                 of_state = own & (u < first) & (slot >= 0)

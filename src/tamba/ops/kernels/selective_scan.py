@@ -94,13 +94,89 @@ def softplus(x):
     return p * u + tl.maximum(x, 0.0)
 
 
+# Triton's pass that picks a layout for each access takes a minute for kernels of this many. Here
+# any layout with one channel a lane will do, so accesses go past it.
+GET_16 = tl.constexpr(
+    "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b16 $0, 0; @p ld.global.b16 $0, [$1];}"
+)
+GET_32 = tl.constexpr(
+    "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1];}"
+)
+GET_64 = tl.constexpr(
+    "{.reg .pred p; setp.ne.s32 p, $2, 0; mov.b64 $0, 0; @p ld.global.b64 $0, [$1];}"
+)
+PUT_16 = tl.constexpr(
+    "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; @p st.global.b16 [$1], $2;}"
+)
+PUT_32 = tl.constexpr(
+    "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; @p st.global.b32 [$1], $2;}"
+)
+
+
 @triton.jit
-def load_rows(pointer, stride, t0, end, mask, K: tl.constexpr):
+def get(pointer, mask, ASM: tl.constexpr):
+    """What lies at `pointer`; 0 where `mask` is False."""
+    if ASM:
+        bits: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+        if bits == 16:
+            got = tl.inline_asm_elementwise(
+                GET_16, "=h,l,r", [pointer.to(tl.int64), mask.to(tl.int32)],
+                tl.int16, is_pure=True, pack=1,
+            )  # fmt: skip
+        elif bits == 32:
+            got = tl.inline_asm_elementwise(
+                GET_32, "=r,l,r", [pointer.to(tl.int64), mask.to(tl.int32)],
+                tl.int32, is_pure=True, pack=1,
+            )  # fmt: skip
+        else:
+            got = tl.inline_asm_elementwise(
+                GET_64, "=l,l,r", [pointer.to(tl.int64), mask.to(tl.int32)],
+                tl.int64, is_pure=True, pack=1,
+            )  # fmt: skip
+        return got.to(pointer.dtype.element_ty, bitcast=True)
+    return tl.load(pointer, mask=mask, other=0)
+
+
+@triton.jit
+def get_again(pointer, mask, ASM: tl.constexpr):
+    """float32 that this program may have put there: in the order in which it is written."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            GET_32, "=f,l,r", [pointer.to(tl.int64), mask.to(tl.int32)],
+            tl.float32, is_pure=False, pack=1,
+        )  # fmt: skip
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def put(pointer, value, mask, ASM: tl.constexpr):
+    """`value`, in the type that `pointer` points to, where `mask` is True."""
+    value = value.to(pointer.dtype.element_ty)
+    if ASM:
+        bits: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+        if bits == 16:
+            tl.inline_asm_elementwise(
+                PUT_16, "=r,l,h,r",
+                [pointer.to(tl.int64), value.to(tl.int16, bitcast=True), mask.to(tl.int32)],
+                tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+        else:
+            tl.inline_asm_elementwise(
+                PUT_32, "=r,l,r,r",
+                [pointer.to(tl.int64), value.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+                tl.int32, is_pure=False, pack=1,
+            )  # fmt: skip
+    else:
+        tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def load_rows(pointer, stride, t0, end, mask, K: tl.constexpr, ASM: tl.constexpr):
     """K rows as they lie in memory; 0 past `end`."""
     rows = ()
-    pointer += t0 * stride
+    pointer += t0.to(tl.int64) * stride
     for k in tl.static_range(K):
-        rows += (tl.load(pointer + k * stride, mask=mask & (t0 + k < end), other=0.0),)
+        rows += (get(pointer + k * stride, mask & (t0 + k < end), ASM),)
     return rows
 
 
@@ -123,6 +199,85 @@ def b_and_c(pointer):
     b = (pair & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
     c = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
     return b, c
+
+
+# B and C of a tile wait in shared memory, where a lane finds them within some thirty cycles; from
+# the second-level cache it would be ten times that, and a scheduler has two warps to hide it with.
+# Triton places what it likes there but offers no handle, hence the assembly. Only for one warp.
+STAGE_4 = tl.constexpr(
+    """
+    {
+    .shared .align 16 .b8 tamba_pairs_4[512];
+    .reg .u32 a;
+    mov.u32 a, tamba_pairs_4;
+    mov.u32 $0, a;
+    add.u32 a, a, $1;
+    bar.warp.sync 0xffffffff;
+    st.shared.b64 [a], $2;
+    st.shared.b64 [a+256], $3;
+    bar.warp.sync 0xffffffff;
+    }
+    """
+)
+STAGE_8 = tl.constexpr(
+    """
+    {
+    .shared .align 16 .b8 tamba_pairs_8[1024];
+    .reg .u32 a;
+    mov.u32 a, tamba_pairs_8;
+    mov.u32 $0, a;
+    add.u32 a, a, $1;
+    bar.warp.sync 0xffffffff;
+    st.shared.b64 [a], $2;
+    st.shared.b64 [a+256], $3;
+    st.shared.b64 [a+512], $4;
+    st.shared.b64 [a+768], $5;
+    bar.warp.sync 0xffffffff;
+    }
+    """
+)
+
+
+@triton.jit
+def load_pairs(pairs, t0, T_all, lane, M: tl.constexpr, K: tl.constexpr, ASM: tl.constexpr):
+    """A tile's 16 pairs a token, two tokens a row of lanes; 0 past the end."""
+    rows = ()
+    for i in tl.static_range(K // 2):
+        t = t0 + 2 * i + (lane >> 4)
+        rows += (get(pairs + t.to(tl.int64) * M + (lane & 15), t < T_all, ASM),)
+    return rows
+
+
+@triton.jit
+def stage_pairs(rows, lane, K: tl.constexpr):
+    """Put `rows` into shared memory; gives the address [32] of the first pair."""
+    if K == 4:
+        return tl.inline_asm_elementwise(
+            STAGE_4, "=r,r,l,l", [lane * 8, rows[0], rows[1]], tl.int32, is_pure=False, pack=1
+        )
+    else:
+        tl.static_assert(K == 8)
+        return tl.inline_asm_elementwise(
+            STAGE_8, "=r,r,l,l,l,l", [lane * 8, rows[0], rows[1], rows[2], rows[3]],
+            tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def staged_pair(address):
+    return tl.inline_asm_elementwise(
+        "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [address],
+        (tl.float32, tl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def staged_pairs(address):
+    """Two pairs: b, c, b, c."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r", [address],
+        (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 # Sums over a warp's channels of 8 + 8 numbers a lane. Neighbouring tokens go, rounded to bfloat16,
@@ -236,7 +391,7 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr, KEEP: tl.constexpr, EVERY: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, ASM: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """States n0 … n0 + NB of one block of channels over one span of tokens.
 
@@ -267,33 +422,38 @@ def forward_kernel(
         first = tl.load(padding + row).to(tl.int32)
     bias_ = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
-        bias_ = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+        bias_ = get(bias + d, mask, ASM).to(tl.float32)
     D_ = tl.zeros([BLOCK], tl.float32)
     if HAS_D:
-        D_ = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
+        D_ = get(D + d, mask, ASM).to(tl.float32)
 
     rates = ()
     h = ()
     for i in tl.static_range(NB):
         n = n0 + i
         here = mask & (n < N)
-        rates += (tl.load(A + d * A_d + n * A_n, mask=here, other=0.0).to(tl.float32) * LOG2E,)
+        rates += (get(A + d * A_d + n * A_n, here, ASM).to(tl.float32) * LOG2E,)
         if FROM_ENDS:
             at = ((row * n_spans + which) * N + n) * CHANNELS + d
-            h += (tl.load(ends + at, mask=here, other=0.0),)
+            h += (get(ends + at, here, ASM),)
         elif HAS_STATE:
             at = row * state_b + d * state_d + n * state_n
-            h += (tl.load(state + at, mask=here, other=0.0).to(tl.float32),)
+            h += (get(state + at, here, ASM).to(tl.float32),)
         else:
             h += (tl.zeros([BLOCK], tl.float32),)
 
     elapsed = tl.zeros([BLOCK], tl.float32)
     begun = tl.zeros([], tl.float32)
-    start = begin.to(tl.int64)
-    raw_x = load_rows(x, X_T, start, end, mask, K)
-    raw_dt = load_rows(dt, DT_T, start, end, mask, K)
+    raw_x = load_rows(x, X_T, begin, end, mask, K, ASM)
+    raw_dt = load_rows(dt, DT_T, begin, end, mask, K, ASM)
+    lane = tl.arange(0, BLOCK)
+    raw_pairs = raw_x
+    if STAGED:
+        raw_pairs = load_pairs(pairs, begin, T_all, lane, M, K, ASM)
     for j in range((end - begin + K - 1) // K):
-        t0 = start + j * K
+        t0 = begin + j * K
+        tile_at = t0.to(tl.int64) * CHANNELS
+        pairs_at = pairs + t0.to(tl.int64) * M
         dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
         inputs = ()
         out = ()
@@ -305,44 +465,58 @@ def forward_kernel(
             if ENDS_ONLY:
                 elapsed += dts[k]
             elif not FIRST:
-                at = sums + (t0 + k) * CHANNELS
-                out += (tl.load(at, mask=mask & (t0 + k < end), other=0.0),)
+                at = sums + tile_at + k * CHANNELS
+                out += (get(at, mask & (t0 + k < end), ASM),)
             else:
                 out += (D_ * value,)
         # What the next tile needs is on its way while this one is worked on.
-        raw_x = load_rows(x, X_T, t0 + K, end, mask, K)
-        raw_dt = load_rows(dt, DT_T, t0 + K, end, mask, K)
+        raw_x = load_rows(x, X_T, t0 + K, end, mask, K, ASM)
+        raw_dt = load_rows(dt, DT_T, t0 + K, end, mask, K, ASM)
         raw_z = raw_x
         if HAS_Z and LAST and not ENDS_ONLY:
-            raw_z = load_rows(z, Z_T, t0, end, mask, K)
+            raw_z = load_rows(z, Z_T, t0, end, mask, K, ASM)
         begins = ()
         if HAS_STARTS:
             for k in tl.static_range(K):
                 begins += (tl.load(offsets + t0 + k),)
                 begun = tl.minimum(begun, begins[k])
         if KEEP:
-            # Shared by the lanes but for d: 32 bits hold what is left.
-            tile_at = kept + (row * J + t0 // EVERY) * (N * CHANNELS) + n0 * CHANNELS
-            due = mask & (t0 % EVERY == 0)
-            for i in tl.static_range(NB):
-                value = h[i].to(kept.dtype.element_ty)
-                tl.store(tile_at + (i * CHANNELS + d), value, mask=due & (n0 + i < N))
-        moved = ()
-        for i in tl.static_range(NB):
-            state_ = h[i]
-            added = ()
-            for k in tl.static_range(K):
-                b, c = b_and_c(pairs + (t0 + k) * M + i)
-                exponent = dts[k] * rates[i]
-                if HAS_STARTS:
-                    exponent += begins[k]
-                state_ = decay_of(exponent, i >= NB - POLYNOMIALS) * state_ + inputs[k] * b
-                if not ENDS_ONLY:
-                    added += (out[k] + state_ * c,)
+            if t0 % EVERY == 0:
+                # Shared by the lanes but for d: 32 bits hold what is left.
+                kept_at = kept + (row * J + t0 // EVERY) * (N * CHANNELS) + n0 * CHANNELS
+                for i in tl.static_range(NB):
+                    to = kept_at + (i * CHANNELS + d)
+                    put(to, h[i], mask & (n0 + i < N), ASM)
+        if STAGED:
+            address = stage_pairs(raw_pairs, lane, K)
+            raw_pairs = load_pairs(pairs, t0 + K, T_all, lane, M, K, ASM)
+        given = out
+        out = ()
+        for k in tl.static_range(K):
+            moved = ()
+            even = tl.zeros([BLOCK], tl.float32)
             if not ENDS_ONLY:
-                out = added
-            moved += (state_,)
-        h = moved
+                even = given[k]
+            odd = tl.zeros([BLOCK], tl.float32)
+            for i in tl.static_range(NB // 2):
+                if STAGED:
+                    b0, c0, b1, c1 = staged_pairs(address + (k * 16 + 2 * i) * 8)
+                else:
+                    b0, c0 = b_and_c(pairs_at + k * M + 2 * i)
+                    b1, c1 = b_and_c(pairs_at + k * M + 2 * i + 1)
+                exponent0 = dts[k] * rates[2 * i]
+                exponent1 = dts[k] * rates[2 * i + 1]
+                if HAS_STARTS:
+                    exponent0 += begins[k]
+                    exponent1 += begins[k]
+                # The polynomials stand apart from each other, between exponentials.
+                h0 = decay_of(exponent0, False) * h[2 * i] + inputs[k] * b0
+                h1 = decay_of(exponent1, (i * POLYNOMIALS) % (NB // 2) < POLYNOMIALS) * h[2 * i + 1] + inputs[k] * b1
+                even += h0 * c0
+                odd += h1 * c1
+                moved += (h0, h1)
+            h = moved
+            out += (even + odd,)
         if not ENDS_ONLY:
             for k in tl.static_range(K):
                 live = mask & (t0 + k < end)
@@ -351,22 +525,22 @@ def forward_kernel(
                     if HAS_Z:
                         gate = raw_z[k].to(tl.float32)
                         value = value * gate * sigmoid(gate, ASM)
-                    tl.store(y + (t0 + k) * CHANNELS, value.to(y.dtype.element_ty), mask=live)
+                    put(y + tile_at + k * CHANNELS, value, live, ASM)
                 else:
-                    tl.store(sums + (t0 + k) * CHANNELS, out[k], mask=live)
+                    put(sums + tile_at + k * CHANNELS, out[k], live, ASM)
 
     for i in tl.static_range(NB):
         n = n0 + i
         if ENDS_ONLY:
             at = ((row * n_spans + which) * N + n) * CHANNELS + d
-            tl.store(ends + at, h[i], mask=mask & (n < N))
+            put(ends + at, h[i], mask & (n < N), ASM)
         else:
             at = (row * CHANNELS + d) * N + n
-            tl.store(last + at, h[i], mask=mask & (n < N) & (which == n_spans - 1))
+            put(last + at, h[i], mask & (n < N) & (which == n_spans - 1), ASM)
     if ENDS_ONLY:
         if HAS_STARTS:
             elapsed = tl.where(begun < 0.0, -1.0, elapsed)
-        tl.store(steps + (row * n_spans + which) * CHANNELS + d, elapsed, mask=mask)
+        put(steps + (row * n_spans + which) * CHANNELS + d, elapsed, mask, ASM)
 
 
 @triton.jit(do_not_specialize=["n_spans"])
@@ -392,9 +566,9 @@ def chain_kernel(
         which = i
         if BACKWARDS:
             which = n_spans - 1 - i
-        at = row * n_spans + which
-        elapsed = tl.load(steps + at * CHANNELS + d, mask=mask, other=0.0)
-        here = ends + (at * N + n) * CHANNELS + d
+        of_span = row * n_spans + which
+        elapsed = tl.load(steps + of_span * CHANNELS + d, mask=mask, other=0.0)
+        here = ends + (of_span * N + n) * CHANNELS + d
         added = tl.load(here, mask=mask, other=0.0)
         tl.store(here, carry, mask=mask)
         carry = tl.where(elapsed < 0.0, 0.0, tl.exp2(elapsed * rate)) * carry + added
@@ -402,28 +576,32 @@ def chain_kernel(
         tl.store(out + (row * CHANNELS + d) * N + n, carry, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J", "n_states"])
 def backward_kernel(
-    x, dt, z, A, pairs, offsets, D, bias, padding, kept, dy, dlast,
-    dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps, sum_y, sum_input, sum_log,
-    T, T_all, span, n_spans, J,
-    x_b, dt_b, z_b, A_d, A_n, dy_b, dlast_b, dlast_d, dlast_n,
-    n0, X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr, DY_T: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
-    G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, POLYNOMIALS: tl.constexpr,
+    x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
+    dx, ddt, dz, dA, dBC, dD, dbias, dstate, R, steps,
+    T, T_all, span, n_spans, J, n_states,
+    x_b, dt_b, z_b, dy_b, dlast_b, dlast_d, dlast_n,
+    X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr, DY_T: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
+    G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_DLAST: tl.constexpr, ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BY_PRODUCT: tl.constexpr, ASM: tl.constexpr,
+    BY_PRODUCT: tl.constexpr, ASM: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient over one span, last token first, for the states n0 … n0 + NB.
+    """The gradient over one span, last token first.
 
     With R what later tokens and the last state take from h_t, and g its whole gradient:
     ``g = dy C + R``, ``R' = a g``; ``d(dt x) = Σ_n g B``, ``d(dt A) = R' h_before``,
     ``dB = Σ_d g dt x``, ``dC = Σ_d dy h``.
 
-    `dBC` [R, B, J, M, 2, K] (R counts warps BY_PRODUCT, else programs), `dA` [B, S, N, D], `dD` and
-    `dbias` [B, S, D] get this program's share. `sum_y`, `sum_input` and `sum_log` [B, T, D] carry sums over states from the FIRST to the
-    LAST pass. ENDS_ONLY, `ends` [B, S, N, D], FROM_ENDS: as in the forward pass, for R.
+    `R` and `dA` [B, S, N, D] are this program's memory from tile to tile, one state number after
+    the other: unrolled over them, the loop outgrows the instruction cache and runs at a fifth of
+    its speed. In the end `R` holds, ENDS_ONLY, what the span leaves to the one before it; with
+    FROM_ENDS it begins with what the spans after it left. `dBC` [R, B, J, M, 2, K] (R counts warps
+    BY_PRODUCT, else programs), `dD` and `dbias` [B, S, D] get this program's share.
+    `rates` [N, D] is A in powers of two.
     """
     per_group: tl.constexpr = CHANNELS // G
     blocks: tl.constexpr = (per_group + BLOCK - 1) // BLOCK
@@ -440,52 +618,60 @@ def backward_kernel(
     z += row * z_b + d
     dy += row * dy_b + d
     flat = row * T * CHANNELS + d
-    pairs += (row * G + group) * T_all * M + n0
+    pairs += (row * G + group) * T_all * M
     offsets += row * T_all
+    kept += row * J * (N * CHANNELS) + d
+    rates += d
+    of_span = (row * n_spans + which) * (N * CHANNELS) + d
+    R += of_span
+    dA += of_span
     first = 0
     if HAS_PADDING:
         first = tl.load(padding + row).to(tl.int32)
     bias_ = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
-        bias_ = tl.load(bias + d, mask=mask, other=0.0).to(tl.float32)
+        bias_ = get(bias + d, mask, ASM).to(tl.float32)
     D_ = tl.zeros([BLOCK], tl.float32)
     if HAS_D:
-        D_ = tl.load(D + d, mask=mask, other=0.0).to(tl.float32)
-
-    rates = ()
-    R = ()
-    dA_ = ()
-    for i in tl.static_range(NB):
-        n = n0 + i
-        here = mask & (n < N)
-        rates += (tl.load(A + d * A_d + n * A_n, mask=here, other=0.0).to(tl.float32) * LOG2E,)
-        if FROM_ENDS:
-            at = ((row * n_spans + which) * N + n) * CHANNELS + d
-            R += (tl.load(ends + at, mask=here, other=0.0),)
-        elif HAS_DLAST and not ENDS_ONLY:
-            at = row * dlast_b + d * dlast_d + n * dlast_n
-            R += (tl.load(dlast + at, mask=here, other=0.0).to(tl.float32),)
-        else:
-            R += (tl.zeros([BLOCK], tl.float32),)
-        dA_ += (tl.zeros([BLOCK], tl.float32),)
-    dD_ = tl.zeros([BLOCK], tl.float32)
-    dbias_ = tl.zeros([BLOCK], tl.float32)
-    elapsed = tl.zeros([BLOCK], tl.float32)
+        D_ = get(D + d, mask, ASM).to(tl.float32)
+    nothing = tl.zeros([BLOCK], tl.float32)
+    for i in range(n_states):
+        if not ENDS_ONLY:
+            put(dA + i * CHANNELS, nothing, mask, ASM)
+        if HAS_DLAST and not ENDS_ONLY:
+            at = row * dlast_b + d * dlast_d + i * dlast_n
+            put(R + i * CHANNELS, get(dlast + at, mask, ASM).to(tl.float32), mask, ASM)
+        elif not FROM_ENDS:
+            put(R + i * CHANNELS, nothing, mask, ASM)
+    dD_ = nothing
+    dbias_ = nothing
+    elapsed = nothing
     begun = tl.zeros([], tl.float32)
     lane = tl.arange(0, BLOCK) % 32
     which_sum = (lane >> 3 & 1) + 2 * (lane >> 4 & 1) + 4 * (lane & 1) + 8 * (lane >> 1 & 1)
     part = tl.program_id(0).to(tl.int64)
 
     tiles = (end - begin + K - 1) // K
-    start = (begin + (tiles - 1) * K).to(tl.int64)
-    raw_x = load_rows(x, X_T, start, end, mask, K)
-    raw_dt = load_rows(dt, DT_T, start, end, mask, K)
-    raw_dy = load_rows(dy, DY_T, start, end, mask, K)
+    start = begin + (tiles - 1) * K
+    raw_x = load_rows(x, X_T, start, end, mask, K, ASM)
+    raw_dt = load_rows(dt, DT_T, start, end, mask, K, ASM)
+    raw_dy = load_rows(dy, DY_T, start, end, mask, K, ASM)
     raw_z = raw_dy
     if HAS_Z:
-        raw_z = load_rows(z, Z_T, start, end, mask, K)
+        raw_z = load_rows(z, Z_T, start, end, mask, K, ASM)
+    raw_pairs = raw_x
+    if STAGED:
+        raw_pairs = load_pairs(pairs, start, T_all, lane, M, K, ASM)
     for j in range(tiles):
         t0 = start - j * K
+        tile_at = flat + t0.to(tl.int64) * CHANNELS
+        pairs_at = pairs + t0.to(tl.int64) * M
+        kept_at = kept + (t0 // K).to(tl.int64) * (N * CHANNELS)
+        next_h = nothing
+        if not ENDS_ONLY:
+            next_h = get(kept_at, mask, ASM).to(tl.float32)
+        next_R = get_again(R, mask, ASM)
+        next_rate = get(rates, mask, ASM)
         dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
         inputs = ()
         grads = ()
@@ -503,147 +689,135 @@ def backward_kernel(
             if ENDS_ONLY:
                 elapsed += dts[k]
         ahead = tl.maximum(t0 - K, 0)
-        raw_x = load_rows(x, X_T, ahead, end, mask, K)
-        raw_dt = load_rows(dt, DT_T, ahead, end, mask, K)
-        raw_dy = load_rows(dy, DY_T, ahead, end, mask, K)
+        raw_x = load_rows(x, X_T, ahead, end, mask, K, ASM)
+        raw_dt = load_rows(dt, DT_T, ahead, end, mask, K, ASM)
+        raw_dy = load_rows(dy, DY_T, ahead, end, mask, K, ASM)
         if HAS_Z:
-            raw_z = load_rows(z, Z_T, ahead, end, mask, K)
+            raw_z = load_rows(z, Z_T, ahead, end, mask, K, ASM)
+        address = lane
+        if STAGED:
+            address = stage_pairs(raw_pairs, lane, K)
+            raw_pairs = load_pairs(pairs, ahead, T_all, lane, M, K, ASM)
         begins = ()
-        if HAS_STARTS:
-            for k in tl.static_range(K):
-                begins += (tl.load(offsets + t0 + k),)
-                begun = tl.minimum(begun, begins[k])
         ys = ()
         d_inputs = ()
         d_logs = ()
         for k in tl.static_range(K):
-            zero = tl.zeros([BLOCK], tl.float32)
-            if FIRST:
-                ys += (zero,)
-                d_inputs += (zero,)
-                d_logs += (zero,)
-            elif not ENDS_ONLY:
-                at = flat + (t0 + k) * CHANNELS
-                live = mask & (t0 + k < end)
-                ys += (tl.load(sum_y + at, mask=live, other=0.0),)
-                d_inputs += (tl.load(sum_input + at, mask=live, other=0.0),)
-                d_logs += (tl.load(sum_log + at, mask=live, other=0.0),)
-        next_R = ()
-        next_dA = ()
-        for i in tl.static_range(NB):
-            here = mask & (n0 + i < N)
+            if HAS_STARTS:
+                begins += (tl.load(offsets + t0 + k),)
+                begun = tl.minimum(begun, begins[k])
+            ys += (nothing,)
+            d_inputs += (nothing,)
+            d_logs += (nothing,)
+        # By twos, so that one's sums over the warp hide behind the other's recurrences.
+        for i in tl.range(0, n_states, loop_unroll_factor=2):
+            rate = next_rate
+            carry = next_R
+            h = next_h
+            # The next state number's are on their way; the last one asks for its own again.
+            then = tl.minimum(i + 1, n_states - 1) * CHANNELS
+            next_rate = get(rates + then, mask, ASM)
+            if not ENDS_ONLY:
+                next_h = get(kept_at + then, mask, ASM).to(tl.float32)
+            next_R = get_again(R + then, mask, ASM)
             decays = ()
+            bs = ()
+            cs = ()
             for k in tl.static_range(K):
-                exponent = dts[k] * rates[i]
+                exponent = dts[k] * rate
                 if HAS_STARTS:
                     exponent += begins[k]
-                decays += (decay_of(exponent, i >= NB - POLYNOMIALS),)
-            before = ()
-            if not ENDS_ONLY:
-                at = kept + (row * J + t0 // K) * (N * CHANNELS) + ((n0 + i) * CHANNELS + d)
-                h = tl.load(at, mask=here, other=0.0).to(tl.float32)
-                outs = ()
-                for_C = ()
-                for k in tl.static_range(K):
-                    before += (h,)
-                    b, c = b_and_c(pairs + (t0 + k) * M + i)
-                    h = decays[k] * h + inputs[k] * b
-                    outs += (ys[k] + h * c,)
-                    for_C += (grads[k] * h,)
-                ys = outs
-            carry = R[i]
+                decays += (tl.exp2(exponent),)
+                if STAGED:
+                    b, c = staged_pair(address + (k * 16 + i) * 8)
+                else:
+                    b, c = b_and_c(pairs_at + k * M + i)
+                bs += (b,)
+                cs += (c,)
             if ENDS_ONLY:
                 for back in tl.static_range(K):
-                    b, c = b_and_c(pairs + (t0 + (K - 1 - back)) * M + i)
-                    carry = decays[K - 1 - back] * (grads[K - 1 - back] * c + carry)
+                    carry = decays[K - 1 - back] * (
+                        grads[K - 1 - back] * cs[K - 1 - back] + carry
+                    )
             else:
-                dA_n = dA_[i]
-                from_last = ()
-                outs_input = ()
-                outs_log = ()
+                dA_i = get_again(dA + i * CHANNELS, mask, ASM)
+                before = ()
+                for_C = ()
+                sums = ()
+                for k in tl.static_range(K):
+                    before += (h,)
+                    h = decays[k] * h + inputs[k] * bs[k]
+                    sums += (ys[k] + h * cs[k],)
+                    for_C += (grads[k] * h,)
+                ys = sums
+                backwards_B = ()
+                backwards_input = ()
+                backwards_log = ()
                 for back in tl.static_range(K):
-                    b, c = b_and_c(pairs + (t0 + (K - 1 - back)) * M + i)
-                    g = grads[K - 1 - back] * c + carry
+                    g = grads[K - 1 - back] * cs[K - 1 - back] + carry
                     carry = decays[K - 1 - back] * g
                     q = carry * before[K - 1 - back]
-                    outs_input += (d_inputs[K - 1 - back] + g * b,)
-                    outs_log += (d_logs[K - 1 - back] + q * rates[i],)
-                    dA_n += q * dts[K - 1 - back]
-                    from_last += (g * inputs[K - 1 - back],)
+                    backwards_input += (d_inputs[K - 1 - back] + g * bs[K - 1 - back],)
+                    backwards_log += (d_logs[K - 1 - back] + q * rate,)
+                    backwards_B += (g * inputs[K - 1 - back],)
+                    dA_i += q * dts[K - 1 - back]
                 d_inputs = ()
                 d_logs = ()
                 for_B = ()
                 for k in tl.static_range(K):
-                    d_inputs += (outs_input[K - 1 - k],)
-                    d_logs += (outs_log[K - 1 - k],)
-                    for_B += (from_last[K - 1 - k],)
-                next_dA += (dA_n,)
+                    d_inputs += (backwards_input[K - 1 - k],)
+                    d_logs += (backwards_log[K - 1 - k],)
+                    for_B += (backwards_B[K - 1 - k],)
+                put(dA + i * CHANNELS, dA_i, mask, ASM)
                 if BY_PRODUCT:
                     tl.static_assert(K == 8)
                     total = sums_over_warps(for_B, for_C, lane)
                     warp = part * (BLOCK // 32) + tl.arange(0, BLOCK) // 32
-                    at = ((warp * tl.num_programs(1) + row) * J + t0 // K) * M + n0 + i
-                    tl.store(dBC + at * 16 + which_sum, total, mask=(lane & 4) == 0)
+                    to = ((warp * tl.num_programs(1) + row) * J + t0 // K) * M + i
+                    put(dBC + to * 16 + which_sum, total, (lane & 4) == 0, ASM)
                 else:
-                    at = ((part * tl.num_programs(1) + row) * J + t0 // K) * M + n0 + i
+                    to = ((part * tl.num_programs(1) + row) * J + t0 // K) * M + i
                     for k in tl.static_range(K):
-                        tl.store(dBC + at * (2 * K) + k, tl.sum(for_B[k], 0))
-                        tl.store(dBC + at * (2 * K) + K + k, tl.sum(for_C[k], 0))
-            next_R += (carry,)
-        R = next_R
+                        tl.store(dBC + to * (2 * K) + k, tl.sum(for_B[k], 0))
+                        tl.store(dBC + to * (2 * K) + K + k, tl.sum(for_C[k], 0))
+            put(R + i * CHANNELS, carry, mask, ASM)
         if not ENDS_ONLY:
-            dA_ = next_dA
             for k in tl.static_range(K):
-                t = t0 + k
-                live = mask & (t < end)
-                at = flat + t * CHANNELS
-                if LAST:
-                    value = tl.load(x + t * X_T, mask=live, other=0.0).to(tl.float32)
-                    real = live
-                    if HAS_PADDING:
-                        real = live & (t >= first)
-                        value = tl.where(t >= first, value, 0.0)
-                    grad_dt = d_inputs[k] * value + d_logs[k] * LN2
-                    if SOFTPLUS:
-                        raw = tl.load(dt + t * DT_T, mask=live, other=0.0).to(tl.float32)
-                        grad_dt = grad_dt * sigmoid(raw + bias_, ASM)
-                    grad_dt = tl.where(real, grad_dt, 0.0)
-                    dbias_ += grad_dt
-                    tl.store(ddt + at, grad_dt.to(ddt.dtype.element_ty), mask=live)
-                    grad_x = d_inputs[k] * dts[k] + D_ * grads[k]
-                    tl.store(dx + at, grad_x.to(dx.dtype.element_ty), mask=live)
-                    dD_ += grads[k] * value
-                    if HAS_Z:
-                        gate = tl.load(z + t * Z_T, mask=live, other=0.0).to(tl.float32)
-                        grad = tl.load(dy + t * DY_T, mask=live, other=0.0).to(tl.float32)
-                        s = sigmoid(gate, ASM)
-                        grad_z = grad * (ys[k] + D_ * value) * (s + gate * s * (1.0 - s))
-                        grad_z = tl.where(real, grad_z, 0.0)
-                        tl.store(dz + at, grad_z.to(dz.dtype.element_ty), mask=live)
-                else:
-                    tl.store(sum_y + at, ys[k], mask=live)
-                    tl.store(sum_input + at, d_inputs[k], mask=live)
-                    tl.store(sum_log + at, d_logs[k], mask=live)
+                live = mask & (t0 + k < end)
+                at = tile_at + k * CHANNELS
+                value = get(x + t0.to(tl.int64) * X_T + k * X_T, live, ASM).to(tl.float32)
+                real = live
+                if HAS_PADDING:
+                    real = live & (t0 + k >= first)
+                    value = tl.where(t0 + k >= first, value, 0.0)
+                grad_dt = d_inputs[k] * value + d_logs[k] * LN2
+                if SOFTPLUS:
+                    raw = get(dt + t0.to(tl.int64) * DT_T + k * DT_T, live, ASM).to(tl.float32)
+                    grad_dt = grad_dt * sigmoid(raw + bias_, ASM)
+                grad_dt = tl.where(real, grad_dt, 0.0)
+                dbias_ += grad_dt
+                put(ddt + at, grad_dt, live, ASM)
+                put(dx + at, d_inputs[k] * dts[k] + D_ * grads[k], live, ASM)
+                dD_ += grads[k] * value
+                if HAS_Z:
+                    gate = get(z + t0.to(tl.int64) * Z_T + k * Z_T, live, ASM).to(tl.float32)
+                    grad = get(dy + t0.to(tl.int64) * DY_T + k * DY_T, live, ASM).to(tl.float32)
+                    s = sigmoid(gate, ASM)
+                    grad_z = grad * (ys[k] + D_ * value) * (s + gate * s * (1.0 - s))
+                    put(dz + at, tl.where(real, grad_z, 0.0), live, ASM)
 
-    at = (row * n_spans + which) * CHANNELS + d
-    for i in tl.static_range(NB):
-        n = n0 + i
-        here = mask & (n < N)
-        of_span = ((row * n_spans + which) * N + n) * CHANNELS + d
-        if ENDS_ONLY:
-            tl.store(ends + of_span, R[i], mask=here)
-        else:
-            tl.store(dA + of_span, dA_[i], mask=here)
-            if HAS_STATE:
-                to = dstate + (row * CHANNELS + d) * N + n
-                tl.store(to, R[i], mask=here & (which == 0))
+    share = (row * n_spans + which) * CHANNELS + d
     if ENDS_ONLY:
         if HAS_STARTS:
             elapsed = tl.where(begun < 0.0, -1.0, elapsed)
-        tl.store(steps + at, elapsed, mask=mask)
-    elif LAST:
-        tl.store(dD + at, dD_, mask=mask)
-        tl.store(dbias + at, dbias_, mask=mask)
+        put(steps + share, elapsed, mask, ASM)
+    else:
+        put(dD + share, dD_, mask, ASM)
+        put(dbias + share, dbias_, mask, ASM)
+        if HAS_STATE:
+            for i in range(n_states):
+                to = dstate + (row * CHANNELS + d) * N + i
+                put(to, get_again(R + i * CHANNELS, mask, ASM), mask & (which == 0), ASM)
 
 
 @dataclass(frozen=True)
@@ -748,6 +922,11 @@ class _Prepared:
             HAS_STARTS=starts is not None,
             HAS_PADDING=padding is not None,
             ASM=x.is_cuda,
+            STAGED=x.is_cuda
+            and cut.states == 16
+            and cut.channels == 32
+            and cut.warps == 1
+            and cut.tokens in (4, 8),
         )
         tokens = 32
         marks = self.pairs if starts is None else starts.view(torch.uint8)
@@ -940,30 +1119,30 @@ def backward(
     dD, dbias = (call.new(batch, cut.n_spans, channels) for _ in range(2))
     dstate = call.new(batch, channels, d_state) if has_state else call.new(0)
     several = cut.n_spans > 1
-    ends, steps = dA, dD
-    if several:
-        ends = call.new(batch, cut.n_spans, d_state, channels)
-        steps = call.new(batch, cut.n_spans, channels)
-    sums = (dA, dA, dA)
-    if cut.passes > 1:
-        sums = tuple(call.new(*x.shape) for _ in range(3))
+    ends = call.new(batch, cut.n_spans, d_state, channels)
+    steps = call.new(batch, cut.n_spans, channels) if several else dD
+    rates = (A.mT.float() * LOG2E.value).contiguous()
     strides = (0, 0, 0) if dlast is None else dlast.stride()
 
-    def run(number: int, **flags: bool) -> None:
+    def run(**flags: bool) -> None:
+        x_, dt_, z_, _, *inputs = call.inputs
+        lengths = call.sizes[:5]
+        constants = call.constants(0)
+        for name in ("n0", "NB", "POLYNOMIALS", "FIRST", "LAST"):
+            del constants[name]
         backward_kernel[call.grid](
-            *call.inputs, kept, dy, _or(dlast, dA),
-            dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps, *sums,
-            *call.sizes, dy.stride(0), *strides,
-            **call.constants(number), **flags, HAS_STATE=has_state, DY_T=token_stride(dy), BY_PRODUCT=by_product,
+            x_, dt_, z_, rates, *inputs, kept, dy, _or(dlast, dA),
+            dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps,
+            *lengths, d_state, *call.sizes[5:8], dy.stride(0), *strides,
+            **constants, **flags, HAS_STATE=has_state, DY_T=token_stride(dy),
+            BY_PRODUCT=by_product,
         )  # fmt: skip
 
     if several:
-        for number in range(cut.passes):
-            run(number, HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
+        run(HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
         call.chain(ends, steps, dlast, None, backwards=True)
-    for number in range(cut.passes):
-        from_last = dlast is not None and not several
-        run(number, HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
+    from_last = dlast is not None and not several
+    run(HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
     # [G, B, J, M, 2, K] to two of [B, T, G, N]
     of_groups = dBC.view(call.groups, -1, *dBC.shape[1:]).sum(1).permute(4, 1, 2, 5, 0, 3)
     of_groups = of_groups.flatten(2, 3)[:, :, : call.length, :, :d_state]
