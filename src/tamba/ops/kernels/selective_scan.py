@@ -1,26 +1,27 @@
-"""The Mamba-1 selective scan as Triton kernels: one lane a channel (or two), time in registers.
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated,misc"
+"""The Mamba-1 selective scan as Triton kernels: a lane a channel, time in registers.
 
-A program owns a block of channels of one row and walks a span of tokens. It takes `K` tokens at a
-time and, for those, one state number `n` after the other, so that what a lane holds is a few
-numbers per token and the `N` states of its channels; sums over states never leave the lane. B and C
-are the same for all lanes: they are laid out beforehand as pairs of float32, so that one 64-bit
-load brings both to a lane. The exponentials are what bounds the forward pass on recent cards (the
-special-function units give 16 a clock where there are 128 multiply-adds); the last few states of a
-tile therefore take a polynomial instead.
+A program owns a block of channels of one row and walks a span of tokens, `K` at a time. What a lane
+holds is a few numbers per token and the states of its channel; sums over states never leave the
+lane. B and C are the same for all lanes: they are laid out beforehand as pairs of float32 and, a
+tile at a time, put into shared memory. The exponentials are what bounds the forward pass in theory
+(the special-function units give 16 a clock where there are 128 multiply-adds); the kernel can give
+some states of a token a polynomial instead, as many as the tile table says.
 
-The gradient needs the states again. The forward pass keeps one state per K tokens, from which the
-backward pass recomputes K states at a time in registers, walking from the last token to the first.
-Sums over channels (for B and C) go through a matrix product with a column of ones where operands
-are half precision, and through float32 reductions otherwise; what a program cannot finish it leaves
-as a partial sum of its own, added up afterwards in a fixed order: results repeat bit for bit.
+The gradient needs the states again. The forward pass keeps one state per tile of the backward pass,
+rounded like x, which recomputes K states at a time in registers, one state number after the other,
+walking from the last token to the first. Sums over channels (for B and C) go through small matrix
+products where operands are half precision, and through float32 reductions otherwise; what a program
+cannot finish it leaves as a partial sum of its own, added up afterwards in a fixed order: results
+repeat bit for bit.
 
 Rows too few to fill the card are cut into spans of tokens that run at the same time: a first pass
 finds what each span adds to a zero state, a second one chains the spans, and the main pass starts
-each span from the state it really has. More than 16 states a channel are done 16 at a time, with
-the sums over states kept in float32 between the passes.
+each span from the state it really has. The forward pass does more than 16 states a channel 16 at a
+time, with the sums over states kept in float32 between the passes.
 
 Shape letters: `B` batch, `T` tokens, `D` channels, `G` groups, `N` d_state (`M`: rounded up), `K`
-tokens of a tile, `J` tiles of a row, `S` spans of a row, `R` channel blocks of a row.
+tokens of a tile, `J` kept states of a row, `S` spans of a row, `R` channel blocks of a row.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def exp2_by_polynomial(x):
 
 @triton.jit
 def decay_of(exponent, POLYNOMIAL: tl.constexpr):
+    """2^exponent by one way or the other."""
     if POLYNOMIAL:
         return exp2_by_polynomial(exponent)
     return tl.exp2(exponent)
@@ -67,6 +69,7 @@ def decay_of(exponent, POLYNOMIAL: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, ASM: tl.constexpr):
+    """1 / x, within one unit in the last place where assembly may be used."""
     if ASM:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
@@ -76,6 +79,7 @@ def reciprocal(x, ASM: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, ASM: tl.constexpr):
+    """1 / (1 + exp(-x)), for any x."""
     return reciprocal(1.0 + tl.exp2(x * -LOG2E), ASM)
 
 
@@ -263,8 +267,51 @@ def stage_pairs(rows, lane, K: tl.constexpr):
         )  # fmt: skip
 
 
+# Numbers that a lane of the backward pass keeps for itself, by state number: what the second-level
+# cache would give back in some three hundred cycles.
+OWN = tl.constexpr("{.shared .align 16 .b8 tamba_own[8192]; mov.u32 $0, tamba_own;}")
+RATE = tl.constexpr(0)
+CARRY = tl.constexpr(2048)
+SUM_A = tl.constexpr(4096)
+KEPT = tl.constexpr(6144)
+
+
+@triton.jit
+def own_memory(lane):
+    """This lane's address; from there 16 x 128 bytes each for RATE, CARRY, SUM_A and KEPT."""
+    base = tl.inline_asm_elementwise(OWN, "=r,r", [lane], tl.int32, is_pure=False, pack=1)
+    return base + lane * 4
+
+
+@triton.jit
+def own(address):
+    """What this lane keeps at `address`."""
+    return tl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def set_own(address, value):
+    """Keep `value` at `address`."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [address, value],
+        tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def load_kept(kept_at, mask, N: tl.constexpr, CHANNELS: tl.constexpr, ASM: tl.constexpr):
+    """The states before a tile, as they lie in memory."""
+    rows = ()
+    for i in tl.static_range(N):
+        rows += (get(kept_at + i * CHANNELS, mask, ASM),)
+    return rows
+
+
 @triton.jit
 def staged_pair(address):
+    """The pair at `address`: b, c."""
     return tl.inline_asm_elementwise(
         "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [address],
         (tl.float32, tl.float32), is_pure=False, pack=1,
@@ -465,8 +512,8 @@ def forward_kernel(
             if ENDS_ONLY:
                 elapsed += dts[k]
             elif not FIRST:
-                at = sums + tile_at + k * CHANNELS
-                out += (get(at, mask & (t0 + k < end), ASM),)
+                so_far = sums + tile_at + k * CHANNELS
+                out += (get(so_far, mask & (t0 + k < end), ASM),)
             else:
                 out += (D_ * value,)
         # What the next tile needs is on its way while this one is worked on.
@@ -511,7 +558,10 @@ def forward_kernel(
                     exponent1 += begins[k]
                 # The polynomials stand apart from each other, between exponentials.
                 h0 = decay_of(exponent0, False) * h[2 * i] + inputs[k] * b0
-                h1 = decay_of(exponent1, (i * POLYNOMIALS) % (NB // 2) < POLYNOMIALS) * h[2 * i + 1] + inputs[k] * b1
+                h1 = (
+                    decay_of(exponent1, (i * POLYNOMIALS) % (NB // 2) < POLYNOMIALS) * h[2 * i + 1]
+                    + inputs[k] * b1
+                )
                 even += h0 * c0
                 odd += h1 * c1
                 moved += (h0, h1)
@@ -588,7 +638,7 @@ def backward_kernel(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_DLAST: tl.constexpr, ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr,
-    BY_PRODUCT: tl.constexpr, ASM: tl.constexpr, STAGED: tl.constexpr,
+    BY_PRODUCT: tl.constexpr, ASM: tl.constexpr, STAGED: tl.constexpr, LOCAL: tl.constexpr,
 ):  # fmt: skip
     """The gradient over one span, last token first.
 
@@ -597,8 +647,7 @@ def backward_kernel(
     ``dB = Σ_d g dt x``, ``dC = Σ_d dy h``.
 
     `R` and `dA` [B, S, N, D] are this program's memory from tile to tile, one state number after
-    the other: unrolled over them, the loop outgrows the instruction cache and runs at a fifth of
-    its speed. In the end `R` holds, ENDS_ONLY, what the span leaves to the one before it; with
+    the other, or LOCAL shared memory in their place until the end. In the end `R` holds, ENDS_ONLY, what the span leaves to the one before it; with
     FROM_ENDS it begins with what the spans after it left. `dBC` [R, B, J, M, 2, K] (R counts warps
     BY_PRODUCT, else programs), `dD` and `dbias` [B, S, D] get this program's share.
     `rates` [N, D] is A in powers of two.
@@ -662,16 +711,36 @@ def backward_kernel(
     raw_pairs = raw_x
     if STAGED:
         raw_pairs = load_pairs(pairs, start, T_all, lane, M, K, ASM)
+    mine = lane
+    raw_kept = raw_x
+    if LOCAL:
+        mine = own_memory(lane)
+        for i in range(n_states):
+            set_own(mine + RATE + i * 128, get(rates + i * CHANNELS, mask, ASM))
+            set_own(mine + CARRY + i * 128, get_again(R + i * CHANNELS, mask, ASM))
+            set_own(mine + SUM_A + i * 128, nothing)
+        if not ENDS_ONLY:
+            first_kept = kept + (start // K).to(tl.int64) * (N * CHANNELS)
+            raw_kept = load_kept(first_kept, mask, N, CHANNELS, ASM)
     for j in range(tiles):
         t0 = start - j * K
         tile_at = flat + t0.to(tl.int64) * CHANNELS
         pairs_at = pairs + t0.to(tl.int64) * M
         kept_at = kept + (t0 // K).to(tl.int64) * (N * CHANNELS)
         next_h = nothing
-        if not ENDS_ONLY:
-            next_h = get(kept_at, mask, ASM).to(tl.float32)
-        next_R = get_again(R, mask, ASM)
-        next_rate = get(rates, mask, ASM)
+        next_R = nothing
+        next_rate = nothing
+        if LOCAL:
+            if not ENDS_ONLY:
+                for i in tl.static_range(N):
+                    set_own(mine + KEPT + i * 128, raw_kept[i].to(tl.float32))
+                before_it = kept + (tl.maximum(t0 - K, 0) // K).to(tl.int64) * (N * CHANNELS)
+                raw_kept = load_kept(before_it, mask, N, CHANNELS, ASM)
+        else:
+            if not ENDS_ONLY:
+                next_h = get(kept_at, mask, ASM).to(tl.float32)
+            next_R = get_again(R, mask, ASM)
+            next_rate = get(rates, mask, ASM)
         dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
         inputs = ()
         grads = ()
@@ -714,12 +783,18 @@ def backward_kernel(
             rate = next_rate
             carry = next_R
             h = next_h
-            # The next state number's are on their way; the last one asks for its own again.
-            then = tl.minimum(i + 1, n_states - 1) * CHANNELS
-            next_rate = get(rates + then, mask, ASM)
-            if not ENDS_ONLY:
-                next_h = get(kept_at + then, mask, ASM).to(tl.float32)
-            next_R = get_again(R + then, mask, ASM)
+            if LOCAL:
+                rate = own(mine + RATE + i * 128)
+                carry = own(mine + CARRY + i * 128)
+                if not ENDS_ONLY:
+                    h = own(mine + KEPT + i * 128)
+            else:
+                # The next state number's are on their way; the last asks for its own again.
+                then = tl.minimum(i + 1, n_states - 1) * CHANNELS
+                next_rate = get(rates + then, mask, ASM)
+                if not ENDS_ONLY:
+                    next_h = get(kept_at + then, mask, ASM).to(tl.float32)
+                next_R = get_again(R + then, mask, ASM)
             decays = ()
             bs = ()
             cs = ()
@@ -736,11 +811,12 @@ def backward_kernel(
                 cs += (c,)
             if ENDS_ONLY:
                 for back in tl.static_range(K):
-                    carry = decays[K - 1 - back] * (
-                        grads[K - 1 - back] * cs[K - 1 - back] + carry
-                    )
+                    carry = decays[K - 1 - back] * (grads[K - 1 - back] * cs[K - 1 - back] + carry)
             else:
-                dA_i = get_again(dA + i * CHANNELS, mask, ASM)
+                if LOCAL:
+                    dA_i = own(mine + SUM_A + i * 128)
+                else:
+                    dA_i = get_again(dA + i * CHANNELS, mask, ASM)
                 before = ()
                 for_C = ()
                 sums = ()
@@ -768,7 +844,10 @@ def backward_kernel(
                     d_inputs += (backwards_input[K - 1 - k],)
                     d_logs += (backwards_log[K - 1 - k],)
                     for_B += (backwards_B[K - 1 - k],)
-                put(dA + i * CHANNELS, dA_i, mask, ASM)
+                if LOCAL:
+                    set_own(mine + SUM_A + i * 128, dA_i)
+                else:
+                    put(dA + i * CHANNELS, dA_i, mask, ASM)
                 if BY_PRODUCT:
                     tl.static_assert(K == 8)
                     total = sums_over_warps(for_B, for_C, lane)
@@ -780,7 +859,10 @@ def backward_kernel(
                     for k in tl.static_range(K):
                         tl.store(dBC + to * (2 * K) + k, tl.sum(for_B[k], 0))
                         tl.store(dBC + to * (2 * K) + K + k, tl.sum(for_C[k], 0))
-            put(R + i * CHANNELS, carry, mask, ASM)
+            if LOCAL:
+                set_own(mine + CARRY + i * 128, carry)
+            else:
+                put(R + i * CHANNELS, carry, mask, ASM)
         if not ENDS_ONLY:
             for k in tl.static_range(K):
                 live = mask & (t0 + k < end)
@@ -806,6 +888,11 @@ def backward_kernel(
                     grad_z = grad * (ys[k] + D_ * value) * (s + gate * s * (1.0 - s))
                     put(dz + at, tl.where(real, grad_z, 0.0), live, ASM)
 
+    if LOCAL:
+        for i in range(n_states):
+            put(R + i * CHANNELS, own(mine + CARRY + i * 128), mask, ASM)
+            if not ENDS_ONLY:
+                put(dA + i * CHANNELS, own(mine + SUM_A + i * 128), mask, ASM)
     share = (row * n_spans + which) * CHANNELS + d
     if ENDS_ONLY:
         if HAS_STARTS:
@@ -910,10 +997,10 @@ class _Prepared:
         self.A, self.D, self.dt_bias = A, D, dt_bias
         self.padding = padding
         new = x.new_empty
-        self.pairs = new(
-            (self.batch, self.groups, self.T_all, cut.padded), dtype=torch.int64
+        self.pairs = new((self.batch, self.groups, self.T_all, cut.padded), dtype=torch.int64)
+        self.offsets = (
+            new((self.batch, self.T_all), dtype=torch.float32) if starts is not None else self.pairs
         )
-        self.offsets = new((self.batch, self.T_all), dtype=torch.float32) if starts is not None else self.pairs
         self.flags = dict(
             SOFTPLUS=softplus,
             HAS_D=D is not None,
@@ -1055,9 +1142,7 @@ def forward(
 
     The latter are what the gradient needs; none unless `keep`.
     """
-    call = _Prepared(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, "scan_forward"
-    )
+    call = _Prepared(x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, "scan_forward")
     cut, batch, d_state, channels = call.cut, call.batch, call.d_state, call.n_channels
     y = x.new_empty(x.shape)
     last = call.new(batch, channels, d_state)
@@ -1104,9 +1189,7 @@ def backward(
     has_state: bool,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and the state, empty for what was not given."""
-    call = _Prepared(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, "scan_backward"
-    )
+    call = _Prepared(x, dt, A, B, C, D, z, dt_bias, dt_softplus, starts, padding, "scan_backward")
     cut, batch, d_state, channels = call.cut, call.batch, call.d_state, call.n_channels
     dy = rows_of(dy)
     dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
@@ -1130,12 +1213,14 @@ def backward(
         constants = call.constants(0)
         for name in ("n0", "NB", "POLYNOMIALS", "FIRST", "LAST"):
             del constants[name]
+        constants["STAGED"] &= cut.passes == 1
+        local = bool(sizes_for("scan_backward", x).get("local", 0)) and constants["STAGED"]
         backward_kernel[call.grid](
             x_, dt_, z_, rates, *inputs, kept, dy, _or(dlast, dA),
             dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps,
             *lengths, d_state, *call.sizes[5:8], dy.stride(0), *strides,
             **constants, **flags, HAS_STATE=has_state, DY_T=token_stride(dy),
-            BY_PRODUCT=by_product,
+            BY_PRODUCT=by_product, LOCAL=local,
         )  # fmt: skip
 
     if several:
@@ -1177,9 +1262,7 @@ def scan_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward` as an operator that torch's compiler and autograd know."""
     with torch.cuda.device_of(x):
-        return forward(
-            x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding, keep
-        )
+        return forward(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding, keep)
 
 
 @scan_op.register_fake
@@ -1314,7 +1397,5 @@ def selective_scan(
     """`tamba.ops.selective_scan` for arguments whose shapes were checked, at least one token."""
     given = (x, dt, A, B, C, D, z, dt_bias, state)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    y, last, _ = scan_op(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding, keep
-    )
+    y, last, _ = scan_op(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding, keep)
     return y, last
