@@ -172,14 +172,14 @@ def assert_agree(
     y, state = arguments.call(operator)
     want_y, want_state = exact.call(truth)
     assert bool(torch.isfinite(y).all()), "output is not finite"
-    real = arguments.real
+    real = arguments.real.to(y.device)
     assert_same(y[real], want_y[real], kind, "y")
     assert_same(state, want_state, kind, "state")
     if gradient_kind is None:
         return
     random = _Random(7, torch.float64)
-    weight_y = random(*y.shape) * real.view(*real.shape, *[1] * (y.dim() - 2))
-    weight_state = random(*state.shape)
+    weight_y = random(*y.shape).to(y.device) * real.view(*real.shape, *[1] * (y.dim() - 2))
+    weight_state = random(*state.shape).to(y.device)
     names = list(arguments.tensors)
     got = torch.autograd.grad(
         (y * weight_y).sum() + (state * weight_state).sum(), list(arguments.tensors.values())

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tamba.ops.backend import kernels_run
 from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts
 
 # Numbers of one [t, C] buffer of a tile: a few such buffers should fit a core's cache. Elsewhere
@@ -62,6 +63,13 @@ def causal_conv1d(
     _check(x, weight, bias, activation, state)
     batch, length, channels = x.shape
     width = weight.shape[1]
+    unusual = None if 2 <= width <= 4 else f"a window of {width} tokens"
+    if length > 0 and kernels_run(
+        "causal_conv1d", x, weight, bias, state, starts, padding, unusual=unusual
+    ):
+        from tamba.ops.kernels import conv as kernels
+
+        return kernels.causal_conv1d(x, weight, bias, activation == "silu", state, starts, padding)
     if length == 1 and starts is None and padding is None:
         return _one_token(x, weight, bias, activation, state)
     before = width - 1

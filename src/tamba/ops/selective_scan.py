@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tamba.ops.backend import compiles_for_cpu
+from tamba.ops.backend import compiles_for_cpu, kernels_run
 from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, step_sizes
 
 # Up to this many tokens a plain recurrence needs fewer operations than a block does.
@@ -80,6 +80,12 @@ def selective_scan(
         ValueError: the shapes do not fit together.
     """
     _check_shapes(x, dt, A, B, C, z, state)
+    if x.shape[1] > 0 and kernels_run("selective_scan", x, dt, A, B, C, D, z, dt_bias, state):
+        from tamba.ops.kernels import selective_scan as kernels
+
+        return kernels.selective_scan(
+            x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding
+        )
     dtype = compute_dtype(x, dt, A, B, C)
     if state is None:
         state = torch.zeros(x.shape[0], *A.shape, dtype=dtype, device=x.device)

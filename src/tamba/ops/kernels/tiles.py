@@ -31,6 +31,31 @@ TILES: dict[str, dict[str, Tile]] = {
         "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 1},
         "ssd_grad_x wide": {"columns": 32, "warps": 4, "stages": 1},
+        # The forward pass keeps a state for every tile of the backward pass.
+        "scan_forward": {
+            "tokens": 8,
+            "channels": 32,
+            "polynomials": 0,
+            "per_sm": 8,
+            "least_tiles": 8,
+            "warps": 1,
+        },
+        "scan_backward": {
+            "tokens": 8,
+            "channels": 32,
+            "polynomials": 0,
+            "per_sm": 8,
+            "least_tiles": 8,
+            "warps": 1,
+        },
+        "conv_forward": {"tokens": 4, "channels": 256, "per_sm": 32, "least_tiles": 16, "warps": 1},
+        "conv_backward": {
+            "tokens": 4,
+            "channels": 128,
+            "per_sm": 32,
+            "least_tiles": 16,
+            "warps": 1,
+        },
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},

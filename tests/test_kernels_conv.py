@@ -1,0 +1,124 @@
+"""The Triton convolution against the sliding window: interpreted here, compiled with `-m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from interpreter import DEVICE, kernels  # isort: skip  # before the kernels
+from compare import assert_same
+from ops_cases import Arguments, assert_agree, conv_arguments
+from tamba.ops import causal_conv1d, reference
+from tamba.ops.kernels import conv as module
+from tamba.ops.kernels.tiles import using
+
+__all__ = ["kernels"]
+pytestmark = pytest.mark.usefixtures("kernels", "tiles")
+
+# Tiles and spans that a few tokens and channels fill.
+SMALL = {"tokens": 4, "channels": 8, "per_sm": 64, "least_tiles": 1, "warps": 1}
+
+
+@pytest.fixture
+def tiles() -> Iterator[None]:
+    with using({"conv_forward": SMALL, "conv_backward": SMALL}):
+        yield
+
+
+def there(arguments: Arguments) -> Arguments:
+    """The same on the device under test."""
+    tensors = {n: t.detach().to(DEVICE).requires_grad_() for n, t in arguments.tensors.items()}
+    masks = {n: None if m is None else m.to(DEVICE) for n, m in arguments.masks.items()}
+    return replace(arguments, tensors=tensors, masks=masks)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"starts": True, "padding": True},
+        {"width": 2, "state": False, "starts": True},
+        {"width": 3, "padding": True, "activation": None},
+        {"length": 1, "starts": True},
+        {"length": 2, "channels": 11},
+    ],
+    ids=str,
+)
+def test_equals_the_sliding_window(case: dict[str, object]) -> None:
+    arguments = there(conv_arguments(dtype=torch.float32, **case))  # type: ignore[arg-type]
+    assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "fp32", "fp32")
+
+
+def test_half_precision_and_strided_views() -> None:
+    arguments = there(conv_arguments(dtype=torch.float32, starts=True, channels=12))
+    arguments = arguments.to(torch.bfloat16, "x", "state")
+    wide = torch.zeros(2, 13, 31, dtype=torch.bfloat16, device=DEVICE)
+    wide[..., 4:16] = arguments.tensors["x"].detach()
+    arguments.tensors["x"] = wide.requires_grad_()[..., 4:16]
+    assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "half", "half_gradient")
+
+
+def test_a_wrong_tap_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = there(conv_arguments(dtype=torch.float32))
+    right = module.forward
+    monkeypatch.setattr(
+        module, "forward", lambda x, weight, *rest: right(x, weight.flip(1).contiguous(), *rest)
+    )
+    with pytest.raises(AssertionError, match="y"):
+        assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "fp32")
+
+
+def test_repeats_bit_for_bit() -> None:
+    arguments = there(conv_arguments(dtype=torch.float32, starts=True))
+    y, last = arguments.call(causal_conv1d)
+    leaves = list(arguments.tensors.values())
+    once = torch.autograd.grad(y.sum() + last.sum(), leaves)
+    y, last = arguments.call(causal_conv1d)
+    for got, want in zip(torch.autograd.grad(y.sum() + last.sum(), leaves), once, strict=True):
+        assert_same(got, want, "exact")
+
+
+def test_the_operator_is_known_to_the_compiler() -> None:
+    t = there(conv_arguments(dtype=torch.float32, length=5)).tensors
+    inputs = (t["x"], t["weight"], t["bias"], True, t["state"], None, None)
+    torch.library.opcheck(
+        module.conv_op,
+        inputs,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+
+
+def shapes(length: int) -> st.SearchStrategy[dict[str, object]]:
+    return st.fixed_dictionaries(
+        {
+            "batch": st.integers(1, 2),
+            "length": st.integers(1, length),
+            "channels": st.integers(1, 20),
+            "width": st.integers(2, 4),
+            "state": st.booleans(),
+            "starts": st.booleans(),
+            "padding": st.booleans(),
+            "activation": st.sampled_from(["silu", None]),
+            "seed": st.integers(0, 1000),
+        }
+    )
+
+
+@given(shapes(9))
+@settings(max_examples=6)
+def test_random_shapes(case: dict[str, object]) -> None:
+    arguments = there(conv_arguments(dtype=torch.float32, **case))  # type: ignore[arg-type]
+    assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "fp32", "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@given(shapes(300))
+@settings(max_examples=500)
+def test_many_random_shapes(case: dict[str, object]) -> None:
+    arguments = there(conv_arguments(dtype=torch.float32, **case))  # type: ignore[arg-type]
+    assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "half", "half_gradient")
