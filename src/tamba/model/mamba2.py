@@ -55,15 +55,26 @@ class Mamba2Mixer(RecurrentMixer):
         """hidden [B, T, D] -> [B, T, D]."""
         s = self.slices
         projected = self.in_proj(hidden)
-        xBC = projected[..., s["x"].start : s["C"].stop]
-        y = self.run((xBC, projected[..., s["dt"]]), state, tokens)
-        return self.out_proj(self.gate_and_norm(y, projected[..., s["z"]]))
+        inputs = [projected[..., s["x"].start : s["C"].stop], projected[..., s["dt"]]]
+        # Without a cache the gate goes into the scan; a cache would keep it for rolling back.
+        inside = self.spec.gate and state is None and not self._norm_first
+        if inside:
+            inputs.append(projected[..., s["z"]])
+        y = self.run(inputs, state, tokens)
+        return self.out_proj(self.gate_and_norm(y, None if inside else projected[..., s["z"]]))
 
-    def gate_and_norm(self, y: Tensor, z: Tensor) -> Tensor:
-        """y [B, T, d_inner] gated by z and normalised, in the order the template says."""
-        if self.spec.norm_before_gate and self.norm is not None:
+    @property
+    def _norm_first(self) -> bool:
+        return self.spec.norm_before_gate and self.norm is not None
+
+    def gate_and_norm(self, y: Tensor, z: Tensor | None) -> Tensor:
+        """y [B, T, d_inner] gated by z and normalised, in the order the template says.
+
+        z is None where y has been gated already.
+        """
+        if self._norm_first and self.norm is not None:
             y = self.norm(y)
-        if self.spec.gate:
+        if self.spec.gate and z is not None:
             y = (y * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))).to(z.dtype)
         if not self.spec.norm_before_gate and self.norm is not None:
             y = self.norm(y)
@@ -77,7 +88,7 @@ class Mamba2Mixer(RecurrentMixer):
         starts: Tensor | None,
         padding: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        spec, (xBC, dt) = self.spec, inputs
+        spec, (xBC, dt, *z) = self.spec, inputs
         with no_autocast(xBC):
             xBC, conv_state = causal_conv1d(
                 xBC,
@@ -96,6 +107,7 @@ class Mamba2Mixer(RecurrentMixer):
                 B,
                 C,
                 D=self.D,
+                z=z[0].unflatten(-1, (-1, spec.head_dim)) if z else None,
                 dt_bias=self.dt_bias,
                 dt_softplus=True,
                 dt_limit=spec.dt_limit,

@@ -77,7 +77,8 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         device = _device_of(*args, *kwargs.values())
-        if not torch.is_autocast_enabled(device):
+        # Devices that only stand for one (meta) have no autocast to ask about.
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

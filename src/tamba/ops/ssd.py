@@ -16,6 +16,7 @@ Shape letters: `B` batch, `T` tokens, `H` heads, `G` groups, `P` head_dim, `N` d
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +32,8 @@ from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, s
 _STEPS = 2
 # The head_dim and d_state that the Triton kernels know.
 _KERNEL_SIZES = (16, 32, 64, 128)
+# What their tiles need; an A100 has 163.
+_KERNEL_SHARED_KB = 160
 # How many Q x Q matrices a tile holds. On a CPU its buffers then stay in a core's cache; elsewhere
 # the only concern is memory.
 _TILE = 32
@@ -62,7 +65,7 @@ def ssd(
 
     Args:
         x: [B, T, H, P] inputs.
-        dt: [B, T, H] step sizes.
+        dt: [B, T, H] step sizes, not below 0 once bias, softplus and limits are applied.
         A: [H], not above 0.
         B: [B, T, G, N]; head h uses group ``h // (H / G)``.
         C: [B, T, G, N].
@@ -113,11 +116,19 @@ def ssd(
 
 
 def _unusual(x: Tensor, B: Tensor) -> str | None:
-    """What about the sizes the kernels do not cover."""
+    """What about the sizes or the card the kernels do not cover."""
     for name, size in (("head_dim", x.shape[3]), ("d_state", B.shape[3])):
         if size not in _KERNEL_SIZES:
             return f"{name} {size} is none of {', '.join(map(str, _KERNEL_SIZES))}"
+    compiling = torch.compiler.is_compiling()  # then the cache is not to be had
+    if x.is_cuda and not compiling and _shared_kb(x.device) < _KERNEL_SHARED_KB:
+        return f"a block has less than {_KERNEL_SHARED_KB} kB of shared memory on this card"
     return None
+
+
+@cache
+def _shared_kb(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
 
 
 def _on_torch(

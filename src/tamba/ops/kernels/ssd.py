@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """SSD (Mamba-2) on Triton: forward and backward, in chunks of Q tokens.
 
 The block decomposition of arXiv 2405.21060, section 6. How the work is cut decides the speed, since
@@ -1062,14 +1062,17 @@ class Call:
     def step_arguments(self) -> tuple[list[object], list[object], dict[str, object]]:
         """Pointers, strides and constants of the kernels that read dt."""
         bias, starts, padding = self.bias, self.starts, self.padding
-        pointers = [
+        pointers: list[object] = [
             self.dt,
             self.A,
             self.A if bias is None else bias,
             self.A if starts is None else starts,
             self.A if padding is None else padding,
         ]
-        strides = [*self.dt.stride(), *((0, 0) if starts is None else starts.stride())]
+        strides: list[object] = [
+            *self.dt.stride(),
+            *((0, 0) if starts is None else starts.stride()),
+        ]
         constants: dict[str, object] = {
             "SOFTPLUS": self.softplus,
             "LIMIT": self.low > -math.inf or self.high < math.inf,

@@ -7,12 +7,15 @@ while a model runs, so that a first call costs its compilation and no more.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 
 import torch
+
+logger = logging.getLogger("tamba")
 
 Tile = Mapping[str, int]
 
@@ -133,7 +136,7 @@ def tune(
             try:
                 timed.append((_median_us(run, repeats), candidate))
             except Exception as error:  # whatever a compiler raises: the next one may fit
-                print(f"{key} {dict(candidate)}: {type(error).__name__}")
+                logger.warning("%s %s: %s", key, dict(candidate), type(error).__name__)
     return sorted(timed, key=lambda one: one[0])
 
 
