@@ -55,8 +55,8 @@ def case(length: int = 9, d_state: int = 3, channels: int = 4, **options: object
     "options",
     [
         {"starts": True, "padding": True},
-        {"state": False, "groups": 1},
-        {"length": 1, "starts": True},
+        pytest.param({"state": False, "groups": 1}, marks=pytest.mark.slow),
+        pytest.param({"length": 1, "starts": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -66,32 +66,35 @@ def test_equals_the_recurrence(options: dict[str, object]) -> None:
 
 
 def test_spans_of_a_row_are_chained() -> None:
-    arguments = case(length=13, starts=True, padding=torch.tensor([0, 6]))
-    with using(tiles(per_sm=1000)):
+    arguments = case(length=7, d_state=2, starts=True, padding=torch.tensor([0, 3]))
+    with using(tiles(per_sm=1000, tokens=2)):
         assert_agree(selective_scan, reference.selective_scan, arguments, "fp32", "half_gradient")
 
 
+@pytest.mark.slow
 def test_more_states_than_a_pass_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STATES", 4)
     arguments = case(length=5, d_state=6)
     assert_agree(selective_scan, reference.selective_scan, arguments, "fp32", "half_gradient")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dt", [-60.0, 1000.0])
 def test_tiny_and_huge_steps(dt: float) -> None:
     arguments = case(length=5, starts=True)
     arguments.tensors["dt"].data.add_(dt)
-    # Where all decays vanish, so does the gradient of A: 1e-140 in float64, 0 in float32.
+    # Where all decays vanish, so do these gradients: 1e-140 in float64, 0 in float32.
     assert_agree(
         selective_scan,
         reference.selective_scan,
         arguments,
         "half",
         "half_gradient",
-        without=("A",) if dt > 0 else (),
+        without=("A", "state") if dt > 0 else (),
     )
 
 
+@pytest.mark.slow
 def test_half_precision_and_strided_views() -> None:
     arguments = case(length=5).to(torch.bfloat16, "x", "dt", "B", "C", "z")
     wide = torch.zeros(2, 5, 11, dtype=torch.bfloat16, device=DEVICE)
@@ -108,7 +111,7 @@ def test_a_wrong_rate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_repeats_bit_for_bit() -> None:
-    arguments = case(length=5, starts=True)
+    arguments = case(length=3, d_state=2, starts=True)
     leaves = list(arguments.tensors.values())
     runs = []
     for _ in range(2):

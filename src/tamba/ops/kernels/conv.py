@@ -1,4 +1,5 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated,misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: disable-error-code="assignment,var-annotated,misc"
 """The causal depthwise convolution as Triton kernels, each input read once.
 
 A program owns a block of channels of one row and walks a span of tokens with the window in

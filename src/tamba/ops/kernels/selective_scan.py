@@ -1,4 +1,5 @@
-# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment,var-annotated,misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: disable-error-code="assignment,var-annotated,misc"
 """The Mamba-1 selective scan as Triton kernels: a lane a channel, time in registers.
 
 A program owns a block of channels of one row and walks a span of tokens, `K` at a time. What a lane
@@ -329,8 +330,8 @@ def staged_pairs(address):
 
 # Sums over a warp's channels of 8 + 8 numbers a lane. Neighbouring tokens go, rounded to bfloat16,
 # into one register of the left operand of a 16 x 8 x 16 matrix product; the right operand has a one
-# in the column where a sum is to come out, and the product adds up the four lanes of a row. What the
-# eight rows hold is added by exchanging halves. Lane l then has the sum number
+# in the column where a sum is to come out, and the product adds up the four lanes of a row. What
+# the eight rows hold is added by exchanging halves. Lane l then has the sum number
 # ``(l>>3&1) + 2(l>>4&1) + 4(l&1) + 8(l>>1&1)``; lanes 4 to 7 of each eight repeat their neighbours.
 SUM_OVER_WARP = tl.constexpr(
     """
@@ -433,7 +434,8 @@ def forward_kernel(
     y, sums, last, kept, ends, steps,
     T, T_all, span, n_spans, J,
     x_b, dt_b, z_b, A_d, A_n, state_b, state_d, state_n,
-    n0, X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr, N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
+    n0, X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr,
+    N: tl.constexpr, NB: tl.constexpr, M: tl.constexpr, CHANNELS: tl.constexpr,
     G: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, POLYNOMIALS: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
@@ -444,8 +446,8 @@ def forward_kernel(
 
     `ends` [B, S, N, D] holds what each span leaves (written with ENDS_ONLY, with `steps` [B, S, D],
     the sum of dt or -1 where a document starts inside) or the state each span begins with (read
-    with FROM_ENDS). `kept` [B, J, N, D] gets the state before every EVERY tokens. `sums` [B, T, D] carries
-    the float32 sums over states from the FIRST to the LAST pass.
+    with FROM_ENDS). `kept` [B, J, N, D] gets the state before every EVERY tokens. `sums` [B, T, D]
+    carries the float32 sums over states from the FIRST to the LAST pass.
     """
     per_group: tl.constexpr = CHANNELS // G
     blocks: tl.constexpr = (per_group + BLOCK - 1) // BLOCK
@@ -527,7 +529,7 @@ def forward_kernel(
             for k in tl.static_range(K):
                 begins += (tl.load(offsets + t0 + k),)
                 begun = tl.minimum(begun, begins[k])
-        if KEEP:
+        if KEEP:  # noqa: SIM102  # known when compiled, the other is not
             if t0 % EVERY == 0:
                 # Shared by the lanes but for d: 32 bits hold what is left.
                 kept_at = kept + (row * J + t0 // EVERY) * (N * CHANNELS) + n0 * CHANNELS
@@ -647,9 +649,10 @@ def backward_kernel(
     ``dB = Σ_d g dt x``, ``dC = Σ_d dy h``.
 
     `R` and `dA` [B, S, N, D] are this program's memory from tile to tile, one state number after
-    the other, or LOCAL shared memory in their place until the end. In the end `R` holds, ENDS_ONLY, what the span leaves to the one before it; with
-    FROM_ENDS it begins with what the spans after it left. `dBC` [R, B, J, M, 2, K] (R counts warps
-    BY_PRODUCT, else programs), `dD` and `dbias` [B, S, D] get this program's share.
+    the other; LOCAL keeps both in shared memory until the end. In the end `R` holds, ENDS_ONLY,
+    what the span leaves to the one before it; with FROM_ENDS it begins with what the spans after it
+    left. `dBC` [R, B, J, M, 2, K] (R counts warps BY_PRODUCT, else programs), `dD` and `dbias`
+    [B, S, D] get this program's share.
     `rates` [N, D] is A in powers of two.
     """
     per_group: tl.constexpr = CHANNELS // G

@@ -43,6 +43,7 @@ TILES: dict[str, dict[str, Tile]] = {
             "least_tiles": 8,
             "warps": 1,
         },
+        # `local`: states' numbers in shared memory instead of global memory (16 states, one warp).
         "scan_backward": {
             "tokens": 8,
             "channels": 32,
@@ -50,15 +51,10 @@ TILES: dict[str, dict[str, Tile]] = {
             "per_sm": 8,
             "least_tiles": 8,
             "warps": 1,
+            "local": 0,
         },
-        "conv_forward": {"tokens": 4, "channels": 256, "per_sm": 32, "least_tiles": 16, "warps": 1},
-        "conv_backward": {
-            "tokens": 4,
-            "channels": 128,
-            "per_sm": 32,
-            "least_tiles": 16,
-            "warps": 1,
-        },
+        "conv_forward": {"tokens": 8, "channels": 64, "per_sm": 128, "least_tiles": 4, "warps": 1},
+        "conv_backward": {"tokens": 4, "channels": 256, "per_sm": 16, "least_tiles": 4, "warps": 1},
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
