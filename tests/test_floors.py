@@ -176,7 +176,7 @@ def faults_of_lateness(name: str, tree: ast.AST) -> list[str]:
         for target, _ in imports(function)
         if target.startswith("tamba.")
         and name not in ("cli", "run", "__init__")
-        # What needs an extra is imported when it is used.
+        # What needs an extra is imported when a file of that kind is opened, a call for it made.
         and not target.startswith(("tamba.formats.", "tamba.ops.kernels"))
     ]
 

@@ -16,7 +16,6 @@ Shape letters: `B` batch, `T` tokens, `H` heads, `G` groups, `P` head_dim, `N` d
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -32,8 +31,6 @@ from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, s
 _STEPS = 2
 # The head_dim and d_state that the Triton kernels know.
 _KERNEL_SIZES = (16, 32, 64, 128)
-# What their tiles need; an A100 has 163.
-_KERNEL_SHARED_KB = 160
 # How many Q x Q matrices a tile holds. On a CPU its buffers then stay in a core's cache; elsewhere
 # the only concern is memory.
 _TILE = 32
@@ -120,15 +117,14 @@ def _unusual(x: Tensor, B: Tensor) -> str | None:
     for name, size in (("head_dim", x.shape[3]), ("d_state", B.shape[3])):
         if size not in _KERNEL_SIZES:
             return f"{name} {size} is none of {', '.join(map(str, _KERNEL_SIZES))}"
-    compiling = torch.compiler.is_compiling()  # then the cache is not to be had
-    if x.is_cuda and not compiling and _shared_kb(x.device) < _KERNEL_SHARED_KB:
-        return f"a block has less than {_KERNEL_SHARED_KB} kB of shared memory on this card"
+    if x.is_cuda and not _roomy(torch.cuda.get_device_capability(x.device)):
+        return "their tiles need the 160 kB of shared memory a block that this card lacks"
     return None
 
 
-@cache
-def _shared_kb(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 1024
+def _roomy(capability: tuple[int, int]) -> bool:
+    """Whether a block has 160 kB of shared memory: A100, H100, B200 and their kin."""
+    return capability == (8, 0) or capability[0] in (9, 10)
 
 
 def _on_torch(
