@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ else:
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tamba.report import PlanLayer, Record
+    from tamba.report import PlanLayer, Point, Record
 
 PALETTE = {
     # name: (light, dark). Told apart in either kind of red-green blindness by lightness too.
@@ -130,6 +130,63 @@ def draw_all(record: Record, *, titles: bool) -> list[tuple[str, Figure]]:
                 figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
             figures.append((name, figure))
     return figures
+
+
+def draw_curves(curves: Mapping[str, Sequence[Point]], axis: str, title: str = "") -> Figure:
+    """Accuracy against length, a line a model, each with its 95 % intervals as a band.
+
+    Args:
+        curves: points by the name of the model, in the order of the lines.
+        axis: what lengths count.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    if _MISSING:
+        raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
+    colors = ("student", "teacher", "donor", "fresh")
+    with _style():
+        top = 0.42 if title else 0.0
+        figure = _figure(2.85 + top)
+        ax = _place(figure, 0.52, 0.5, 3.1, 2.2)
+        for k, (name, points) in enumerate(curves.items()):
+            line = sorted(points, key=lambda p: p.x)
+            color = LIGHT[colors[k % len(colors)]]
+            dashes = (None, (4, 2), (1, 2))[k // len(colors) % 3]
+            x, y = [p.x for p in line], [p.value for p in line]
+            low = [p.value if p.low is None else p.low for p in line]
+            high = [p.value if p.high is None else p.high for p in line]
+            ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+            style: dict[str, Any] = {} if dashes is None else {"dashes": dashes}
+            ax.plot(x, y, color=color, marker="o", markersize=4.5, markeredgewidth=0, **style)
+            label: dict[str, Any] = {
+                "ha": "left",
+                "va": "center",
+                "color": color,
+                "weight": "semibold",
+            }
+            # Lines that end together would write over each other.
+            _note(ax, name, (x[-1], y[-1]), (7, -11 * k if y[-1] > 0.5 else 11 * k), **label)
+        ax.set_ylim(-0.03, 1.03)
+        lengths = sorted({p.x for points in curves.values() for p in points})
+        if len(lengths) > 1 and lengths[0] > 0 and lengths[-1] >= 8 * lengths[0]:
+            ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_locator(FixedLocator(lengths[:: max(1, math.ceil(len(lengths) / 8))]))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _context(v)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.0f} %"))
+        ax.set_xlabel(axis)
+        if title:
+            where = 1 - 0.1 / figure.get_figheight()
+            figure.suptitle(title, x=0.03, y=where, ha="left", fontsize=11, fontweight="semibold")
+    figure.set_label(
+        f"Accuracy by {axis}. "
+        + "; ".join(
+            f"{name}: " + ", ".join(f"{p.x:g} {100 * p.value:.0f} %" for p in points)
+            for name, points in curves.items()
+        )
+    )
+    return figure
 
 
 def to_bytes(figure: Figure, kind: str) -> bytes:
