@@ -70,6 +70,16 @@ def tiny_teacher(folder: Path) -> None:
     character_tokenizer().save_pretrained(folder / "teacher")
 
 
+def with_file(name: str, content: str) -> Callable[[Path], None]:
+    """A teacher, and a file beside it."""
+
+    def prepare(folder: Path) -> None:
+        tiny_teacher(folder)
+        (folder / name).write_text(content)
+
+    return prepare
+
+
 def truncated(folder: Path) -> None:
     tiny_teacher(folder)
     weights = folder / "teacher" / "model.safetensors"
@@ -324,13 +334,7 @@ BAD = {
         ["suite kl", "--against MODEL"],
     ),
     "rows without a field": (
-        lambda folder: (
-            (
-                tiny_teacher(folder),
-                write("piqa.jsonl", '{"goal": "x"}')(folder),
-            )
-            and None
-        ),
+        with_file("piqa.jsonl", '{"goal": "x"}'),
         ["evaluate", "teacher", "--suite", "piqa", "--data", "piqa.jsonl"],
         ["piqa.jsonl:1", "needs the field 'sol1'"],
     ),
@@ -355,13 +359,7 @@ BAD = {
         ["--contexts", "use 512 at most"],
     ),
     "a model without a chat template": (
-        lambda folder: (
-            (
-                tiny_teacher(folder),
-                write("q.jsonl", '{"question_id": 1, "turns": ["a"]}')(folder),
-            )
-            and None
-        ),
+        with_file("q.jsonl", '{"question_id": 1, "turns": ["a"]}'),
         ["evaluate", "teacher", "--suite", "mt_bench", "--data", "mt_bench=q.jsonl"],
         ["suite mt_bench", "no chat template"],
     ),

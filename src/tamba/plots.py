@@ -159,12 +159,7 @@ def draw_curves(curves: Mapping[str, Sequence[Point]], axis: str, title: str = "
             ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
             style: dict[str, Any] = {} if dashes is None else {"dashes": dashes}
             ax.plot(x, y, color=color, marker="o", markersize=4.5, markeredgewidth=0, **style)
-            label: dict[str, Any] = {
-                "ha": "left",
-                "va": "center",
-                "color": color,
-                "weight": "semibold",
-            }
+            label: dict[str, Any] = {"ha": "left", "va": "center", "color": color}
             # Lines that end together would write over each other.
             _note(ax, name, (x[-1], y[-1]), (7, -11 * k if y[-1] > 0.5 else 11 * k), **label)
         ax.set_ylim(-0.03, 1.03)
