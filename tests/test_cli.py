@@ -70,6 +70,16 @@ def tiny_teacher(folder: Path) -> None:
     character_tokenizer().save_pretrained(folder / "teacher")
 
 
+def with_file(name: str, content: str) -> Callable[[Path], None]:
+    """A teacher, and a file beside it."""
+
+    def prepare(folder: Path) -> None:
+        tiny_teacher(folder)
+        (folder / name).write_text(content)
+
+    return prepare
+
+
 def truncated(folder: Path) -> None:
     tiny_teacher(folder)
     weights = folder / "teacher" / "model.safetensors"
@@ -297,6 +307,67 @@ BAD = {
         ["new_trick", "not understood"],
     ),
     # Text.
+    "unknown suite": (
+        nothing,
+        ["evaluate", "teacher", "--suite", "ppl,lambda"],
+        ["--suite", "no suite called 'lambda'", "did you mean 'lambada'?"],
+    ),
+    "worked examples of no task": (
+        nothing,
+        ["evaluate", "teacher", "--suite", "copy@5"],
+        ["'copy@5' is no task with a number of worked examples"],
+    ),
+    "data for a suite that is not asked for": (
+        nothing,
+        ["evaluate", "teacher", "--suite", "winogrande", "--data", "winogrnde=x.jsonl"],
+        ["no suite 'winogrnde' is asked for", "did you mean 'winogrande'?"],
+    ),
+    "data that nothing reads": (
+        nothing,
+        ["evaluate", "teacher", "--suite", "copy", "--data", "text.txt"],
+        ["--data text.txt", "no suite that is asked for reads text"],
+    ),
+    "no text to measure": (tiny_teacher, ["evaluate", "teacher"], ["suite ppl", "--data FILE"]),
+    "divergence from nothing": (
+        tiny_teacher,
+        ["evaluate", "teacher", "--suite", "kl", "--data", "text.txt"],
+        ["suite kl", "--against MODEL"],
+    ),
+    "rows without a field": (
+        with_file("piqa.jsonl", '{"goal": "x"}'),
+        ["evaluate", "teacher", "--suite", "piqa", "--data", "piqa.jsonl"],
+        ["piqa.jsonl:1", "needs the field 'sol1'"],
+    ),
+    "no such rows": (
+        tiny_teacher,
+        ["evaluate", "teacher", "--suite", "piqa", "--data", "piqa=x.jsonl"],
+        ["--data piqa", "no such file: x.jsonl"],
+    ),
+    "recall beyond the positions": (
+        tiny_teacher,
+        ["evaluate", "teacher", "--suite", "copy", "--lengths", "copy=8,400"],
+        ["copy, length 400", "beyond the model's 512 positions"],
+    ),
+    "lengths that are none": (
+        nothing,
+        ["evaluate", "teacher", "--suite", "copy", "--lengths", "8,x"],
+        ["--lengths", "is no list of numbers"],
+    ),
+    "contexts beyond the positions": (
+        tiny_teacher,
+        ["evaluate", "teacher", "--suite", "memory", "--contexts", "1024"],
+        ["--contexts", "use 512 at most"],
+    ),
+    "a model without a chat template": (
+        with_file("q.jsonl", '{"question_id": 1, "turns": ["a"]}'),
+        ["evaluate", "teacher", "--suite", "mt_bench", "--data", "mt_bench=q.jsonl"],
+        ["suite mt_bench", "no chat template"],
+    ),
+    "half a price": (
+        nothing,
+        ["evaluate", "teacher", "--suite", "copy", "--judge-price", "1"],
+        ["--judge-price", "is not two numbers"],
+    ),
     "empty text": (write("teacher/t.txt", " "), MEASURE, ["t.txt", "empty"]),
     "missing text to measure": (tiny_teacher, MEASURE, ["t.txt", "no such file"]),
     "other vocabulary": (other_vocabulary, [*MEASURE, "--against", "other"], ["vocabular"]),

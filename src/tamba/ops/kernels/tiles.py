@@ -51,7 +51,7 @@ TILES: dict[str, dict[str, Tile]] = {
             "per_sm": 8,
             "least_tiles": 8,
             "warps": 1,
-            "local": 0,
+            "local": 1,
         },
         "conv_forward": {"tokens": 8, "channels": 64, "per_sm": 128, "least_tiles": 4, "warps": 1},
         "conv_backward": {"tokens": 4, "channels": 256, "per_sm": 16, "least_tiles": 4, "warps": 1},

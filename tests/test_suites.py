@@ -1,0 +1,166 @@
+"""The registry, and the verb over several suites: one run, resumed, whatever fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from models import tiny_model
+from tamba.errors import UserError
+from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed
+from tamba.evaluate.measure import Models, Options, Request, Subject
+from tamba.evaluate.memory import break_even
+from tamba.evaluate.store import Store
+from tamba.evaluate.suites import assign_data, find_suites
+from tamba.model.config import TambaConfig
+from tamba.model.modeling import TambaForCausalLM
+from tamba.report import read_record
+from texts import byte_tokenizer, document
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suites")
+    for name, stack in (
+        ("teacher", ["attention", "attention"]),
+        ("student", ["mamba2_gqa", "attention"]),
+    ):
+        config = tiny_model(stack).config.to_dict() | {"vocab_size": 257}
+        torch.manual_seed(len(name))
+        TambaForCausalLM(TambaConfig(**config)).save_pretrained(folder / name)
+        byte_tokenizer(chat=True).save_pretrained(folder / name)
+    (folder / "text.txt").write_text("\n\n".join(document(i) for i in range(3)))
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
+    (folder / "preference.jsonl").write_text(json.dumps(pair) + "\n")
+    return folder
+
+
+def test_names_and_sets():
+    found = find_suites(["e-tamba", "winogrande", "winogrande@5"])
+    assert [s.name for s, _ in found] == ["lambada", "winogrande", "winogrande@5"]
+    assert [shots for _, shots in found] == [None, None, 5]
+    assert all(find_suites([name]) for name in (*SUITES, *SETS))
+    with pytest.raises(UserError, match="did you mean 'phonebook'"):
+        find_suites(["phone-book"])
+
+
+def test_data_finds_its_suite():
+    names = ["ppl", "kl", "lambada", "gsm8k@0"]
+    got = assign_data(
+        names,
+        ["a.txt", "x/lambada.jsonl", "gsm8k=b", "gsm8k.train=c", "hf://datasets/o/n/f=1.jsonl"],
+        ["ppl", "kl", "position"],
+    )
+    text = ("a.txt", "hf://datasets/o/n/f=1.jsonl")
+    assert got == {
+        "ppl": {"": text},
+        "kl": {"": text},
+        "lambada": {"": ("x/lambada.jsonl",)},
+        "gsm8k": {"": ("b",), "train": ("c",)},
+    }
+
+
+def test_one_run_of_several_suites_goes_on_where_it_stopped(folder, tmp_path, monkeypatch):
+    def call():
+        return evaluate(
+            folder / "student",
+            [folder / "text.txt", f"preference={folder / 'preference.jsonl'}"],
+            suites=["ppl", "kl", "copy", "preference"],
+            against=folder / "teacher",
+            out=tmp_path / "out",
+            length=64,
+            lengths=(4, 6),
+            cases=2,
+            dtype="float64",
+        )
+
+    first = call()
+    assert list(first.suites) == ["ppl", "kl", "copy", "preference"]
+    assert set(first.suites["copy"].scores) == {"student", "teacher"}
+    assert first.perplexity.kl == first.suites["kl"].scores["student"]["kl"].value
+    assert read_record(tmp_path / "out" / "report.json") == first
+    for name in ("scoring", "decoding"):
+        monkeypatch.setattr(sys.modules[f"tamba.evaluate.{name}"], "TambaCache", None)
+    again = call()  # nothing is left to compute
+    assert again.suites["copy"].scores == first.suites["copy"].scores
+    assert again.suites["preference"].scores == first.suites["preference"].scores
+
+
+def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):
+    def broken(self, models, stores):
+        raise UserError("here", "is broken", "mend it")
+
+    monkeypatch.setattr("tamba.evaluate.recall.RecallMeasure.run", broken)
+    with pytest.raises(UserError, match="suite copy: here: is broken; mend it"):
+        evaluate(
+            folder / "student",
+            folder / "text.txt",
+            suites=["copy", "ppl"],
+            out=tmp_path / "out",
+            length=64,
+            lengths=(4,),
+        )
+    found = read_record(tmp_path / "out" / "report.json")
+    assert found.suites["copy"].problem == "here: is broken; mend it"
+    assert found.suites["ppl"].scores["student"]["perplexity"].value > 1
+
+
+def models():
+    found = {}
+    for role, stack in (("student", "mamba2"), ("teacher", "attention")):
+        found[role] = Subject(role, role, tiny_model(stack), byte_tokenizer(), role, 100)
+    return Models(found["student"], found["teacher"])
+
+
+def sweep(name, **options):
+    config = {"student": tiny_model("mamba2").config}
+    return Request(name, (), config, byte_tokenizer(), Options(**options))
+
+
+def test_memory_by_cause():
+    both = models()
+    got = memory.prepare(sweep("memory", contexts=(16, 32), batches=(1, 2)))
+    rows = got.run(both, lambda _: Store()).rows
+    assert len(rows) == 2 * 2 * 2
+    for row in rows:
+        model = (both.student if row["role"] == "student" else both.teacher).model
+        weights = sum(p.numel() * 4 for p in model.parameters())
+        cache = row["batch"] * cache_bytes(model.config, row["context"], bytes_per_value=4)
+        assert row["weights"] == weights
+        assert row["kv"] + row["state"] == cache
+        assert row["floor"] == weights + cache + row["batch"] * model.config.vocab_size * 4
+    assert {row["kv"] for row in rows if row["role"] == "student"} == {0}
+
+
+def test_speed_and_where_it_breaks_even(monkeypatch):
+    monkeypatch.setattr(speed, "REPEATS", 2)
+    # A student that is slower below 32 tokens and faster from there on.
+    seconds = {("student", 16): 2.0, ("student", 32): 1.0, ("student", 64): 1.0}
+    monkeypatch.setattr(
+        speed, "_seconds", lambda s, context, batch: (1.0, seconds.get((s.role, context), 1.5))
+    )
+    got = speed.prepare(sweep("speed", contexts=(16, 32, 64))).run(models(), lambda _: Store())
+    row = next(r for r in got.rows if r["role"] == "student" and r["context"] == 32)
+    assert row["decode_tokens_per_second"] == speed.DECODED
+    assert row["prefill_tokens_per_second"] == 32
+    scores = got.scores["student"]
+    assert scores["break_even_decode_tokens"].value == 32
+    assert scores["break_even_prefill_tokens"].value == 16
+    monkeypatch.undo()
+    assert all(s > 0 for s in speed._seconds(models().student, 8, 2))
+
+
+def test_break_even_of_memory_by_counting():
+    student, teacher = tiny_model("mamba2").config, tiny_model("attention").config
+    weights = (5000, 1000)
+    want = next(
+        n
+        for n in range(10_000)
+        if weights[0] + cache_bytes(student, n) < weights[1] + cache_bytes(teacher, n)
+    )
+    assert break_even(student, teacher, weights) == want
+    assert break_even(teacher, teacher, (2, 1)) is None
+    assert break_even(teacher, teacher, (1, 2)) == 0
