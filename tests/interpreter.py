@@ -1,19 +1,15 @@
 """Triton's interpreter, so that kernels can be tested where there is no GPU.
 
-Import this before `tamba.ops.kernels`; it skips the importing module where Triton is missing. What
-the interpreter cannot show: how the compiler treats a kernel. `pytest -m gpu` is for that.
+It is on where there is no GPU (conftest.py). Importing this skips the importing module where Triton
+is missing. What the interpreter cannot show: how the compiler treats a kernel. `pytest -m gpu` is for that.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 pytest.importorskip("triton")
 
