@@ -1,7 +1,7 @@
 """Triton's interpreter, so that kernels can be tested where there is no GPU.
 
 It is on where there is no GPU (conftest.py). Importing this skips the importing module where Triton
-is missing. What the interpreter cannot show: how the compiler treats a kernel. `pytest -m gpu` is for that.
+is missing. What the interpreter cannot show: how the compiler treats a kernel; `pytest -m gpu` can.
 """
 
 from __future__ import annotations

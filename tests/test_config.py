@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 from tamba.errors import UserError
 from tamba.model import config as config_module
-from tamba.model.config import TambaConfig
+from tamba.model.config import BlockSpec, TambaConfig
 
 GOOD = tiny_model("mixed").config.to_dict()
 
@@ -112,3 +112,8 @@ def test_an_unchecked_value_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "_check_value", lambda *_: None)
     with pytest.raises((pytest.fail.Exception, TypeError)):
         check_named(("blocks", "mamba2", "mixer", "chunk_size"), 0)
+
+
+def test_a_kind_that_is_no_word_is_named() -> None:
+    with pytest.raises(UserError, match="kind"):
+        BlockSpec.from_dict({"mixer": {"kind": [0]}}, "block")

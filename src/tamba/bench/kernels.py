@@ -24,8 +24,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,9 @@ def _ssd(operator: Any, **t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
-    """Operators without their kernels."""
+def _operators_on(what: str) -> Iterator[None]:
     before = os.environ.get("TAMBA_KERNELS")
-    os.environ["TAMBA_KERNELS"] = "torch"
+    os.environ["TAMBA_KERNELS"] = what
     try:
         yield
     finally:
@@ -250,6 +250,23 @@ def plain_torch() -> Iterator[None]:
             del os.environ["TAMBA_KERNELS"]
         else:
             os.environ["TAMBA_KERNELS"] = before
+
+
+def plain_torch() -> AbstractContextManager[None]:
+    """Operators without their kernels."""
+    return _operators_on("torch")
+
+
+def _on_kernels(call: Call) -> Call:
+    """`call` on the kernels, also where a user's would go to plain torch until they are cleared."""
+
+    def ours(**t: Tensor) -> tuple[Tensor, Tensor | None]:
+        if "TAMBA_KERNELS" in os.environ:  # somebody chose, or this is the truth
+            return call(**t)
+        with _operators_on("triton"):
+            return call(**t)
+
+    return ours
 
 
 def _in_plain_torch(call: Call) -> Call:
@@ -293,8 +310,7 @@ _SSD_BOTH_US = {"S1": 600, "S2": 1200}
 
 
 def _ssd_rows(peers: Peers) -> Iterator[Row]:
-    def call(**t: Tensor) -> tuple[Tensor, Tensor]:
-        return _ssd(ssd, **t)
+    call = _on_kernels(partial(_ssd, ssd))
 
     forward_sides = {
         "mamba_ssm": peers.mamba_ssd(),

@@ -208,7 +208,7 @@ class BlockSpec:
         data = _table(data, where)
         mixer = _table(data.pop("mixer", {}), f"{where}.mixer")
         kind = mixer.pop("kind", None)
-        if kind not in MIXERS:
+        if not isinstance(kind, str) or kind not in MIXERS:
             raise UserError(
                 f"{where}.mixer.kind", f"unknown mixer {kind!r}", nearest(str(kind), MIXERS)
             )
