@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 
 from tamba.card import model_card, write_card
 from tamba.errors import UserError
-from tamba.report import Record, write_report
+from tamba.report import Layers, PlanLayer, Record, write_report
 from test_report import ODD, full_record, suites
 
 
@@ -41,6 +41,18 @@ def test_the_text_says_what_was_found():
     bare = model_card(Record(name="bare"))
     assert "Versions: unknown" in bare
     assert "## Results" not in bare
+
+
+def test_transplanted_layers_make_a_hybrid_too():
+    plan = [
+        PlanLayer(mixer="attention", origin="kept", source="teacher", source_layer=0),
+        PlanLayer(mixer="mamba1", origin="transplanted", source="donor", source_layer=7),
+        PlanLayer(mixer="mamba1", origin="transplanted", source="donor", source_layer=8),
+    ]
+    text = model_card(full_record(plan=plan, layers=Layers(total=3, converted=0)))
+    assert "A hybrid made from `the teacher`" in text
+    assert "its 3 layers are 2 Mamba-1 (transplanted), 1 kept." in text
+    assert "A hybrid" not in model_card(full_record(plan=plan[:1]))
 
 
 def test_a_card_is_whole_or_not_there(tmp_path, monkeypatch):

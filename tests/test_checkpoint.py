@@ -300,6 +300,30 @@ BAD_FOLDERS = {
         "tie_word_embeddings is true",
     ),
     "link out of the folder": (link_out, "link out of the folder"),
+    "sizes that cannot be": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(max_position_embeddings=-5)),
+        "max_position_embeddings: must be 1 or more",
+    ),
+    "a type that is none": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(dtype="float99")),
+        "config.json: dtype: 'float99' is no type of weights",
+    ),
+    "whole numbers for weights": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(dtype="int8")),
+        "config.json: dtype: 'int8' is no type of weights",
+    ),
+    "generation file is no JSON": (
+        lambda f: (f / "generation_config.json").write_text("{"),
+        "generation_config.json: cannot be read as JSON",
+    ),
+    "generation file is a list": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        "generation_config.json: is not a JSON object",
+    ),
+    "end token is a word": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [2, "x"]}'),
+        "generation_config.json: eos_token_id: 'x'",
+    ),
     "unknown key": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(logit_cap=3.0)),
         "not understood",

@@ -96,7 +96,9 @@ def test_opens_a_checkpoint(tmp_path: Path) -> None:
     [
         ({"prompt": " \n"}, "prompt: is empty"),
         ({"new_tokens": 0}, "new_tokens: 0 is not a positive number"),
-        ({"temperature": -1.0}, "temperature: -1.0 is below 0"),
+        ({"temperature": -1.0}, "temperature: -1.0 is not a number of 0 or more"),
+        ({"temperature": float("nan")}, "temperature: nan is not a number"),
+        ({"temperature": float("inf")}, "temperature: inf is not a number"),
         ({"top_p": 0.0}, "top_p: 0.0 is not above 0"),
         ({"top_k": -1}, "top_k: -1 is below 0"),
         ({"tokenizer": None}, "has no tokenizer"),
@@ -107,3 +109,16 @@ def test_wrong_settings(settings: dict, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         generate(tiny_model(LAYERS), **given)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('no system') }}"])
+def test_a_template_that_cannot_be_used_is_one_line(template: str) -> None:
+    tokenizer = character_tokenizer(chat=True)
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="chat: the tokenizer's chat template says"):
+        generate(tiny_model(LAYERS), "hi", tokenizer=tokenizer, new_tokens=1)
+
+
+def test_bytes_of_the_shell_that_are_no_text() -> None:
+    with pytest.raises(UserError, match="prompt: is not UTF-8"):
+        generate(tiny_model(LAYERS), "h\udcff", tokenizer=character_tokenizer())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+from io import FileIO
 from pathlib import Path
 
 import gguf
@@ -227,6 +228,22 @@ def test_an_unsupported_architecture_is_an_error(tmp_path):
     writer.close()
     with pytest.raises(UserError, match="unsupported GGUF architecture 'gemma3'"):
         open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_a_read_that_gives_less_than_asked_for_is_repeated(tmp_path, monkeypatch):
+    # The system gives no more than 2 GiB at a time; here it gives no more than 100 bytes.
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama")
+    file = GGUFFile(path)
+    want = {name: file.read(name) for name in file.specs}
+
+    class Slow(FileIO):
+        def readinto(self, buffer) -> int:
+            return super().readinto(memoryview(buffer)[:100])
+
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Slow(self))
+    for name, tensor in want.items():
+        assert torch.equal(file.read(name), tensor), name
 
 
 def test_every_cut_of_the_file_is_an_error(tmp_path):

@@ -302,6 +302,23 @@ def test_generate_greedy_and_beams_equal_cacheless(stack):
         assert torch.equal(got, without_cache(model, ids, attention_mask=mask, **options))
 
 
+@pytest.mark.parametrize("stack", ["mamba2", "sliding"])
+@pytest.mark.parametrize("by", ["lookup", "model"])
+def test_drafts_of_any_length_can_be_refused(stack, by, monkeypatch):
+    # As with drafts of more than 64 tokens, in less time.
+    monkeypatch.setattr("tamba.model.cache.DEFAULT_ROLLBACK", 3)
+    model, assistant = tiny_model(stack), tiny_model(stack, seed=1)
+    ids = random_ids(1, 16).repeat(1, 2)
+    options = {"prompt_lookup_num_tokens": 10}
+    if by == "model":
+        options = {"assistant_model": assistant}
+        assistant.generation_config.num_assistant_tokens = 10
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+    options |= {"max_new_tokens": 14, "do_sample": False}
+    want = model.generate(ids, max_new_tokens=14, do_sample=False)
+    assert torch.equal(model.generate(ids, **options), want)
+
+
 @pytest.mark.parametrize("stack", STACK_NAMES)
 def test_assisted_generation_is_lossless(stack):
     model, assistant = tiny_model(stack), tiny_model(stack)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
@@ -478,3 +479,11 @@ def test_a_browser_shows_the_page_within_its_width(tmp_path, width):
     assert found is not None, shown.stderr[-500:]
     assert int(found.group(1)) <= width
     assert int(found.group(2)) == 5
+
+
+@pytest.mark.parametrize("program", ["/somewhere/bin/tamba", "/somewhere/tamba/__main__.py"])
+def test_the_command_can_be_given_again(program, monkeypatch):
+    said = ["run", "a recipe.toml", "--set", "build.plan=uniform 0.5"]
+    monkeypatch.setattr("sys.argv", [program, *said])
+    command = Record.begin("name").command
+    assert command is not None and shlex.split(command) == ["tamba", *said]

@@ -105,6 +105,7 @@ CHANGES = {
     "train.0.lr=2e-3": ["train", "evaluate"],
     "evaluate.new_tokens=5": ["evaluate"],
     "output.shard_bytes=1000": ["build", "train", "evaluate"],
+    "output.html=false": ["evaluate"],
     "data.length=32": ["text", "analyze", "build", "train", "evaluate"],
     "seed=1": ALL,
 }
@@ -328,3 +329,8 @@ def test_the_whole_way(real: Path) -> None:
     heard: list[str] = []
     run(real / "recipe.toml", real / "out", report=lambda step, what: heard.append(what))
     assert heard == ["skipped"] * 5
+    # What an analysis of another recipe found is not this one's.
+    other = read_recipe(real / "recipe.toml", ['build.plan=["keep 0", "convert 1", "keep 2"]'])
+    record = read_record(run(other, real / "out"))
+    assert (real / "out" / "analysis").exists() and not record.scores
+    assert len(record.frontier) == 1 and record.training

@@ -459,6 +459,15 @@ def test_what_another_run_left_is_not_read(tmp_path: Path, monkeypatch: pytest.M
     assert_same_training(tmp_path, got, want)
 
 
+def test_stages_of_one_kind_are_told_apart(tmp_path: Path) -> None:
+    distil = '[[train]]\nstage = "distil"\ntokens = 64\nbatch = 4\nlr = 1e-3\n'
+    prepare(tmp_path, distil + distil.replace("distil", "align") + distil)
+    run_training(tmp_path)
+    record = json.loads((tmp_path / "student" / "record.json").read_text())
+    names = [point["stage"] for point in record["training"]]
+    assert list(dict.fromkeys(names)) == ["distil 1", "align", "distil 2"]
+
+
 def test_nothing_is_left_of_a_run_that_came_to_nan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

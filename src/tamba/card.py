@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,16 +73,31 @@ def _scores(record: Record) -> Iterator[tuple[str, dict[str, Score]]]:
             yield name, suite.scores["student"]
 
 
+def _layers(record: Record) -> str:
+    """What became of the layers, in words; empty where all are kept."""
+    made = Counter(
+        (x.origin, MIXERS.get(x.mixer, x.mixer)) for x in record.plan if x.origin != "kept"
+    )
+    if not made:
+        return ""
+    total = len(record.plan)
+    kept = total - made.total()
+    if {origin for origin, _ in made} == {"converted"}:
+        kinds = " and ".join(sorted(kind for _, kind in made))
+        others = ", the others are as before" if kept else ""
+        return f"{made.total()} of its {total} layers are {kinds} layers now{others}"
+    told = [f"{n} {kind} ({origin})" for (origin, kind), n in sorted(made.items())]
+    return f"its {total} layers are {', '.join([*told, *([f'{kept} kept'] if kept else [])])}"
+
+
 def _body(record: Record) -> Iterator[str]:
-    layers, p = record.layers, record.perplexity
-    kinds = sorted({MIXERS.get(x.mixer, x.mixer) for x in record.plan if x.origin != "kept"})
+    p = record.perplexity
     yield f"# {record.name}"
     yield ""
-    if layers and layers.converted and record.teacher:
+    if record.teacher and (what := _layers(record)):
         yield (
             f"A hybrid made from `{record.teacher}` with [tamba](https://pypi.org/project/tamba/): "
-            f"{layers.converted} of its {layers.total} layers are "
-            f"{' and '.join(kinds) or 'Mamba'} layers now, the others are attention as before."
+            f"{what}."
         )
         yield ""
     if p and p.ratio and p.teacher:

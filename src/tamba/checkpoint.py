@@ -170,6 +170,7 @@ class Checkpoint:
         Raises:
             UserError: unsupported family, or a key or value that is not understood.
         """
+        self._check_stored_dtype()
         if self.family is None:
             try:
                 return TambaConfig.from_dict(dict(self.config))
@@ -182,10 +183,29 @@ class Checkpoint:
                     self._config_place, f"not a valid tamba configuration: {error}"
                 ) from error
         shapes = {name: self._spec(name).shape for name in self._owner}
-        config = self.family.to_tamba_config(self.config, shapes, self._config_place)
+        try:
+            config = self.family.to_tamba_config(self.config, shapes, self._config_place)
+        except UserError as error:
+            if error.where.startswith(self._config_place):
+                raise
+            # Found in what their words became in ours.
+            where = f"{self._config_place}: {error.where}"
+            raise UserError(where, error.problem, error.remedy) from error
         if config.dtype is None:
             config.dtype = self._common_dtype()
         return config
+
+    def _check_stored_dtype(self) -> None:
+        for key in ("dtype", "torch_dtype"):
+            name = self.config.get(key)
+            try:
+                _as_dtype(name.removeprefix("torch.") if isinstance(name, str) else name)
+            except (UserError, TypeError):
+                raise UserError(
+                    f"{self._config_place}: {key}",
+                    f"{name!r} is no type of weights",
+                    "e.g. float32, bfloat16",
+                ) from None
 
     def _common_dtype(self) -> torch.dtype:
         """The type that most weights have."""
@@ -552,7 +572,7 @@ def load_model(
         )
     model.tie_weights()
     if checkpoint.folder is not None and (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        model.generation_config = _generation_config(checkpoint.folder)
     return model.eval()
 
 
@@ -560,6 +580,20 @@ def check_place(dtype: torch.dtype | str | None, device: torch.device | str | No
     """The device that is meant, by default the CPU. Raises UserError for what cannot be."""
     _as_dtype(dtype)
     return _as_device(device)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    where = folder / "generation_config.json"
+    _read_json(where)  # damage is said in our words
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(str(where), f"cannot be read ({str(error).splitlines()[0]})") from error
+    ends = config.eos_token_id
+    for token in ends if isinstance(ends, list) else [ends]:
+        if not isinstance(token, int | None):
+            raise UserError(f"{where}: eos_token_id", f"{token!r} is not the number of a token")
+    return config
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -81,8 +82,10 @@ def inspect(
         from tamba.inspect import CONTEXTS
         from tamba.inspect import inspect as step
 
-        if bandwidth is not None and bandwidth <= 0:
-            raise UserError("--bandwidth", f"{bandwidth} is not above 0", "give GB a second")
+        if bandwidth is not None and not 0 < bandwidth < math.inf:
+            raise UserError(
+                "--bandwidth", f"{bandwidth} is not a number above 0", "give GB a second"
+            )
         if any(length < 0 for length in context or ()):
             raise UserError("--context", "is below 0", "give a number of tokens")
         found = step(

@@ -7,6 +7,7 @@ each.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from tamba.checkpoint import load
@@ -126,10 +128,14 @@ def generate(
 def _check(prompt: str, new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     if not prompt.strip():
         raise UserError("prompt", "is empty", "say something to the model")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of a shell that are no text come as lone surrogates
+        raise UserError("prompt", "is not UTF-8 text", "convert it to UTF-8") from None
     if new_tokens < 1:
         raise UserError("new_tokens", f"{new_tokens} is not a positive number")
-    if temperature < 0:
-        raise UserError("temperature", f"{temperature} is below 0")
+    if not 0 <= temperature < math.inf:
+        raise UserError("temperature", f"{temperature} is not a number of 0 or more")
     if top_k < 0:
         raise UserError("top_k", f"{top_k} is below 0", "0 samples among all tokens")
     if not 0 < top_p <= 1:
@@ -150,9 +156,14 @@ def _encode(
     else:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:  # damaged, or it refuses such messages
+            raise UserError(
+                "chat", f"the tokenizer's chat template says: {error}", "use --raw, or no --system"
+            ) from error
     ids = encoded["input_ids"]
     if not ids.shape[1]:
         raise UserError("prompt", "holds no tokens", "say something to the model")

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -229,7 +230,7 @@ class Record(_Part):
         """A record that knows the time, the command, the machine and the versions in use."""
         known: dict[str, Any] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": _command(sys.argv),
             "versions": versions(),
             "hardware": _hardware(),
         }
@@ -590,6 +591,14 @@ def _savings(record: Record) -> dict[int, CachePoint]:
     """Cache at 8k and 32k, or at the longest context there is, by context."""
     known = {p.context: p for p in record.memory if p.teacher}
     return {c: known[c] for c in (8192, 32768) if c in known} or dict(list(known.items())[-1:])
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command line in words that a shell takes again."""
+    program = Path(argv[0])
+    # `python -m tamba` names a file of the package.
+    name = program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([name, *argv[1:]])
 
 
 def _hardware() -> dict[str, str]:

@@ -144,6 +144,8 @@ def _check_models(recipe: Recipe) -> None:
 def steps_of(recipe: Recipe) -> list[Step]:
     """The steps that a recipe asks for, in order."""
     models = ("seed", "teacher", "donor")
+    # Not all of [output]: whether there is a page is no reason to train again.
+    written = ("output.shard_bytes",)
     steps = [Step("text", ("seed", "teacher", "data", "evaluate.texts"), (), "text", _text)]
     before: tuple[str, ...] = ()
     if recipe.build.plan == "analyze":
@@ -152,10 +154,10 @@ def steps_of(recipe: Recipe) -> list[Step]:
         )
         before = ("analyze",)
     built = "built" if recipe.train else "student"
-    steps.append(Step("build", (*models, "build", "output"), before, built, _build))
+    steps.append(Step("build", (*models, "build", *written), before, built, _build))
     if recipe.train:
         needed = ("text", "build")
-        steps.append(Step("train", (*models, "train", "output"), needed, "student", _train))
+        steps.append(Step("train", (*models, "train", *written), needed, "student", _train))
     last = ("text", *before, steps[-1].name)
     everything = tuple(Recipe.model_fields)
     steps.append(Step("evaluate", everything, last, "report.json", _evaluate))
@@ -194,8 +196,9 @@ def _evaluate(recipe: Recipe, out: Path) -> None:
     n_teacher = len(open_model(recipe).tamba_config.layers or [])
     plan = recipe.layer_plan(n_teacher, _analysis(recipe, out))
     known: dict[str, Any] = {}
-    for folder in ("analysis", "built", "student"):
-        known |= _sections(out / folder / "record.json")
+    # Artefacts of this recipe alone: a run of another one may have left its analysis here.
+    for step in steps_of(recipe):
+        known |= _sections(out / step.artefact / "record.json")
     record = evaluate_student(recipe, out / "student", heldout, plan, **known)
     steps = _read_state(out).steps
     digests = {name: str(step["digest"]) for name, step in steps.items()}

@@ -650,8 +650,16 @@ def _write(
         }
         writer.add_file("train.json", json.dumps(record, indent=1) + "\n")
         points = [
-            {"stage": log.stage, "tokens": tokens, "loss": loss}
-            for log in logs
+            {"stage": name, "tokens": tokens, "loss": loss}
+            for name, log in zip(_told_apart([log.stage for log in logs]), logs, strict=True)
             for tokens, loss in log.losses
         ]
         writer.add_file("record.json", json.dumps({"training": points}, indent=1) + "\n")
+
+
+def _told_apart(stages: Sequence[str]) -> list[str]:
+    """Names of stages in their order, counted where a kind comes more than once."""
+    return [
+        f"{kind} {stages[: i + 1].count(kind)}" if stages.count(kind) > 1 else kind
+        for i, kind in enumerate(stages)
+    ]

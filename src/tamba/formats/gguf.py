@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from tamba.errors import UserError, nearest
-from tamba.formats.safetensors import TensorSpec
+from tamba.formats.safetensors import TensorSpec, fill
 
 _DAMAGED = "fetch the file again"
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
@@ -149,8 +149,7 @@ class GGUFFile:
         raw = np.empty(nbytes, dtype=np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(offset)
-            if file.readinto(raw.data) != nbytes:
-                raise UserError(str(self.path), f"cut short inside '{theirs}'", _DAMAGED)
+            fill(file, raw.data, self.path, theirs)
         if kind.name in _PLAIN:
             tensor = torch.from_numpy(raw).view(_PLAIN[kind.name]).view(shape)
         else:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,13 +87,22 @@ class SafetensorsFile:
         view = out.view(-1).view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._offsets[name])
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise UserError(str(self.path), f"cut short inside '{name}'", _DAMAGED)
-                done += count
+            fill(file, view, self.path, name)
         return out
+
+
+def fill(file: FileIO, view: memoryview, path: Path, name: str) -> None:
+    """Read until `view` is full: the system gives no more than 2 GiB at a time.
+
+    Raises:
+        UserError: the file ends inside the tensor `name`.
+    """
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise UserError(str(path), f"cut short inside '{name}'", _DAMAGED)
+        done += count
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

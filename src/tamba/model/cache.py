@@ -31,7 +31,8 @@ from tamba.model.config import TambaConfig
 from tamba.model.tokens import padding_first
 
 DEFAULT_ROLLBACK = 64
-"""Tokens that a recording layer can take back when nobody said how many (assisted generation)."""
+"""Tokens that a recording layer can take back at least when nobody said how many (assisted
+generation; longer drafts are told by `expect_rollback`)."""
 
 # (inputs, conv_state, ssm_state, starts, padding) -> (output, conv_state, ssm_state)
 Scan = Callable[
@@ -486,6 +487,13 @@ def adopt(cache: Cache, config: TambaConfig) -> Cache:
             made.activate_past_recording()
         cache.layers[index] = made
     return cache
+
+
+def expect_rollback(cache: Cache | None, n: int) -> None:
+    """Let the layers that record the past keep what taking back `n` tokens from now on needs."""
+    for layer in [] if cache is None else cache.layers:
+        if isinstance(layer, RecurrentLayer | WindowLayer) and layer.record_past:
+            layer.max_rollback = max(layer.max_rollback, n)
 
 
 def _make_layer(kind: str, config: TambaConfig, max_rollback: int) -> Any:

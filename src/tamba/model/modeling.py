@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from tamba.model.attention import AttentionWeights
 from tamba.model.block import Block
-from tamba.model.cache import TambaCache, adopt
+from tamba.model.cache import TambaCache, adopt, expect_rollback
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.layers import make_norm
 from tamba.model.recurrent import RecurrentMixer
@@ -257,6 +257,9 @@ class TambaForCausalLM(TambaPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if isinstance(cache := model_kwargs.get("past_key_values"), Cache):
             adopt(cache, self.config)
+            if getattr(generation_config, "is_assistant", False):
+                # A draft, all of which may be refused, and the token before it.
+                expect_rollback(cache, (generation_config.max_new_tokens or 0) + 1)
 
     @can_return_tuple
     def forward(
@@ -277,6 +280,9 @@ class TambaForCausalLM(TambaPreTrainedModel, GenerationMixin):
         Arguments are those of `TambaModel.forward`; `labels` [B, T] are shifted here and -100 is
         not scored.
         """
+        if isinstance(logits_to_keep, int) and logits_to_keep > 1:
+            # Whoever wants logits of several tokens verifies a draft, and may refuse all of it.
+            expect_rollback(past_key_values, logits_to_keep)
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
