@@ -178,6 +178,37 @@ def swap_scores(
     return converted, scores
 
 
+def converted_layers(
+    teacher: TambaForCausalLM,
+    layers: Sequence[int],
+    options: ConvertOptions,
+    fit: TokenBlocks | None = None,
+    seed: int = 0,
+) -> dict[int, Block]:
+    """Each of `layers` converted, and fitted on `fit` where it is given, as `swap_scores` does."""
+    D = teacher.config.hidden_size
+    n_tokens = 1 if fit is None else len(fit) * fit.length
+    size = max(1, _HELD_BYTES // (8 * D * n_tokens))
+    made: dict[int, Block] = {}
+    for first in range(0, len(layers), size):
+        some = layers[first : first + size]
+        seen = (
+            Trace() if fit is None else trace(teacher, fit, mixers=some, heads=True, dtype=_DTYPE)
+        )
+
+        def one(index: int, _: Any, seen: Trace = seen) -> Block:
+            original = teacher.model.layers[index]
+            assert isinstance(original, Block)
+            layer = convert_layer(original, teacher.config, options, index, seed=seed)
+            if index in seen.mixers:
+                _fit(teacher, layer, index, seen)
+            return layer
+
+        found = each(one, some, device=teacher.device, label="convert layers")
+        made |= dict(zip(some, found, strict=True))
+    return made
+
+
 def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> None:
     attention = teacher.model.layers[index].mixer
     assert isinstance(attention, Attention)
