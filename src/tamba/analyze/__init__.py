@@ -18,7 +18,7 @@ import torch
 from tamba.analyze.choice import Budget, plan_of, transplant_plans
 from tamba.analyze.distances import StateScores, state_scores
 from tamba.analyze.probe import word_probe
-from tamba.analyze.study import Settings, Study, facts_of, files_of, study
+from tamba.analyze.study import Settings, Study, files_of, study
 from tamba.analyze.swaps import (
     Analysis,
     analyze_model,
@@ -141,7 +141,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
             always_keep=wanted.always_keep,
             seed=recipe.seed,
         )
-        _check_settings(settings, checkpoint.tamba_config, student=False)
+        settings.check(checkpoint.tamba_config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train or prepared.heldout
@@ -169,7 +169,7 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     checkpoint = open_checkpoint(source)
     student = None if reading.student is None else open_checkpoint(reading.student)
     config = checkpoint.tamba_config
-    _check_settings(settings, config, student=student is not None)
+    settings.check(config, student=student is not None, recall=reading.recall)
     _check_reading(reading, settings, config)
     into = None if reading.into is None else _receiver(reading, checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint)
@@ -203,12 +203,6 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
         files |= {f"plans/{name}.toml": plan.to_toml() for name, plan in plans.items()}
     _write(out, files)
     return found
-
-
-def _check_settings(settings: Settings, config: TambaConfig, *, student: bool) -> None:
-    specs = config.block_specs
-    attention = [i for i, spec in enumerate(specs) if isinstance(spec.mixer, AttentionSpec)]
-    settings.check(len(specs), attention, student=student)
 
 
 def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) -> None:
@@ -260,7 +254,7 @@ def _receiver(reading: Reading, donor: Checkpoint, settings: Settings) -> int:
 def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str | None:
     if found.choice is None:
         return None
-    return plan_of(found.choice, facts_of(model, settings), settings.convert).to_toml()
+    return plan_of(found.choice, settings.facts(model.config), settings.convert).to_toml()
 
 
 def _check(recipe: Recipe, specs: Sequence[Any]) -> None:

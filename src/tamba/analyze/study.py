@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +23,8 @@ from tamba.analyze.choice import (
     Choice,
     Facts,
     Group,
+    Scores,
+    Table,
     choose,
     donor_groups,
     rank_correlations,
@@ -40,6 +42,7 @@ from tamba.analyze.effects import (
 from tamba.analyze.probe import Probe
 from tamba.data import TokenBlocks
 from tamba.errors import UserError, nearest
+from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import ConvertOptions
 from tamba.plots import to_bytes
@@ -80,8 +83,20 @@ class Settings:
     groups: int | None = None
     seed: int = 0
 
-    def check(self, n_layers: int, attention: Sequence[int], *, student: bool) -> None:
-        """Refuse what a model of these layers cannot be asked for. Raises UserError."""
+    def check(self, config: TambaConfig, *, student: bool = False, recall: bool = False) -> None:
+        """Refuse what a model cannot be asked for, before it is read.
+
+        Args:
+            config: of the model.
+            student: whether there is a converted one beside it.
+            recall: whether effects are measured on recall too.
+
+        Raises:
+            UserError: an unknown score or strategy, layers that are not there, one layer alone, a
+                budget that cannot be kept.
+        """
+        n_layers = config.num_hidden_layers
+        attention = any(isinstance(spec.mixer, AttentionSpec) for spec in config.block_specs)
         for name in self.measures:
             if name not in MEASURES:
                 raise UserError("scores", f"there is none called '{name}'", nearest(name, MEASURES))
@@ -94,22 +109,49 @@ class Settings:
                 )
         if n_layers < 2:
             raise UserError(
-                "model",
+                config.name_or_path or "model",
                 f"has {n_layers} layer, and layers are compared with one another",
                 "analyse a model of two layers or more",
             )
-        for name in set(self.measures) & {"swap", "least_squares", "aligned", "restore"}:
-            if not attention:
+        for name in self.measures:
+            if name in ("swap", "least_squares", "aligned", "restore") and not attention:
                 raise UserError(
                     f"score '{name}'", "takes attention layers, and there are none", "ask for drop"
                 )
-        for name in set(self.measures) & {"aligned", "restore"}:
-            if not student:
+            if name in ("aligned", "restore") and not student:
                 raise UserError(f"score '{name}'", "takes a converted student", "name one")
         if self.groups is not None and not 1 <= self.groups <= n_layers:
             raise UserError(
                 "groups", f"there are {n_layers} layers, no group of {self.groups}", "ask for fewer"
             )
+        if self.groups is not None and "states" not in self.measures:
+            raise UserError("groups", "are found from hidden states", "ask for the score 'states'")
+        if attention:
+            # Which layers is not known yet; whether any can be chosen so is.
+            flat = dict.fromkeys(self._names(recall), [0.0] * n_layers)
+            level = [[0.0] * (n_layers - i) for i in range(n_layers)]
+            known = ("all_tokens", "last_token") if "states" in self.measures else ()
+            self.choice(config, flat, dict.fromkeys(known, level))
+
+    def _names(self, recall: bool) -> list[str]:
+        """Names of the scores that will be measured."""
+        names = list(STATE_SCORES) if "states" in self.measures else []
+        parts = ("", "_loss", "_recall") if recall else ("", "_loss")
+        return names + [m + part for m in self.measures if m != "states" for part in parts]
+
+    def facts(self, config: TambaConfig) -> Facts:
+        """What a choice has to know of a model."""
+        return Facts.of(config, self.convert, always_keep=self.always_keep)
+
+    def choice(self, config: TambaConfig, scores: Scores, distances: Mapping[str, Table]) -> Choice:
+        """The layers to replace. Raises UserError, see `choose`."""
+        facts = self.facts(config)
+        strategy = self.choose or f"lowest {next(n for n in _PREFERRED if n in scores)}"
+        budget = self.budget
+        if budget is None:
+            alone = strategy.split()[0] in ("explicit", "jamba")
+            budget = Budget() if alone else Budget(layers=len(facts.free) // 2)
+        return choose(strategy, facts, budget, scores, distances)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,15 +236,14 @@ def study(
     Raises:
         UserError: what `Settings.check` raises, too little text, or what the measures raise.
     """
-    attention = attention_layers(model)
-    settings.check(len(model.model.layers), attention, student=student is not None)
+    settings.check(model.config, student=student is not None, recall=probe is not None)
     states = None
     changes: dict[str, dict[int, Change]] = {}
+    effects = [name for name in MEASURES if name in settings.measures and name != "states"]
+    fit, score = divided(blocks, settings.effect_tokens) if effects else (blocks, blocks)
     if "states" in settings.measures:
         states = state_scores(model, blocks, dtype=settings.dtype)
-    effects = [name for name in MEASURES if name in settings.measures and name != "states"]
     if effects:
-        fit, score = divided(blocks, settings.effect_tokens)
         ledger = Ledger(record, _digest(model, score, fit, settings, probe, student))
         told: dict[str, Any] = {"probe": probe, "ledger": ledger}
         for name in effects:
@@ -223,13 +264,14 @@ def study(
                 )
     title = model.config.name_or_path or "model"
     found = Study(title, len(model.model.layers), states, changes, text=text or {})
+    values, _ = found.scores()
+    choice = None
+    if attention_layers(model):
+        choice = settings.choice(model.config, values, found.distances())
     groups: Sequence[Group] = ()
     if settings.groups is not None:
-        if states is None:
-            raise UserError("groups", "are found from hidden states", "ask for the score 'states'")
         groups = donor_groups(found.distances()["all_tokens"], settings.groups)
-    choice = _chosen(found, model, settings) if attention else None
-    return Study(title, found.n_layers, states, changes, choice, groups, found.text)
+    return replace(found, choice=choice, groups=groups)
 
 
 def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
@@ -267,22 +309,6 @@ def _digest(
             digest.update(json.dumps([one.config.name_or_path, few]).encode())
     digest.update(json.dumps([settings.convert.model_dump(), settings.seed]).encode())
     return digest.hexdigest()
-
-
-def _chosen(found: Study, model: TambaForCausalLM, settings: Settings) -> Choice:
-    values, _ = found.scores()
-    facts = facts_of(model, settings)
-    strategy = settings.choose or f"lowest {next(n for n in _PREFERRED if n in values)}"
-    budget = settings.budget
-    if budget is None and strategy.split()[0] in ("explicit", "jamba"):
-        budget = Budget()
-    budget = budget or Budget(layers=len(facts.free) // 2)
-    return choose(strategy, facts, budget, values, found.distances())
-
-
-def facts_of(model: TambaForCausalLM, settings: Settings) -> Facts:
-    """What a choice has to know of a model."""
-    return Facts.of(model.config, settings.convert, always_keep=settings.always_keep)
 
 
 # The artefact.
@@ -394,4 +420,5 @@ def report(found: Study, pictures: Sequence[str] = ()) -> str:
 def _cell(value: float | None, error: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:.3g}" if error is None else f"{value:.3g} ± {2 * error:.1g}"
+    shown = f"{value:.3g}"
+    return shown if error is None else f"{shown} ± {2 * error:.1g}"
