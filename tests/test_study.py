@@ -193,6 +193,7 @@ WRONG = {
     ),
     "no run of layers": (["--groups", "2", "--replace", "5..7"], "is no run of layers"),
     "settings of a recipe": (["--set", "analyze.tokens=3"], "changes a recipe"),
+    "unknown type": (["--dtype", "int8"], "'int8' is not one to compute in"),
     "missing text": (["--text", "nowhere.txt"], "no such file"),
 }
 

@@ -140,7 +140,10 @@ def analyze(
     replace: Annotated[
         str | None, typer.Option(metavar="A-B", help="in place of these layers of it.")
     ] = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Of matrix products; as stored if not given."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Score layers and choose which to convert: scores, heat maps, report, plan.toml."""

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,8 +34,9 @@ from tamba.checkpoint import (
 )
 from tamba.data import TokenBlocks, read_texts, text_digest
 from tamba.errors import UserError
-from tamba.model.config import AttentionSpec, TambaConfig
+from tamba.model.config import AttentionSpec, BlockSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
+from tamba.plan import LayerPlan, PlanEntry
 from tamba.recipe import Recipe, as_recipe
 from tamba.text import prepare_text, read_text
 
@@ -49,6 +49,7 @@ __all__ = [
     "analyze",
     "analyze_model",
     "angular_distances",
+    "check_choice",
     "perplexity_ratios",
     "state_scores",
     "study",
@@ -75,7 +76,8 @@ class Reading:
         student: a converted model, for the scores ``aligned`` and ``restore``.
         into: a teacher that candidate groups of this model's layers are meant for, and
         replaced: its neighbouring layers that they would stand for.
-        dtype: of the weights; None for the type they are stored in.
+        dtype: ``float32``, or ``bfloat16`` or ``float16`` for matrix products alone, which some
+            machines do faster; None for the type that the weights are stored in.
         device: None for a GPU where there is one.
     """
 
@@ -129,7 +131,7 @@ def analyze(
 def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analysis | Study:
     checkpoint = open_model(recipe)
     wanted = recipe.analyze
-    _check(recipe, checkpoint.tamba_config.block_specs)
+    check_choice(recipe, checkpoint.tamba_config.block_specs)
     settings = None
     if wanted.measures or wanted.choose:
         settings = Settings(
@@ -181,8 +183,11 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     blocks = TokenBlocks.from_texts(texts, tokenizer, reading.length, max_tokens=reading.tokens)
     probe = word_probe(tokenizer, seed=settings.seed) if reading.recall else None
     device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(checkpoint, reading.dtype, device)
-    other = None if student is None else load_model(student, reading.dtype, device)
+    wide = reading.dtype if reading.dtype == "float32" else None
+    if reading.dtype is not None and wide is None:
+        settings = replace(settings, dtype=getattr(torch, reading.dtype))
+    model = load_model(checkpoint, wide, device)
+    other = None if student is None else load_model(student, wide, device)
     found = study(
         model,
         blocks,
@@ -213,6 +218,10 @@ def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) ->
             "length",
             f"{reading.length} is beyond the model's {positions} positions",
             "ask for less",
+        )
+    if reading.dtype not in (None, "float32", "bfloat16", "float16"):
+        raise UserError(
+            "dtype", f"'{reading.dtype}' is not one to compute in", "float32, bfloat16 or float16"
         )
     if reading.tokens < reading.length:
         raise UserError(
@@ -257,7 +266,19 @@ def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str
     return plan_of(found.choice, settings.facts(model.config), settings.convert).to_toml()
 
 
-def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
+def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
+    """Refuse layers to keep or to convert that the teacher does not have.
+
+    Args:
+        recipe: its ``analyze`` section says how many, and which are left alone.
+        specs: the teacher's layers.
+
+    Returns:
+        A plan of the form that the analysis will write; which layers it converts means nothing.
+
+    Raises:
+        UserError: a layer to keep that is not there, or more to convert than there is attention.
+    """
     wanted = recipe.analyze
     for layer in wanted.always_keep:
         if not 0 <= layer < len(specs):
@@ -277,6 +298,9 @@ def _check(recipe: Recipe, specs: Sequence[Any]) -> None:
             f"{wanted.convert} layers are to be converted and {len(free)} can be",
             "convert fewer or keep fewer",
         )
+    some = free[: wanted.convert]
+    entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))
+    return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 
 
 def _files(found: Analysis) -> dict[str, str | bytes]:
