@@ -100,14 +100,99 @@ def inspect(
 
 
 @app.command()
-def analyze(recipe: RecipeFile, out: OutFolder, overrides: Set = None) -> None:
-    """Score the teacher's layers and choose which to convert: scores, plots, plan.toml."""
-    settings = _read(recipe, overrides)
+def analyze(
+    source: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.toml), or a checkpoint.")
+    ],
+    out: OutFolder,
+    overrides: Set = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to read: .txt, .jsonl, a folder; python-docs if not given."),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens a row.", min=2)] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens to read.", min=2)] = 32_768,
+    scores: Annotated[
+        str,
+        typer.Option(
+            help="Of states, drop, swap, least_squares, aligned, restore; commas between."
+        ),
+    ] = "states",
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Measure recall too where layers are changed.")
+    ] = False,
+    effect_tokens: Annotated[int, typer.Option(help="Tokens that effects are scored on.")] = 4096,
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Converted, for aligned and restore.")
+    ] = None,
+    choose: Annotated[
+        str, typer.Option(metavar="STRATEGY", help="How to choose, e.g. 'lowest drop', uniform.")
+    ] = "",
+    convert: Annotated[
+        int | None, typer.Option(help="Layers to convert; half of the attention if not given.")
+    ] = None,
+    cache_bytes: Annotated[
+        int | None, typer.Option(help="Convert until 8,192 tokens take no more than this.")
+    ] = None,
+    keep: Annotated[list[int] | None, typer.Option(help="A layer to keep; repeatable.")] = None,
+    groups: Annotated[
+        int | None, typer.Option(help="Find groups of so many layers to transplant.", min=1)
+    ] = None,
+    into: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Write plans that put groups into it,")
+    ] = None,
+    replace: Annotated[
+        str | None, typer.Option(metavar="A-B", help="in place of these layers of it.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="TYPE", help="Of matrix products; as stored if not given."),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Score layers and choose which to convert: scores, heat maps, report, plan.toml."""
+    recipe = _read(Path(source), overrides) if source.endswith(".toml") else None
+    if recipe is None and overrides:
+        raise UserError("--set", "changes a recipe, and there is none", "name a .toml file")
     with _step():
+        from tamba.analyze import PYTHON_DOCS, Reading, Settings
         from tamba.analyze import analyze as step
+        from tamba.analyze.choice import Budget
 
-        step(settings, out)
+        if recipe is not None:
+            step(recipe, out)
+        else:
+            reading = Reading(
+                text or PYTHON_DOCS,
+                length,
+                tokens,
+                recall=recall,
+                student=student,
+                into=into,
+                replaced=_layer_run(replace),
+                dtype=dtype,
+                device=device,
+            )
+            settings = Settings(
+                tuple(scores.replace(",", " ").split()),
+                effect_tokens,
+                choose=choose,
+                budget=None if convert is cache_bytes is None else Budget(convert, cache_bytes),
+                always_keep=tuple(keep or ()),
+                groups=groups,
+            )
+            step(source, out, reading=reading, settings=settings)
     stderr.print(f"wrote {out}")
+
+
+def _layer_run(words: str | None) -> range:
+    """The layers that ``12-22`` means, both ends among them."""
+    if words is None:
+        return range(0)
+    first, dash, last = words.partition("-")
+    if not (first.isdigit() and (last.isdigit() or not dash)):
+        raise UserError("--replace", f"'{words}' is no run of layers", "write e.g. 12-22")
+    return range(int(first), int(last or first) + 1)
 
 
 @app.command()

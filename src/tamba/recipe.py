@@ -91,12 +91,20 @@ class Analyze(Section):
         tokens: text to score on.
         convert: number of layers to convert: those with the lowest scores.
         always_keep: teacher layers that stay attention whatever their score.
+        measures: scores to measure and write down, of ``states``, ``drop``, ``swap`` and
+            ``least_squares``; nothing for `score` alone.
+        choose: how to choose among them, in the words of `tamba.analyze.choice.STRATEGIES`, as
+            many as `convert` or `cache_bytes` says.
+        cache_bytes: of one sequence of 8,192 tokens, which the choice brings the cache down to.
     """
 
     score: Literal["swap", "least_squares", "own_turn", "column_mean"] = "least_squares"
     tokens: Count = 16_384
     convert: int = Field(default=0, ge=0)
     always_keep: tuple[int, ...] = ()
+    measures: tuple[Literal["states", "drop", "swap", "least_squares"], ...] = ()
+    choose: str = ""
+    cache_bytes: Count | None = None
 
 
 class Build(Section):
@@ -260,7 +268,7 @@ class Recipe(Section):
     def _sections_agree(self) -> Recipe:
         if self.train and not self.data.train:
             raise ValueError("[[train]] has stages but data.train names no text")
-        if self.build.plan == "analyze" and not self.analyze.convert:
+        if self.build.plan == "analyze" and not (self.analyze.convert or self.analyze.choose):
             raise ValueError(
                 "says neither which layers to convert nor how many: set build.plan, "
                 "or analyze.convert"

@@ -125,7 +125,7 @@ def draw_all(record: Record, *, titles: bool) -> list[tuple[str, Figure]]:
         "memory": ("Cache of one sequence", _memory),
     }
     figures = []
-    with _style():
+    with drawing():
         for name, (title, draw) in drawings.items():
             figure = draw(record, 0.42 if titles else 0.0)
             if figure is None:
@@ -171,7 +171,7 @@ def draw_comparison(
     if _MISSING:
         raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
     figures = []
-    with _style():
+    with style():
         if len(points) > 1:
             figure = _runs(points, 0.42 if titles else 0.0)
             if titles:
@@ -188,7 +188,7 @@ def draw_comparison(
 def to_bytes(figure: Figure, kind: str) -> bytes:
     """The figure as a ``png`` or ``svg`` file, the same bytes for the same drawing."""
     out = io.BytesIO()
-    with _style({"svg.hashsalt": "tamba"}):
+    with drawing({"svg.hashsalt": "tamba"}):
         dated = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
         figure.savefig(out, format=kind, dpi=200, metadata=dated)
     return out.getvalue()
@@ -200,7 +200,7 @@ def to_inline(figure: Figure, name: str) -> str:
     `name` keeps its ids apart from those of other drawings on the page.
     """
     out = io.BytesIO()
-    with _style({"svg.hashsalt": name}):
+    with drawing({"svg.hashsalt": name}):
         unsigned = {"Date": None, "Creator": None}
         figure.savefig(out, format="svg", transparent=True, metadata=unsigned)
     svg = out.getvalue().decode()
@@ -226,7 +226,7 @@ def to_inline(figure: Figure, name: str) -> str:
 
 
 @contextmanager
-def _style(more: dict[str, str] | None = None) -> Iterator[None]:
+def drawing(more: dict[str, str] | None = None) -> Iterator[None]:
     """Our settings, and silence about letters and weights that no installed font has."""
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level

@@ -1,41 +1,36 @@
-"""Score the teacher's layers and choose which to convert.
+"""What converting a layer does: how a recipe's analysis scores layers and chooses among them.
 
 The score that counts is the harm done: how far the teacher's next-token distribution moves when one
 layer's attention is replaced by the mixer that a conversion would put there, as it is (``swap``) or
-after its closed-form fit (``least_squares``). Layers below the replaced one need not run again. The
-angular distances of *E-Tamba* (equation 1) look at hidden states alone.
+after its closed-form fit (``least_squares``). Layers below the replaced one need not run again.
 
 Shape letters: `n` rows, `T` tokens of a row, `L` layers, `D` d_model.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tamba.artefact import new_folder
+from tamba.analyze.distances import state_scores
 from tamba.calibrate import calibrate, can_calibrate, fit_output
-from tamba.checkpoint import load_model, open_model
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.block import Block
-from tamba.model.config import AttentionSpec, BlockSpec
+from tamba.model.config import AttentionSpec
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
-from tamba.plan import ConvertOptions, LayerPlan, PlanEntry, write_plan
+from tamba.plan import ConvertOptions, LayerPlan, PlanEntry
 from tamba.progress import track
-from tamba.recipe import Recipe, as_recipe
+from tamba.recipe import Recipe
 from tamba.surgery import convert_layer
-from tamba.text import prepare_text, read_text
 from tamba.trace import Trace, climb, computing, each, enter, finish, trace
 
 _DTYPE = torch.bfloat16
@@ -69,78 +64,6 @@ class Analysis:
     plan: LayerPlan
     frontier: list[tuple[int, float]]
     distances: list[list[float | None]] | None = None
-
-
-def analyze(
-    recipe: Recipe | str | Path, out: str | Path, *, text: str | Path | None = None
-) -> Analysis:
-    """Score the layers of a recipe's teacher and write the plan that converts the least harmful.
-
-    Text to fit and to score on are different rows of the recipe's training text, or of its held-out
-    text where it trains on none.
-
-    Args:
-        recipe: the recipe or its file.
-        out: the folder to make: `scores.json`, `plan.toml`, and `record.json` for the report.
-        text: the folder of prepared text; None to prepare it here.
-
-    Raises:
-        UserError: more layers to convert than there is attention, a layer to keep that is not
-            there, or a model or text that cannot be; `out` is not made.
-    """
-    recipe = as_recipe(recipe)
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(str(out), "already exists", "choose another folder or remove it")
-    checkpoint = open_model(recipe)
-    check_choice(recipe, checkpoint.tamba_config.block_specs)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prepared = prepare_text(recipe) if text is None else read_text(text)
-    blocks = prepared.train or prepared.heldout
-    if blocks is None:
-        raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
-    dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
-    teacher = load_model(checkpoint, dtype, device)
-    found = analyze_model(teacher, blocks, recipe)
-    _write(out, found)
-    return found
-
-
-def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
-    """Refuse layers to keep or to convert that the teacher does not have.
-
-    Args:
-        recipe: its ``analyze`` section says how many, and which are left alone.
-        specs: the teacher's layers.
-
-    Returns:
-        A plan of the form that the analysis will write; which layers it converts means nothing.
-
-    Raises:
-        UserError: a layer to keep that is not there, or more to convert than there is attention.
-    """
-    wanted = recipe.analyze
-    for layer in wanted.always_keep:
-        if not 0 <= layer < len(specs):
-            raise UserError(
-                recipe.where("analyze.always_keep"),
-                f"there is no layer {layer}",
-                f"the teacher's are 0 to {len(specs) - 1}",
-            )
-    free = [
-        i
-        for i, spec in enumerate(specs)
-        if isinstance(spec.mixer, AttentionSpec) and i not in wanted.always_keep
-    ]
-    if wanted.convert > len(free):
-        raise UserError(
-            recipe.where("analyze.convert"),
-            f"{wanted.convert} layers are to be converted and {len(free)} can be",
-            "convert fewer or keep fewer",
-        )
-    some = free[: wanted.convert]
-    entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))
-    return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 
 
 def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe) -> Analysis:
@@ -255,6 +178,37 @@ def swap_scores(
     return converted, scores
 
 
+def converted_layers(
+    teacher: TambaForCausalLM,
+    layers: Sequence[int],
+    options: ConvertOptions,
+    fit: TokenBlocks | None = None,
+    seed: int = 0,
+) -> dict[int, Block]:
+    """Each of `layers` converted, and fitted on `fit` where it is given, as `swap_scores` does."""
+    D = teacher.config.hidden_size
+    n_tokens = 1 if fit is None else len(fit) * fit.length
+    size = max(1, _HELD_BYTES // (8 * D * n_tokens))
+    made: dict[int, Block] = {}
+    for first in range(0, len(layers), size):
+        some = layers[first : first + size]
+        seen = (
+            Trace() if fit is None else trace(teacher, fit, mixers=some, heads=True, dtype=_DTYPE)
+        )
+
+        def one(index: int, _: Any, seen: Trace = seen) -> Block:
+            original = teacher.model.layers[index]
+            assert isinstance(original, Block)
+            layer = convert_layer(original, teacher.config, options, index, seed=seed)
+            if index in seen.mixers:
+                _fit(teacher, layer, index, seen)
+            return layer
+
+        found = each(one, some, device=teacher.device, label="convert layers")
+        made |= dict(zip(some, found, strict=True))
+    return made
+
+
 def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> None:
     attention = teacher.model.layers[index].mixer
     assert isinstance(attention, Attention)
@@ -342,59 +296,5 @@ def perplexity_ratios(
 
 
 def angular_distances(model: TambaForCausalLM, blocks: TokenBlocks) -> Tensor:
-    """[L, L] float64: mean angle, in half turns, of the hidden states before layers l and l + n.
-
-    Row l, column n - 1; NaN where there is no layer l + n. The last state is what the last layer
-    gives, before the final norm (*E-Tamba*, equation 1, which leaves that open).
-    """
-    L = len(model.model.layers)
-    total = torch.zeros(L + 1, L + 1, dtype=torch.float64)
-    for batch in track(blocks.batches(1), "angles", len(blocks)):
-        one = TokenBlocks(batch.tokens.int(), batch.starts, batch.tokens.numel())
-        states = trace(model, one, streams=range(L + 1), dtype=_DTYPE).streams
-        unit = torch.stack([_unit(states[i][0]) for i in range(L + 1)])  # [L + 1, T, D]
-        for low in range(L):
-            # 2 asin(|u - v| / 2) keeps the digits that arccos loses at small angles.
-            apart = (unit[low + 1 :] - unit[low]).norm(dim=-1).double()
-            angle = 2.0 * torch.asin((apart / 2.0).clamp_max(1.0)) / math.pi
-            total[low, low + 1 :] += angle.mean(-1).cpu()
-    table = torch.full((L, L), math.nan, dtype=torch.float64)
-    for low in range(L):
-        table[low, : L - low] = total[low, low + 1 :] / len(blocks)
-    return table
-
-
-def _unit(states: Tensor) -> Tensor:
-    """[T, D] with every row of length one."""
-    length = states.norm(dim=-1, keepdim=True)
-    if bool((length == 0).any()):
-        raise UserError(
-            "analyze", "a hidden state is zero and has no direction", "check the weights"
-        )
-    return states / length
-
-
-def _write(out: Path, found: Analysis) -> None:
-    """The folder, whole or not at all."""
-    record = {
-        "scores": found.scores,
-        "score_name": "KL (nats/token)" if found.frontier else found.score,
-        "frontier": [
-            {"converted": n, "ratio": ratio, "stage": found.score} for n, ratio in found.frontier
-        ],
-    }
-    scores = {
-        "score": found.score,
-        "scores": found.scores,
-        "order": found.order,
-        "frontier": found.frontier,
-        "distances": found.distances,
-    }
-    try:
-        with new_folder(out) as folder:
-            (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-            (folder / "record.json").write_text(json.dumps(record, indent=1) + "\n")
-            write_plan(replace(found.plan, name="plan.toml"), folder / "plan.toml")
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise UserError(str(out), problem, "choose another folder or free some room") from error
+    """[L, L] float64: `StateScores.all_tokens` with products in a short type: two digits."""
+    return state_scores(model, blocks, dtype=_DTYPE, label="angles").all_tokens.mean

@@ -1,0 +1,388 @@
+"""Scores of layers that look at hidden states alone, in one pass that keeps none of them.
+
+`x^(l)` is the residual stream before layer l and `x^(L)` what the last layer gives, before the
+final norm: layer l turns `x^(l)` into `x^(l+1)`. Every score is a function of directions `x / |x|`.
+A batch of states gives one Gram matrix a token over the L + 1 states; only sums over rows and over
+products of row means are kept, so memory does not grow with text.
+
+What counts is text: not padding, and not the separator that closes a document. A row of tokens is a
+sequence: means are over its tokens first, then over rows, and errors are those of the mean over
+rows.
+
+Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model, `n` tokens that
+count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tamba import progress
+from tamba.data import Batch, TokenBlocks
+from tamba.errors import UserError
+from tamba.model.modeling import TambaForCausalLM
+from tamba.trace import computing
+
+_NEAR = 0.999
+"""Cosines beyond which an angle is taken from a difference: arccos loses half the digits there."""
+_KERNEL_TOKENS = 64
+"""Tokens of one kernel matrix; the estimate does not depend on how many."""
+_FOLDS = 16
+"""Parts of the text that the error of a ratio is told from by leaving out one at a time."""
+_VALUES_AT_ONCE = 1 << 25
+"""Numbers of the states held at once beside the model's own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Means and their standard errors, float64 of one shape; NaN where there is nothing."""
+
+    mean: Tensor
+    error: Tensor
+
+    def __getitem__(self, index: Any) -> Estimate:
+        return Estimate(self.mean[index], self.error[index])
+
+
+@dataclass(frozen=True, eq=False)
+class StateScores:
+    """What the hidden states of some text say about each layer.
+
+    Tables are [L, L]: row l, column n - 1 compares `x^(l)` with `x^(l+n)`; NaN beyond the last.
+
+    Args:
+        all_tokens: mean angle in half turns, from 0 to 1 (*E-Tamba*, equation 1).
+        last_token: the same of the last token of each row (Gromov et al. 2024, arXiv 2403.17887,
+            equation 7).
+        block_influence: [L], one minus the mean cosine of `x^(l)` and `x^(l+1)` (*ShortGPT*, arXiv
+            2403.03853, equation 1).
+        kernel_similarity: centred kernel alignment, 1 for representations that are rotations of
+            one another (Kornblith et al. 2019, arXiv 1905.00414), of the cosine kernel.
+        after_norm: [L], mean angle of `x^(l)` and `x^(L)` after the final norm: what reading the
+            last state there would add.
+        sequences: rows read.
+        tokens: tokens that counted.
+    """
+
+    all_tokens: Estimate
+    last_token: Estimate
+    block_influence: Estimate
+    kernel_similarity: Estimate
+    after_norm: Estimate
+    sequences: int
+    tokens: int
+
+    @property
+    def own_turn(self) -> Estimate:
+        """[L], the angle that each layer turns the stream by, d(l, 1)."""
+        return self.all_tokens[:, 0]
+
+    @property
+    def last_turn(self) -> Estimate:
+        """[L], the same of the last token of each row."""
+        return self.last_token[:, 0]
+
+    @property
+    def column_mean(self) -> Estimate:
+        """[L], the mean of d(l, n) over n: how dark a column of the heat map is.
+
+        The error is an upper bound: the cells of a column are taken to err together.
+        """
+        return Estimate(self.all_tokens.mean.nanmean(1), self.all_tokens.error.nanmean(1))
+
+    @property
+    def kernel_change(self) -> Estimate:
+        """[L], one minus the kernel similarity of the states before and after each layer."""
+        first = self.kernel_similarity[:, 0]
+        return Estimate(1.0 - first.mean, first.error)
+
+
+def state_scores(
+    model: TambaForCausalLM,
+    blocks: TokenBlocks,
+    *,
+    batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    label: str = "hidden states",
+) -> StateScores:
+    """Score every layer of a model of any mix of layers in one pass over text.
+
+    Args:
+        blocks: rows of equal length; documents in a row do not see one another, and neither
+            separators nor filling count.
+        batch_size: rows at a time; None for as many as fit a small buffer.
+        dtype: of the model's matrix products; None for its own type. Angles are float32 at least.
+        label: of the progress bar.
+
+    Raises:
+        UserError: one layer alone, which nothing can be compared with; a state that is not finite
+            or is zero (which layer, which row); no token that counts.
+    """
+    size = batch_size or _batch_size(model, blocks.length)
+
+    def inputs() -> Iterable[tuple[Mapping[str, Any], Tensor]]:
+        with progress.task(label, len(blocks)) as advance:
+            for batch in blocks.batches(size):
+                here = batch.to(model.device)
+                yield here.inputs, counted(here)
+                advance(len(here.tokens))
+
+    return scores_of_inputs(model, inputs(), dtype=dtype)
+
+
+def counted(batch: Batch) -> Tensor:
+    """[B, T] bool: tokens of text, not those that close a document, nor filling."""
+    closes = batch.starts.roll(-1, dims=1)
+    # Filling tokens are documents of their own; the last one of a row can only be told by that.
+    closes[:, -1] = batch.starts[:, -1]
+    return ~closes
+
+
+def scores_of_inputs(
+    model: TambaForCausalLM,
+    inputs: Iterable[tuple[Mapping[str, Any], Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+) -> StateScores:
+    """`state_scores` of batches given as arguments of the model, padded wherever they like.
+
+    Args:
+        inputs: (keyword arguments for the model, [B, T] bool: which tokens count).
+    """
+    layers = model.model.layers
+    if len(layers) < 2:
+        raise UserError(
+            model.config.name_or_path or "model",
+            f"has {len(layers)} layer, and layers are compared with one another",
+            "analyse a model of two layers or more",
+        )
+    sums = _Sums(len(layers), model.device)
+    states: list[Tensor] = []
+
+    def before(_: Any, args: tuple[Any, ...]) -> None:
+        states.append(args[0])
+
+    def after(_: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        states.append(output)
+
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(after))
+    training = model.training
+    try:
+        model.eval()
+        with computing(model, dtype):
+            for arguments, counts in inputs:
+                states.clear()
+                normed = model.model(**arguments, use_cache=False).last_hidden_state
+                with torch.autocast(model.device.type, enabled=False):
+                    sums.add([*states, normed], counts)
+    finally:
+        states.clear()
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return sums.result()
+
+
+def _batch_size(model: TambaForCausalLM, length: int) -> int:
+    row = length * (len(model.model.layers) + 2) * model.config.hidden_size
+    limit = _VALUES_AT_ONCE * (1 if model.device.type == "cpu" else 16)
+    return max(1, min(limit // row, 16))
+
+
+class _Moments:
+    """Mean and standard error of a table over rows, from sums. float64, on the CPU."""
+
+    def __init__(self, *shape: int) -> None:
+        self.total = torch.zeros(*shape, dtype=torch.float64)
+        self.squares = torch.zeros(*shape, dtype=torch.float64)
+        self.n = 0
+
+    def add(self, rows: Tensor) -> None:
+        """[k, *shape], a value a row."""
+        rows = rows.double().cpu()
+        self.total += rows.sum(0)
+        self.squares += rows.square().sum(0)
+        self.n += len(rows)
+
+    def estimate(self) -> Estimate:
+        mean = self.total / self.n
+        if self.n < 2:
+            return Estimate(mean, torch.full_like(mean, math.nan))
+        spread = (self.squares - self.n * mean.square()).clamp_min(0.0) / (self.n - 1)
+        return Estimate(mean, (spread / self.n).sqrt())
+
+
+class _Sums:
+    """All that is remembered of the text: tables of the size of the number of states squared."""
+
+    def __init__(self, n_layers: int, device: torch.device) -> None:
+        self.n_layers = n_layers
+        S = n_layers + 2
+        self.all_tokens = _Moments(S, S)
+        self.last_token = _Moments(S, S)
+        self.apart = _Moments(n_layers)
+        self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64)
+        self.batches = 0
+        self.tokens = 0
+
+    def add(self, states: list[Tensor], counts: Tensor) -> None:
+        """Take in a batch: L + 1 states and the normed last one [B, T, D], and what counts."""
+        first_row = self.all_tokens.n
+        empty = (~counts.any(1)).nonzero()
+        if len(empty):
+            raise UserError(
+                f"row {first_row + int(empty[0])} of the text",
+                "has no token that counts",
+                "give rows of text",
+            )
+        rows = counts.nonzero()[:, 0]
+        unit = _directions(states, counts, rows, first_row)
+        cosine = unit @ unit.mT
+        angle = _angles(unit, cosine)
+        B = len(counts)
+        per_row = counts.sum(1).to(angle.dtype)
+        flat = angle.double().flatten(1)
+        means = torch.zeros(B, flat.shape[1], dtype=torch.float64, device=flat.device)
+        means.index_add_(0, rows, flat)
+        means /= per_row[:, None]
+        self.all_tokens.add(means.unflatten(1, angle.shape[1:]))
+        last = per_row.long().cumsum(0) - 1
+        self.last_token.add(angle[last])
+        # 1 - cos t = 2 sin(t/2)^2 keeps its digits where the layer hardly turns.
+        own = angle.diagonal(1, 1, 2)[:, : self.n_layers].double()
+        influence = 2.0 * torch.sin(own * (math.pi / 2)).square()
+        sums = torch.zeros(B, self.n_layers, dtype=torch.float64, device=flat.device)
+        self.apart.add(sums.index_add_(0, rows, influence) / per_row[:, None])
+        self.kernels[self.batches % _FOLDS] += _dependence(unit).cpu()
+        self.batches += 1
+        self.tokens += len(rows)
+
+    def result(self) -> StateScores:
+        if not self.tokens:
+            raise UserError("text", "holds no token to score", "give more text")
+        L = self.n_layers
+        every = self.all_tokens.estimate()
+        return StateScores(
+            _by_distance(every, L),
+            _by_distance(self.last_token.estimate(), L),
+            self.apart.estimate(),
+            _by_distance(_alignment(self.kernels), L),
+            every[:L, L + 1],
+            self.all_tokens.n,
+            self.tokens,
+        )
+
+
+def _by_distance(table: Estimate, n_layers: int) -> Estimate:
+    """[S, S] by pairs of states as [L, L] by state and how many layers on."""
+
+    def shifted(square: Tensor) -> Tensor:
+        out = torch.full((n_layers, n_layers), math.nan, dtype=torch.float64)
+        for low in range(n_layers):
+            out[low, : n_layers - low] = square[low, low + 1 : n_layers + 1]
+        return out
+
+    return Estimate(shifted(table.mean), shifted(table.error))
+
+
+def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: int) -> Tensor:
+    """[n, S, D]: the states of tokens that count, each of length one, float32 at least."""
+    wide = torch.promote_types(states[0].dtype, torch.float32)
+    whole = bool(counts.all())
+    unit = torch.empty(
+        len(rows), len(states), states[0].shape[-1], dtype=wide, device=counts.device
+    )
+    lengths = torch.empty(len(states), len(rows), dtype=wide, device=counts.device)
+    for index, state in enumerate(states):
+        here = (state.flatten(0, 1) if whole else state[counts]).to(wide)
+        lengths[index] = torch.linalg.vector_norm(here, dim=-1)
+        torch.div(here, lengths[index, :, None], out=unit[:, index])
+    good = torch.isfinite(lengths) & (lengths > 0)
+    if not bool(good.all()):
+        # The lowest state at fault: those above it only inherit it.
+        index, token = (int(i) for i in (~good).nonzero()[0])
+        what = "zero and has no direction" if lengths[index, token] == 0 else "not a finite number"
+        n_layers = len(states) - 2
+        if index == 0:
+            where = "the embedding"
+        else:
+            where = f"layer {index - 1}" if index <= n_layers else "the final norm"
+        raise UserError(
+            where,
+            f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
+            "check the weights, or compute in a wider type",
+        )
+    return unit
+
+
+def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
+    """[n, S, S] angles in half turns.
+
+    arccos where it is well conditioned; 2 asin(|u - v| / 2) for directions that nearly agree, and
+    the same from |u + v| where they are nearly opposite.
+    """
+    angle = torch.acos(cosine.clamp(-1.0, 1.0)) / math.pi
+    near = cosine.abs() > _NEAR
+    near.diagonal(0, 1, 2).fill_(False)
+    angle.diagonal(0, 1, 2).zero_()
+    where = near.nonzero()
+    step = max(1, _VALUES_AT_ONCE // (4 * unit.shape[-1]))
+    for some in where.split(step):
+        token, low, high = some.unbind(1)
+        opposite = cosine[token, low, high] < 0
+        u, v = unit[token, low], unit[token, high]
+        apart = torch.linalg.vector_norm(torch.where(opposite[:, None], u + v, u - v), dim=-1)
+        turn = 2.0 * torch.asin((apart / 2.0).clamp_max(1.0)) / math.pi
+        angle[token, low, high] = torch.where(opposite, 1.0 - turn, turn)
+    return angle
+
+
+def _dependence(unit: Tensor) -> Tensor:
+    """[S, S] float64: sums of the unbiased HSIC of every two states over groups of tokens.
+
+    HSIC of linear kernels, estimator 5 of Song et al. (2012, JMLR 13): unbiased in groups of any
+    size, so that groups can be added up (Nguyen et al. 2021, arXiv 2010.15327, section 3.1).
+    """
+    n, S, _ = unit.shape
+    size = min(_KERNEL_TOKENS, n)
+    total = torch.zeros(S, S, dtype=torch.float64, device=unit.device)
+    if size < 4:
+        return total
+    groups = n // size
+    # Tokens of a group lie far apart in the text: neighbours are not independent.
+    for group in range(groups):
+        some = unit[group : groups * size : groups].transpose(0, 1)
+        kernel = some @ some.mT
+        kernel.diagonal(0, 1, 2).zero_()
+        flat = kernel.flatten(1).double()
+        sums = kernel.sum(2, dtype=torch.float64)
+        whole = sums.sum(1)
+        total += (
+            flat @ flat.mT
+            + torch.outer(whole, whole) / ((size - 1) * (size - 2))
+            - 2.0 / (size - 2) * (sums @ sums.mT)
+        ) / (size * (size - 3))
+    return total
+
+
+def _alignment(folds: Tensor) -> Estimate:
+    """Centred kernel alignment from sums of HSIC [folds, S, S]; its error by the jackknife."""
+
+    def ratio(hsic: Tensor) -> Tensor:
+        own = hsic.diagonal(0, -2, -1).clamp_min(0.0).sqrt()
+        return hsic / (own[..., :, None] * own[..., None, :])
+
+    used = folds[folds.diagonal(0, 1, 2).any(1)]
+    whole = ratio(used.sum(0))
+    if len(used) < 2:
+        return Estimate(whole, torch.full_like(whole, math.nan))
+    parts = ratio(used.sum(0) - used)
+    spread = (parts - parts.mean(0)).square().sum(0)
+    return Estimate(whole, (spread * (len(used) - 1) / len(used)).sqrt())

@@ -1,0 +1,424 @@
+"""All that was found about the layers of one model, and how it is written down.
+
+`study` measures, `Study` knows every score by name, and `files_of` makes the artefact: JSON for
+programs, a page of tables and pictures for people. Nothing here touches the disk but the record of
+finished effects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tamba.analyze.choice import (
+    Budget,
+    Choice,
+    Facts,
+    Group,
+    Scores,
+    Table,
+    choose,
+    donor_groups,
+    rank_correlations,
+)
+from tamba.analyze.distances import Estimate, StateScores, state_scores
+from tamba.analyze.effects import (
+    Change,
+    Ledger,
+    aligned_scores,
+    attention_layers,
+    conversion_scores,
+    drop_scores,
+    restore_scores,
+)
+from tamba.analyze.probe import Probe
+from tamba.data import TokenBlocks
+from tamba.errors import UserError, nearest
+from tamba.model.config import AttentionSpec, TambaConfig
+from tamba.model.modeling import TambaForCausalLM
+from tamba.plan import ConvertOptions
+from tamba.plots import to_bytes
+from tamba.plots.layers import heat_maps, plan_stack, score_bars
+
+Measure = Literal["states", "drop", "swap", "least_squares", "aligned", "restore"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+STATE_SCORES = ("own_turn", "last_turn", "column_mean", "block_influence", "kernel_change")
+_PREFERRED = ("aligned", "least_squares", "swap", "drop", "own_turn")
+"""Scores to choose by where nobody says, the most telling first."""
+
+Lists = dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and what to choose by.
+
+    Args:
+        measures: of `MEASURES`.
+        effect_tokens: text that effects are scored on, and as much again to fit on.
+        dtype: of the matrix products of hidden states; None for the model's own type.
+        convert: how layers are converted.
+        choose: a strategy of `STRATEGIES`; empty for the lowest of the most telling score.
+        budget: of the choice; None for half of the layers that may be replaced.
+        always_keep: layers that stay.
+        groups: size of the candidate groups, for a model that gives layers; None for none.
+        seed: of what a conversion draws.
+    """
+
+    measures: tuple[str, ...] = ("states",)
+    effect_tokens: int = 4096
+    dtype: torch.dtype | None = None
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
+    choose: str = ""
+    budget: Budget | None = None
+    always_keep: tuple[int, ...] = ()
+    groups: int | None = None
+    seed: int = 0
+
+    def check(self, config: TambaConfig, *, student: bool = False, recall: bool = False) -> None:
+        """Refuse what a model cannot be asked for, before it is read.
+
+        Args:
+            config: of the model.
+            student: whether there is a converted one beside it.
+            recall: whether effects are measured on recall too.
+
+        Raises:
+            UserError: an unknown score or strategy, layers that are not there, one layer alone, a
+                budget that cannot be kept.
+        """
+        n_layers = config.num_hidden_layers
+        attention = any(isinstance(spec.mixer, AttentionSpec) for spec in config.block_specs)
+        for name in self.measures:
+            if name not in MEASURES:
+                raise UserError("scores", f"there is none called '{name}'", nearest(name, MEASURES))
+        if not self.measures:
+            raise UserError("scores", "names none", f"of {', '.join(MEASURES)}")
+        for layer in self.always_keep:
+            if not 0 <= layer < n_layers:
+                raise UserError(
+                    "layers to keep", f"there is no layer {layer}", f"they are 0 to {n_layers - 1}"
+                )
+        if n_layers < 2:
+            raise UserError(
+                config.name_or_path or "model",
+                f"has {n_layers} layer, and layers are compared with one another",
+                "analyse a model of two layers or more",
+            )
+        for name in self.measures:
+            if name in ("swap", "least_squares", "aligned", "restore") and not attention:
+                raise UserError(
+                    f"score '{name}'", "takes attention layers, and there are none", "ask for drop"
+                )
+            if name in ("aligned", "restore") and not student:
+                raise UserError(f"score '{name}'", "takes a converted student", "name one")
+        if self.groups is not None and not 1 <= self.groups <= n_layers:
+            raise UserError(
+                "groups", f"there are {n_layers} layers, no group of {self.groups}", "ask for fewer"
+            )
+        if self.groups is not None and "states" not in self.measures:
+            raise UserError("groups", "are found from hidden states", "ask for the score 'states'")
+        if attention:
+            # Which layers is not known yet; whether any can be chosen so is.
+            flat = dict.fromkeys(self._names(recall), [0.0] * n_layers)
+            level = [[0.0] * (n_layers - i) for i in range(n_layers)]
+            known = ("all_tokens", "last_token") if "states" in self.measures else ()
+            self.choice(config, flat, dict.fromkeys(known, level))
+
+    def _names(self, recall: bool) -> list[str]:
+        """Names of the scores that will be measured."""
+        names = list(STATE_SCORES) if "states" in self.measures else []
+        parts = ("", "_loss", "_recall") if recall else ("", "_loss")
+        return names + [m + part for m in self.measures if m != "states" for part in parts]
+
+    def facts(self, config: TambaConfig) -> Facts:
+        """What a choice has to know of a model."""
+        return Facts.of(config, self.convert, always_keep=self.always_keep)
+
+    def choice(self, config: TambaConfig, scores: Scores, distances: Mapping[str, Table]) -> Choice:
+        """The layers to replace. Raises UserError, see `choose`."""
+        facts = self.facts(config)
+        strategy = self.choose or f"lowest {next(n for n in _PREFERRED if n in scores)}"
+        budget = self.budget
+        if budget is None:
+            alone = strategy.split()[0] in ("explicit", "jamba")
+            budget = Budget() if alone else Budget(layers=len(facts.free) // 2)
+        return choose(strategy, facts, budget, scores, distances)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What was found about each layer.
+
+    Args:
+        model: its name.
+        n_layers: of the model.
+        states: scores from hidden states, where they were asked for.
+        changes: by measure and layer.
+        choice: the layers to replace, where some can be.
+        groups: candidate groups of layers to give.
+        text: what was read: sources, rows, length, tokens.
+    """
+
+    model: str
+    n_layers: int
+    states: StateScores | None = None
+    changes: Mapping[str, Mapping[int, Change]] = field(default_factory=dict)
+    choice: Choice | None = None
+    groups: Sequence[Group] = ()
+    text: Mapping[str, Any] = field(default_factory=dict)
+
+    def scores(self) -> tuple[Lists, Lists]:
+        """Every score by name, a value a layer, and the standard errors of each."""
+        values: Lists = {}
+        errors: Lists = {}
+        if self.states is not None:
+            for name in STATE_SCORES:
+                found: Estimate = getattr(self.states, name)
+                values[name], errors[name] = _listed(found.mean), _listed(found.error)
+        for measure, layers in self.changes.items():
+            for part in ("kl", "loss", "recall"):
+                name = measure if part == "kl" else f"{measure}_{part}"
+                changes = [layers.get(i) for i in range(self.n_layers)]
+                if any(c is not None and getattr(c, part) is not None for c in changes):
+                    values[name] = [None if c is None else getattr(c, part) for c in changes]
+                    errors[name] = [
+                        None if c is None else getattr(c, f"{part}_error") for c in changes
+                    ]
+        return values, errors
+
+    def distances(self) -> dict[str, list[list[float]]]:
+        """Angular distances [l][n-1] by name; empty where hidden states were not read."""
+        if self.states is None:
+            return {}
+        return {
+            "all_tokens": _rows(self.states.all_tokens.mean),
+            "last_token": _rows(self.states.last_token.mean),
+        }
+
+
+def _listed(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(v) else v for v in values.tolist()]
+
+
+def _rows(table: Tensor) -> list[list[float]]:
+    """The cells of a triangle, row by row."""
+    L = len(table)
+    return [table[low, : L - low].tolist() for low in range(L)]
+
+
+def study(
+    model: TambaForCausalLM,
+    blocks: TokenBlocks,
+    settings: Settings,
+    *,
+    probe: Probe | None = None,
+    student: TambaForCausalLM | None = None,
+    record: Path | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> Study:
+    """Measure what `settings` asks for and choose.
+
+    Args:
+        blocks: text; effects are fitted on its first rows and scored on the next.
+        probe: of recall, for the effects.
+        student: converted, for ``aligned`` and ``restore``.
+        record: the file of finished effects, see `Ledger`.
+
+    Raises:
+        UserError: what `Settings.check` raises, too little text, or what the measures raise.
+    """
+    settings.check(model.config, student=student is not None, recall=probe is not None)
+    states = None
+    changes: dict[str, dict[int, Change]] = {}
+    effects = [name for name in MEASURES if name in settings.measures and name != "states"]
+    fit, score = divided(blocks, settings.effect_tokens) if effects else (blocks, blocks)
+    if "states" in settings.measures:
+        states = state_scores(model, blocks, dtype=settings.dtype)
+    if effects:
+        ledger = Ledger(record, _digest(model, score, fit, settings, probe, student))
+        told: dict[str, Any] = {"probe": probe, "ledger": ledger}
+        for name in effects:
+            if name == "drop":
+                changes[name] = drop_scores(model, score, **told)
+            elif name in ("aligned", "restore"):
+                assert student is not None
+                measure = aligned_scores if name == "aligned" else restore_scores
+                changes[name] = measure(model, student, score, **told)
+            else:
+                changes[name] = conversion_scores(
+                    model,
+                    score,
+                    settings.convert,
+                    fit=fit if name == "least_squares" else None,
+                    seed=settings.seed,
+                    **told,
+                )
+    title = model.config.name_or_path or "model"
+    found = Study(title, len(model.model.layers), states, changes, text=text or {})
+    values, _ = found.scores()
+    choice = None
+    if attention_layers(model):
+        choice = settings.choice(model.config, values, found.distances())
+    groups: Sequence[Group] = ()
+    if settings.groups is not None:
+        groups = donor_groups(found.distances()["all_tokens"], settings.groups)
+    return replace(found, choice=choice, groups=groups)
+
+
+def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """Rows to fit on and other rows to score on, `tokens` of each where there are so many."""
+    if len(blocks) < 2:
+        raise UserError(
+            "text",
+            f"is {len(blocks)} row, which cannot be divided into text to fit and text to score on",
+            "give more text, or shorter rows",
+        )
+    n = max(1, min(tokens // blocks.length, len(blocks) // 2))
+    parts = (slice(0, n), slice(n, 2 * n))
+    first, second = (
+        TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
+    )
+    return first, second
+
+
+def _digest(
+    model: TambaForCausalLM,
+    score: TokenBlocks,
+    fit: TokenBlocks,
+    settings: Settings,
+    probe: Probe | None,
+    student: TambaForCausalLM | None,
+) -> str:
+    """SHA-256 of everything that finished effects depend on."""
+    digest = hashlib.sha256()
+    for blocks in (score, fit, *(() if probe is None else (probe.blocks,))):
+        digest.update(blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes())
+    for one in (model, student):
+        if one is not None:
+            # Sums of some weights tell models of one name apart without reading them all.
+            few = [p.detach().double().sum().item() for p in one.model.layers.parameters()]
+            digest.update(json.dumps([one.config.name_or_path, few]).encode())
+    digest.update(json.dumps([settings.convert.model_dump(), settings.seed]).encode())
+    return digest.hexdigest()
+
+
+# The artefact.
+
+
+def scores_json(found: Study) -> dict[str, Any]:
+    """What ``scores.json`` holds.
+
+    ``angular_distance`` and ``kernel_similarity`` are lists [l][n-1], with their standard errors
+    beside them; every other score is a list, a value a layer, whose errors are under
+    ``standard_error``.
+    """
+    values, errors = found.scores()
+    out: dict[str, Any] = {"model": found.model, "layers": found.n_layers, "text": found.text}
+    if (states := found.states) is not None:
+        out["angular_distance"] = found.distances() | {
+            "standard_error": {
+                "all_tokens": _errors(states.all_tokens),
+                "last_token": _errors(states.last_token),
+            }
+        }
+        out["kernel_similarity"] = {
+            "all_tokens": [
+                [_number(v) for v in row] for row in _rows(states.kernel_similarity.mean)
+            ],
+            "standard_error": {"all_tokens": _errors(states.kernel_similarity)},
+        }
+        out["after_final_norm"] = _listed(states.after_norm.mean)
+    out |= values
+    out["standard_error"] = errors
+    out["rank_correlation"] = rank_correlations(values)
+    if found.choice is not None:
+        out["choice"] = {"strategy": found.choice.strategy, "layers": list(found.choice.layers)}
+    if found.groups:
+        out["groups"] = [{"first": g.first, "last": g.last, "turn": g.turn} for g in found.groups]
+    return out
+
+
+def _errors(estimate: Estimate) -> list[list[float | None]]:
+    return [[_number(v) for v in row] for row in _rows(estimate.error)]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
+    """The artefact by file name: ``scores.json``, ``report.md``, pictures, ``plan.toml``.
+
+    Args:
+        plan: text of the plan, where there is one.
+    """
+    values, errors = found.scores()
+    files: dict[str, str | bytes] = {"scores.json": json.dumps(scores_json(found), indent=1) + "\n"}
+    chosen = found.choice.layers if found.choice is not None else ()
+    figures = {}
+    if found.states is not None:
+        tables = {name.replace("_", " "): t for name, t in found.distances().items()}
+        figures["distances"] = heat_maps(tables, f"Angular distance, {_short(found.model)}")
+    bars = {name: (values[name], errors[name]) for name in values}
+    figures["scores"] = score_bars(bars, f"Scores by layer, {_short(found.model)}", chosen)
+    if found.choice is not None:
+        entries = [("convert" if i in chosen else "keep", i) for i in range(found.n_layers)]
+        figures["plan"] = plan_stack(entries, "Plan")
+    for name, figure in figures.items():
+        for ending in ("png", "svg"):
+            files[f"{name}.{ending}"] = to_bytes(figure, ending)
+    if plan is not None:
+        files["plan.toml"] = plan
+    files["report.md"] = report(found, list(figures))
+    return files
+
+
+def _short(name: str) -> str:
+    return Path(name).stem or name
+
+
+def report(found: Study, pictures: Sequence[str] = ()) -> str:
+    """The page for people, in Markdown: scores, where they disagree, and what was chosen."""
+    values, errors = found.scores()
+    text = ", ".join(f"{key} {value}" for key, value in found.text.items())
+    lines = [f"# Layers of {_short(found.model)}", "", f"Text: {text}." if text else "", ""]
+    if found.choice is not None:
+        layers = ", ".join(map(str, found.choice.layers)) or "none"
+        lines += [f"Chosen by `{found.choice.strategy}`: {layers}.", ""]
+    if found.groups:
+        words = "; ".join(f"{g} (turns {g.turn:.3f})" for g in found.groups)
+        lines += [f"Candidate groups: {words}.", ""]
+    lines += [f"![{name}]({name}.png)" for name in pictures]
+    lines += ["", "## Scores", "", "Higher matters more; two standard errors behind ±.", ""]
+    lines += ["| layer | " + " | ".join(values) + " |", "|---" * (len(values) + 1) + "|"]
+    for i in range(found.n_layers):
+        cells = [_cell(values[name][i], errors[name][i]) for name in values]
+        lines.append(f"| {i} | " + " | ".join(cells) + " |")
+    lines += ["", "## Agreement", "", "Spearman's rank correlation above the diagonal, Kendall's"]
+    lines += ["below it; 1 ranks layers alike, 0 has nothing to do with it.", ""]
+    lines += ["| | " + " | ".join(values) + " |", "|---" * (len(values) + 1) + "|"]
+    both = rank_correlations(values)
+    names = list(values)
+    for r, a in enumerate(names):
+        cells = []
+        for c, b in enumerate(names):
+            value = both["spearman" if c > r else "kendall"][a][b]
+            cells.append("" if r == c else "-" if value is None else f"{value:.2f}")
+        lines.append(f"| {a} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    shown = f"{value:.3g}"
+    return shown if error is None else f"{shown} ± {2 * error:.1g}"

@@ -1,0 +1,271 @@
+"""`tamba analyze` on models and recipes: what it writes, what it refuses, and what it draws."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tamba
+import tamba.analyze as analyze_module
+from models import tiny_model
+from tamba import cli
+from tamba.analyze import Reading, Settings, effects
+from tamba.analyze.choice import Budget
+from tamba.data import TokenBlocks, read_texts
+from tamba.errors import UserError
+from tamba.model.modeling import TambaForCausalLM
+from tamba.plan import read_plan
+from tamba.plots import to_bytes
+from tamba.plots.layers import heat_maps, plan_stack, score_bars
+from tamba.recipe import read_recipe
+from tokens import character_tokenizer
+
+TEXT = "the cat is in the house, and the dog is not. " * 40
+
+
+def checkpoint(folder: Path, stack: str | list[str] = "mixed") -> Path:
+    tiny_model(stack, max_position_embeddings=512).save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tamba", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+READ = ["--text", "text.txt", "--length", "32", "--tokens", "512"]
+
+
+def test_a_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["analyze", "model", "--out", "out", *READ, "--scores", "states,drop"]
+    assert call(monkeypatch, *arguments, "--convert", "2", "--effect-tokens", "64") == 0
+    scores = json.loads((folder / "out" / "scores.json").read_text())
+    for name in ("all_tokens", "last_token"):
+        table = scores["angular_distance"][name]
+        assert [len(row) for row in table] == [7, 6, 5, 4, 3, 2, 1]
+        errors = scores["angular_distance"]["standard_error"][name]
+        assert [len(row) for row in errors] == [7, 6, 5, 4, 3, 2, 1]
+        assert all(0 <= v <= 1 for row in table for v in row)
+    for name in (
+        "own_turn",
+        "column_mean",
+        "block_influence",
+        "kernel_change",
+        "drop",
+        "drop_loss",
+    ):
+        assert len(scores[name]) == len(scores["standard_error"][name]) == 7
+    assert scores["own_turn"] == [row[0] for row in scores["angular_distance"]["all_tokens"]]
+    assert scores["rank_correlation"]["spearman"]["drop"]["drop"] == pytest.approx(1.0)
+    # Attention is in layers 1, 3 and 5: the two whose loss moves least are converted.
+    two = sorted(sorted((1, 3, 5), key=lambda i: scores["drop"][i])[:2])
+    assert scores["choice"] == {"strategy": "lowest drop", "layers": two}
+    plan = read_plan(folder / "out" / "plan.toml")
+    assert list(plan.converted) == two and plan.n_layers == 7
+    report = (folder / "out" / "report.md").read_text()
+    assert "Chosen by `lowest drop`" in report and "| drop |" in report
+    found = {p.name for p in (folder / "out").iterdir()}
+    pictures = {f"{n}.{e}" for n in ("distances", "scores", "plan") for e in ("png", "svg")}
+    assert found == pictures | {"scores.json", "plan.toml", "report.md", "effects.jsonl"}
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_numbers_are_those_of_the_pass(folder: Path) -> None:
+    found = tamba.analyze("model", "out", reading=Reading(["text.txt"], 32, 512))
+    model, tokenizer = tamba.load("model")
+    texts = read_texts("text.txt")
+    blocks = TokenBlocks.from_texts(texts, tokenizer, 32, max_tokens=512)
+    again = tamba.analyze.state_scores(model, blocks)
+    assert torch.equal(
+        found.states.all_tokens.mean.nan_to_num(), again.all_tokens.mean.nan_to_num()
+    )
+    assert found.states.sequences == 16
+
+
+def test_a_call_that_was_cut_off_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = Reading(["text.txt"], 32, 256)
+    settings = Settings(("drop",), effect_tokens=64, budget=Budget(1))
+    right, done = effects._climbed, []
+
+    def counting(*arguments: object):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(arguments[2])
+        return right(*arguments)
+
+    monkeypatch.setattr(effects, "_climbed", counting)
+    with pytest.raises(KeyboardInterrupt):
+        tamba.analyze("model", "out", reading=reading, settings=settings)
+    assert not (folder / "out").exists()
+    first = list(done)
+    done.clear()
+    tamba.analyze("model", "out", reading=reading, settings=settings)
+    assert sorted(first + done) == list(range(7)) and len(done) == 3
+
+
+def test_a_donor_and_the_plans_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(folder / "donor", ["mamba1", "mamba2"] * 3)
+    into = ["--groups", "2", "--into", "model", "--replace", "3-5"]
+    assert call(monkeypatch, "analyze", "donor", "--out", "out", *READ, *into) == 0
+    scores = json.loads((folder / "out" / "scores.json").read_text())
+    names = [f"{g['first']}-{g['last']}" for g in scores["groups"]]
+    assert names and "choice" not in scores and not (folder / "out" / "plan.toml").exists()
+    plans = {p.stem: read_plan(p) for p in (folder / "out" / "plans").iterdir()}
+    assert set(plans) == {*names, "none", "fresh"}
+    assert [str(e) for e in plans["none"].entries] == ["keep 0", "keep 1", "keep 2", "keep 6"]
+    for plan in plans.values():
+        plan.check(7, 6)
+
+
+RECIPE = """
+name = "small"
+[teacher]
+path = "model"
+[data]
+train = ["text.txt"]
+heldout = ["text.txt"]
+length = 32
+[analyze]
+tokens = 64
+measures = ["states", "swap"]
+choose = "lowest swap"
+convert = 1
+"""
+
+
+def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
+    (folder / "text.txt").write_text("\n\n".join(TEXT[i:] for i in range(30)))
+    (folder / "recipe.toml").write_text(RECIPE.replace('heldout = ["text.txt"]\n', ""))
+    recipe = read_recipe(folder / "recipe.toml")
+    tamba.analyze(recipe, folder / "analysis")
+    scores = json.loads((folder / "analysis" / "scores.json").read_text())
+    record = json.loads((folder / "analysis" / "record.json").read_text())
+    assert record["scores"] == scores["swap"] and record["score_name"] == "swap"
+    plan = recipe.layer_plan(7, folder / "analysis")
+    assert list(plan.converted) == scores["choice"]["layers"]
+    report = tamba.build(recipe, folder / "student", analysis=folder / "analysis")
+    assert "converted" in str(report) or plan.converted
+
+
+WRONG = {
+    "unknown score": (["--scores", "sttes"], "did you mean 'states'"),
+    "no such layer to keep": (["--keep", "9"], "there is no layer 9"),
+    "too many layers": (["--convert", "4"], "4 layers are to be replaced and 3 can be"),
+    "strategy without its score": (["--choose", "lowest drop"], "there is no score 'drop'"),
+    "unknown strategy": (["--choose", "hihgest drop"], "there is none called 'hihgest'"),
+    "plan of no such layer": (["--choose", "explicit 8"], "there is no layer 8"),
+    "text too short": (["--length", "400", "--tokens", "400"], None),
+    "row beyond the positions": (["--length", "513", "--tokens", "600"], "beyond the model's 512"),
+    "fewer tokens than a row": (["--tokens", "16"], "do not fill one row of 32"),
+    "aligned without a student": (["--scores", "aligned"], "takes a converted student"),
+    "recall without effects": (["--recall"], "ask for drop too"),
+    "group larger than the model": (["--groups", "8"], "no group of 8"),
+    "donor of another width": (
+        ["--groups", "2", "--into", "wide", "--replace", "0-1"],
+        "is 32 wide and the teacher 40",
+    ),
+    "donor of another tokenizer": (
+        ["--groups", "2", "--into", "other", "--replace", "0-1"],
+        "has another tokenizer",
+    ),
+    "nothing kept": (
+        ["--groups", "2", "--into", "model", "--replace", "0-6"],
+        "keeps no layer of the teacher",
+    ),
+    "layers that the teacher lacks": (
+        ["--groups", "2", "--into", "model", "--replace", "5-7"],
+        "no layers 5 to 7",
+    ),
+    "no run of layers": (["--groups", "2", "--replace", "5..7"], "is no run of layers"),
+    "settings of a recipe": (["--set", "analyze.tokens=3"], "changes a recipe"),
+    "unknown type": (["--dtype", "int8"], "'int8' is not one to compute in"),
+    "missing text": (["--text", "nowhere.txt"], "no such file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_told_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    arguments, words = WRONG[case]
+    monkeypatch.setattr(analyze_module, "load_model", None)  # nobody came as far as the weights
+    if "wide" in arguments:
+        config = tiny_model("attention").config.to_dict() | {"hidden_size": 40}
+        TambaForCausalLM(type(tiny_model("attention").config)(**config)).save_pretrained("wide")
+    if "other" in arguments:
+        checkpoint(folder / "other")
+        file = folder / "other" / "tokenizer.json"
+        file.write_text(file.read_text().replace('"a"', '"ä"'))
+    if case == "text too short":
+        (folder / "text.txt").write_text(TEXT[:300])
+        words = "less than one block of 400"
+    read = [f for f in zip(READ[::2], READ[1::2], strict=True) if f[0] not in arguments]
+    given = [word for pair in read for word in pair]
+    assert call(monkeypatch, "analyze", "model", "--out", "out", *given, *arguments) == 2
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+    assert not (folder / "out").exists()
+
+
+def test_a_model_of_one_layer(folder: Path) -> None:
+    checkpoint(folder / "one", ["attention"])
+    with pytest.raises(UserError, match="has 1 layer"):
+        tamba.analyze("one", "out", reading=Reading(["text.txt"], 32, 512))
+
+
+# Pictures.
+
+
+def table(n_layers: int) -> list[list[float]]:
+    return [[0.4 * n / n_layers for n in range(1, n_layers - i + 1)] for i in range(n_layers)]
+
+
+@pytest.mark.parametrize("n_layers", [2, 24, 64])
+def test_heat_maps_show_every_cell_in_the_papers_place(n_layers: int) -> None:
+    figure = heat_maps({"all tokens": table(n_layers), "last token": table(n_layers)}, "Distance")
+    first, second, scale = figure.axes
+    (image,) = first.get_images()
+    cells = image.get_array()
+    assert image.origin == "lower" and (~cells.mask).sum() == n_layers * (n_layers + 1) // 2
+    # x is l, y is n, and n = 1 lies lowest.
+    assert cells[0, n_layers - 1] == pytest.approx(0.4 / n_layers)
+    assert cells[n_layers - 1, 0] == pytest.approx(0.4)
+    assert image.get_extent() == [-0.5, n_layers - 0.5, 0.5, n_layers + 0.5]
+    assert first.get_xlabel() == "layer l" and first.get_ylabel().startswith("n")
+    assert image.get_clim() == second.get_images()[0].get_clim() == (0.0, pytest.approx(0.4))
+    # Darker is further.
+    dark, light = (image.cmap(x)[:3] for x in (1.0, 0.0))
+    assert sum(dark) < 0.6 < 2.5 < sum(light)
+    assert scale.get_ylabel() == "angle, half turns"
+    assert figure.get_label().startswith("Distance: mean angle")
+    for kind in ("png", "svg"):
+        assert to_bytes(figure, kind) == to_bytes(figure, kind)
+
+
+def test_bars_and_stack() -> None:
+    values = [None, 1.0, 0.5, 0.001]
+    figure = score_bars({"drop_loss": (values, [None, 0.1, None, 0.0])}, "Scores", chosen=[3])
+    (ax,) = figure.axes
+    bars = [patch for patch in ax.patches if patch.get_height() > 0]
+    assert [b.get_x() + b.get_width() / 2 for b in bars] == pytest.approx([1.0, 2.0, 3.0])
+    assert ax.get_yscale() == "log" and bars[2].get_facecolor() != bars[1].get_facecolor()
+    assert "drop_loss is highest at layer 1" in figure.get_label()
+    stack = plan_stack([("keep", 0), ("transplant", 25), ("convert", 2)], "Plan")
+    words = [text.get_text() for text in stack.axes[0].texts]
+    assert {"0", "25", "2", "keep 1", "transplant 1", "convert 1"} <= set(words)
+    assert "bottom first: keep 0, transplant 25, convert 2" in stack.get_label()
