@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from models import random_ids, tiny_model
-from tamba import analyze as analyze_module
 from tamba.analyze import analyze_model, angular_distances, perplexity_ratios, swap_scores
+from tamba.analyze import swaps as analyze_module
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from tamba.checkpoint import load
@@ -160,7 +159,9 @@ def _encode(
             encoded = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except TemplateError as error:  # damaged, or it refuses such messages
+        except Exception as error:  # damaged, or it refuses such messages
+            if not type(error).__module__.startswith("jinja2."):  # templates need it, we do not
+                raise
             raise UserError(
                 "chat", f"the tokenizer's chat template says: {error}", "use --raw, or no --system"
             ) from error

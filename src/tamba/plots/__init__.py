@@ -171,7 +171,7 @@ def draw_comparison(
     if _MISSING:
         raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
     figures = []
-    with style():
+    with drawing():
         if len(points) > 1:
             figure = _runs(points, 0.42 if titles else 0.0)
             if titles:
