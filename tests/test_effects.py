@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from models import random_ids, tiny_model
 from tamba.analyze import effects
+from tamba.analyze.choice import Budget, Facts, choose
 from tamba.analyze.effects import (
     Change,
     Ledger,
@@ -198,7 +199,18 @@ def check_recall(found: dict[int, Change]) -> None:
 def test_the_layer_that_looks_up_is_found_by_every_effect() -> None:
     model, text, probe = librarian(), small_text(), lookups()
     told = {"probe": probe, "dtype": None}
-    check_recall(drop_scores(model, text, **told))
+    dropped = drop_scores(model, text, **told)
+    check_recall(dropped)
+    # Retrieval beside knowledge: the librarian is the one layer to keep.
+    scores = {
+        "drop_recall": [dropped[i].recall for i in range(3)],
+        "drop_loss": [dropped[i].loss for i in range(3)],
+    }
+    ratio = "ratio drop_recall/drop_loss"
+    assert choose(ratio, Facts(3, (0, 1, 2), (1,) * 3, (0,) * 3), Budget(2), scores).layers == (
+        0,
+        2,
+    )
     check_recall(conversion_scores(model, text, ConvertOptions(), **told))
     student = librarian()
     made = converted_layers(model, range(3), ConvertOptions())

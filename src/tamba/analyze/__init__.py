@@ -37,6 +37,7 @@ from tamba.errors import UserError
 from tamba.model.config import AttentionSpec, BlockSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, PlanEntry
+from tamba.plots.layers import need_matplotlib
 from tamba.recipe import Recipe, as_recipe
 from tamba.text import prepare_text, read_text
 
@@ -143,6 +144,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
             always_keep=wanted.always_keep,
             seed=recipe.seed,
         )
+        need_matplotlib()
         settings.check(checkpoint.tamba_config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
@@ -168,6 +170,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
 
 
 def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Settings) -> Study:
+    need_matplotlib()
     checkpoint = open_checkpoint(source)
     student = None if reading.student is None else open_checkpoint(reading.student)
     config = checkpoint.tamba_config

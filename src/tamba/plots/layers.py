@@ -54,7 +54,7 @@ def heat_maps(tables: Mapping[str, Sequence[Sequence[float]]], title: str) -> Fi
     Raises:
         UserError: matplotlib is not installed.
     """
-    _need()
+    need_matplotlib()
     L = max(len(table) for table in tables.values())
     largest = max(max(map(max, table)) for table in tables.values())
     side = 3.4
@@ -137,7 +137,7 @@ def score_bars(
     Raises:
         UserError: matplotlib is not installed.
     """
-    _need()
+    need_matplotlib()
     n = max(len(values) for values, _ in scores.values())
     width = max(4.6, min(9.2, 0.9 + n * 0.13))
     row, gap, left, bottom = 0.95, 0.5, 0.72, 0.5
@@ -194,7 +194,7 @@ def plan_stack(entries: Sequence[tuple[str, int]], title: str) -> Figure:
     Raises:
         UserError: matplotlib is not installed.
     """
-    _need()
+    need_matplotlib()
     n = len(entries)
     row = min(0.2, max(7.2 / n, 0.115))
     height = n * row + 0.95
@@ -259,6 +259,7 @@ def _title(figure: Figure, words: str) -> None:
     figure.suptitle(words, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
 
 
-def _need() -> None:
+def need_matplotlib() -> None:
+    """Raise UserError where nothing can be drawn, for steps to ask before they work."""
     if _MISSING:
         raise UserError("matplotlib", "is not installed", "pip install 'tamba[report]'")
