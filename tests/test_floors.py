@@ -36,7 +36,6 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 # What an extra brings, and the one room (or file) that imports it.
 OPTIONAL = {
     "gguf": "formats",
-    "jinja2": "report",
     "llvmlite": "ops",
     "matplotlib": "plots",
     "numba": "ops",
