@@ -427,6 +427,21 @@ def test_full_disk_is_one_line(
     )
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_folder_that_may_not_be_written_is_one_line(
+    code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, _: object) -> None:
+        raise OSError(code, "refused", str(path))
+
+    (folder / "out").mkdir()
+    monkeypatch.setattr("tamba.run.write_file", refused)
+    monkeypatch.setattr("tamba.run._check_models", lambda recipe: None)
+    assert call(monkeypatch, *RUN) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "run.json: may not be read or written; check" in said
+
+
 def test_our_own_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError

@@ -39,7 +39,6 @@ OPTIONAL = {
     "datasets": "evaluate",
     "fla": "bench",
     "gguf": "formats",
-    "jinja2": "report",
     "llvmlite": "ops",
     "lm_eval": "evaluate",
     "mamba_ssm": "bench",

@@ -36,6 +36,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# What no check beforehand can promise, and what to do about it.
+_FULL = "the disk is full; make room and run this again"
+_DENIED = "may not be read or written; check its permissions or choose another place"
+_MACHINE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: _DENIED,
+}
 stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -513,12 +523,10 @@ def main() -> None:
         stderr.print(f"tamba: {error}", markup=False, style="red")
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _MACHINE:
             raise
         where = error.filename or "output"
-        stderr.print(
-            f"tamba: {where}: the disk is full; make room and run this again", markup=False
-        )
+        stderr.print(f"tamba: {where}: {_MACHINE[error.errno]}", markup=False, style="red")
         sys.exit(2)
 
 

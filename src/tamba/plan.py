@@ -24,6 +24,7 @@ from typing import Literal, get_args
 
 from pydantic import Field
 
+from tamba.artefact import write_file
 from tamba.errors import UserError, nearest
 from tamba.sections import Section, dump_toml, read_toml, toml_value, validate
 
@@ -243,10 +244,7 @@ def read_plan(path: str | Path, convert: ConvertOptions | None = None) -> LayerP
 
 def write_plan(plan: LayerPlan, path: str | Path) -> None:
     """Write a plan file; the file appears whole or not at all."""
-    path = Path(path)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(plan.to_toml(), encoding="utf-8")
-    draft.replace(path)
+    write_file(path, plan.to_toml())
 
 
 def parse_entries(lines: Iterable[str], where: str) -> tuple[PlanEntry, ...]:
