@@ -6,7 +6,8 @@ Row `analyze_overhead`: the model reads rows of text, plainly (forward pass with
 the head) and with all scores of hidden states (`tamba.analyze.state_scores`: both angular
 distances of every pair of layers, block influence, kernel similarity). Sides take turns on the same
 rows, in an order that flips every round; the overhead is the median over rounds of the ratio of
-neighbours, less one, so that a machine that others use disturbs it little. The bar is 15 %.
+neighbours, less one. On a CPU seconds are those that the process computed, not those that it waited
+for others, so run it with one thread. The bar is 15 %.
 """
 
 from __future__ import annotations
@@ -87,12 +88,13 @@ def main() -> None:
     timed = sides(model, blocks, dtype, arguments.batch)
     for run in timed.values():
         run()
+    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for turn in range(arguments.rounds):
         for name in list(timed)[:: 1 if turn % 2 else -1]:
-            begun = time.perf_counter()
+            begun = clock()
             timed[name]()
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(clock() - begun)
     overhead = {}
     for name in ("forward", "without head"):
         ratios = [s / p - 1 for s, p in zip(seconds["scored"], seconds[name], strict=True)]
@@ -108,10 +110,11 @@ def main() -> None:
         "length": arguments.length,
         "batch": arguments.batch,
         "rounds": arguments.rounds,
+        "clock": clock.__name__,
         "seconds": {name: median(times) for name, times in seconds.items()},
         "overhead_over": overhead,
         "bar": BAR,
-        "held": overhead["forward"]["median"] <= BAR,
+        "held": all(found["median"] <= BAR for found in overhead.values()),
         "machine": machine(arguments.device),
         "threads": torch.get_num_threads(),
         "load_average": list(os.getloadavg()),
