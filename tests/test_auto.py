@@ -32,7 +32,13 @@ def python(code: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("first", FIRST.values(), ids=FIRST.keys())
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(FIRST["tamba"], id="tamba"),
+        pytest.param(FIRST["a part of the model"], id="a part", marks=pytest.mark.slow),
+    ],
+)
 def test_registered_whatever_comes_first(first: str) -> None:
     code = f"""{first}
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

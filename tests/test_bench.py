@@ -436,6 +436,7 @@ def test_a_prefill_row(stock):
     assert tables.line(found) and tables.render({**a_record(), "rows": [found]})
 
 
+@pytest.mark.slow
 def test_a_training_row(stock):
     row = model.TrainStep("train_step_gpu/tiny", TINY_HYBRID, 2, 17, CPU, Peers(), steps=1)
     found = row.run(stock)

@@ -90,6 +90,7 @@ def check_drops() -> None:
         assert found[index].loss == pytest.approx(loss, rel=1e-9, abs=1e-12), index
 
 
+@pytest.mark.slow
 def test_dropping_a_layer_is_a_model_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     check_drops()
     right = effects.climb

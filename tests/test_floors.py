@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import tamba
@@ -78,6 +79,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
             yield from imports(node)
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 

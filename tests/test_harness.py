@@ -165,6 +165,7 @@ def test_local_rows_by_hand(tmp_path):
     assert got["acc"].value == float(found[0] > found[1])
 
 
+@pytest.mark.slow
 def test_generated_answers_and_worked_examples(tmp_path):
     got = measured("gsm8k", ROWS["gsm8k"], tmp_path, shots=1)
     assert set(got.scores["student"]) == {

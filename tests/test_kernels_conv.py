@@ -72,6 +72,7 @@ def test_a_wrong_tap_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "fp32")
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit() -> None:
     arguments = there(conv_arguments(dtype=torch.float32, length=5, starts=True))
     y, last = arguments.call(causal_conv1d)
@@ -82,6 +83,7 @@ def test_repeats_bit_for_bit() -> None:
         assert_same(got, want, "exact")
 
 
+@pytest.mark.slow
 def test_the_operator_is_known_to_the_compiler() -> None:
     t = there(conv_arguments(dtype=torch.float32, length=5)).tensors
     inputs = (t["x"], t["weight"], t["bias"], True, t["state"], None, None)

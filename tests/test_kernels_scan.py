@@ -65,6 +65,7 @@ def test_equals_the_recurrence(options: dict[str, object]) -> None:
     assert_agree(selective_scan, reference.selective_scan, arguments, "fp32", "half_gradient")
 
 
+@pytest.mark.slow
 def test_spans_of_a_row_are_chained() -> None:
     arguments = case(length=7, d_state=2, starts=True, padding=torch.tensor([0, 3]))
     with using(tiles(per_sm=1000, tokens=2)):
@@ -110,6 +111,7 @@ def test_a_wrong_rate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_agree(selective_scan, reference.selective_scan, case(length=5), "fp32")
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit() -> None:
     arguments = case(length=3, d_state=2, starts=True)
     leaves = list(arguments.tensors.values())
@@ -121,6 +123,7 @@ def test_repeats_bit_for_bit() -> None:
         assert_same(got, want, "exact")
 
 
+@pytest.mark.slow
 def test_the_operator_is_known_to_the_compiler() -> None:
     t = case(length=3).tensors
     inputs = (t["x"], t["dt"], t["A"], t["B"], t["C"], t["D"], t["z"], t["dt_bias"], True)

@@ -111,6 +111,7 @@ def test_tiny_and_huge_steps(shift: float) -> None:
     agree(made)
 
 
+@pytest.mark.slow
 def test_small_decays_after_huge_ones_keep_their_digits() -> None:
     made = arguments(64, gate=False, state=False)
     dt = torch.full((1, 64, 2), 1e-3)
@@ -124,12 +125,14 @@ def test_small_decays_after_huge_ones_keep_their_digits() -> None:
     assert_same(y[:, 20:], want[:, 20:], "kernel")
 
 
+@pytest.mark.slow
 def test_limits_of_dt() -> None:
     made = arguments(20)
     made.options["dt_limit"] = (0.3, 0.9)
     agree(made)
 
 
+@pytest.mark.slow
 def test_gradients_that_are_sums() -> None:
     """Alike signs: nothing cancels, and what is left to compare is the sum."""
     made = arguments(40, state=False)
@@ -151,6 +154,7 @@ def test_documents_anywhere(starts: list[int]) -> None:
     agree(arguments(40, starts=mask))
 
 
+@pytest.mark.slow
 def test_gradient_of_only_one_result() -> None:
     made = arguments(20)
     leaves, exact = made.tensors, made.to(torch.float64)
@@ -166,6 +170,7 @@ def test_gradient_of_only_one_result() -> None:
             assert_same(zeros if a is None else a, zeros if b is None else b, "kernel", name)
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_bits() -> None:
     made = arguments(50, starts=True)
     with tiles.using(SMALL):
@@ -178,6 +183,7 @@ def test_the_same_call_gives_the_same_bits() -> None:
         assert_same(a, b, "exact")
 
 
+@pytest.mark.slow
 def test_a_row_of_nan_stays_in_its_row() -> None:
     made = arguments(21, batch=2)
     alone = made.call(ssd)[0][0]
@@ -186,6 +192,7 @@ def test_a_row_of_nan_stays_in_its_row() -> None:
     assert_same(made.call(ssd)[0][0], alone, "exact")
 
 
+@pytest.mark.slow
 def test_views_of_a_projection() -> None:
     made = arguments(20, dtype=torch.float32)
     names = ("x", "z", "B", "C")
@@ -209,6 +216,7 @@ def test_autocast_changes_nothing() -> None:
     assert_same(got[0], want[0], "exact")
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph() -> None:
     made = arguments(20)
     leaves = list(made.tensors.values())
@@ -288,6 +296,7 @@ def _random_case(data: st.DataObject, longest: int, sizes: list[int]) -> None:
 
 @settings(max_examples=4, deadline=None)
 @given(st.data())
+@pytest.mark.slow
 def test_random_shapes(data: st.DataObject) -> None:
     _random_case(data, 48, [16])
 

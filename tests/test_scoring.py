@@ -148,7 +148,9 @@ def check_answers(model, prompts, tokens_at_once=10_000):
         assert got[i] == want[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("stack", sorted(STACKS))
+@pytest.mark.parametrize(
+    "stack", ["mixed", *(pytest.param(s, marks=pytest.mark.slow) for s in STACKS if s != "mixed")]
+)
 def test_answers_equal_stock_generation(stack):
     model = tiny_model(stack, dtype=torch.float64)
     prompts = [context for context, _ in questions()]

@@ -85,6 +85,7 @@ def test_a_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(folder.glob(".*.partial"))
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_pass(folder: Path) -> None:
     found = tamba.analyze("model", "out", reading=Reading(["text.txt"], 32, 512))
     model, tokenizer = tamba.load("model")
@@ -118,6 +119,7 @@ def test_a_call_that_was_cut_off_goes_on(folder: Path, monkeypatch: pytest.Monke
     assert sorted(first + done) == list(range(7)) and len(done) == 3
 
 
+@pytest.mark.slow
 def test_a_donor_and_the_plans_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(folder / "donor", ["mamba1", "mamba2"] * 3)
     into = ["--groups", "2", "--into", "model", "--replace", "3-5"]
@@ -148,6 +150,7 @@ convert = 1
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(TEXT[i:] for i in range(30)))
     (folder / "recipe.toml").write_text(RECIPE.replace('heldout = ["text.txt"]\n', ""))

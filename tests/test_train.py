@@ -110,6 +110,7 @@ def test_distil_lowers_the_divergence() -> None:
     check_distil(distil_stage(batch=8, tokens=40 * 128, lr=1e-2))
 
 
+@pytest.mark.slow
 def test_a_step_the_wrong_way_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = train_module._loss
     monkeypatch.setattr(train_module, "_loss", lambda *args: -right(*args))
@@ -131,6 +132,7 @@ def test_align_overfits_a_tiny_batch() -> None:
     check_overfit()
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_taken_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def idle(self: Learner) -> None:
         self.taken += 1
@@ -442,6 +444,7 @@ def test_align_goes_on_inside_a_stage(tmp_path: Path, monkeypatch: pytest.Monkey
     assert any(not torch.equal(pooled[name], want[name]) for name in want)
 
 
+@pytest.mark.slow
 def test_what_another_run_left_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = prepare(tmp_path, STAGES)
 
@@ -547,6 +550,7 @@ def test_masters_are_wide_and_the_rest_is_held_once(
     check_types(tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_second_copy_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path, HALF, torch.bfloat16)
     right = Memory.restore
@@ -592,6 +596,7 @@ def test_types_follow_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("what", "stack"),
     [("mixers", "attention"), ("mixers+norms", "parallel"), ("all", "attention")],
 )
+@pytest.mark.slow
 def test_short_weights_learn_as_wide_ones_do(what: str, stack: str) -> None:
     """Half the memory, nearly the same losses; layer norms take a short stream too."""
     curves = []

@@ -59,11 +59,12 @@ def check_sliding(stride):
     assert got.scores["student"]["nll"].value == pytest.approx(total / count, rel=1e-9)
 
 
-@pytest.mark.parametrize("stride", [1, 5, 12])
+@pytest.mark.parametrize("stride", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 12))])
 def test_sliding_windows_score_each_token_once(stride):
     check_sliding(stride)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_scored_twice_show(monkeypatch):
     monkeypatch.setattr(
         windows._WindowMeasure, "_counts", lambda self, batch, part, first: batch.predicted
