@@ -298,6 +298,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     report.report(runs, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert found["runs"] == ["a", "y/a"]
+    with pytest.raises(UserError, match="is given twice"):
+        report.report([runs[0], runs[0] / "report.json"], tmp_path / "out")
     with pytest.raises(UserError, match="no run was given"):
         report.report([], tmp_path / "out")
     with pytest.raises(UserError, match=r"nowhere.*No such file"):

@@ -95,10 +95,7 @@ def _body(record: Record) -> Iterator[str]:
     yield f"# {record.name}"
     yield ""
     if record.teacher and (what := _layers(record)):
-        yield (
-            f"A hybrid made from `{record.teacher}` with [tamba](https://pypi.org/project/tamba/): "
-            f"{what}."
-        )
+        yield (f"A hybrid made from `{record.teacher}` with tamba: {what}.")
         yield ""
     if p and p.ratio and p.teacher:
         yield (

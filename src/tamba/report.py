@@ -306,13 +306,18 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
         The page.
 
     Raises:
-        UserError: there is no record, two runs have one name, or `out` cannot be written.
+        UserError: there is no record, a run is given twice, or `out` cannot be written.
     """
     if not runs:
         raise UserError("report", "no run was given", "name folders that hold a report.json")
     found: dict[str, Record] = {}
+    folders: set[Path] = set()
     for path in map(Path, runs):
-        name = _run_name(path, found)
+        folder = (path if path.is_dir() else path.parent).resolve()
+        if folder in folders:
+            raise UserError(str(path), "is given twice", "name every run once")
+        folders.add(folder)
+        name = _run_name(folder, found)
         found[name] = read_record(path / "report.json" if path.is_dir() else path)
     if len(found) == 1:
         return write_report(next(iter(found.values())), out).with_name("report.html")
@@ -327,15 +332,10 @@ def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) 
     return Path(out) / "report.html"
 
 
-def _run_name(path: Path, taken: Container[str]) -> str:
+def _run_name(folder: Path, taken: Container[str]) -> str:
     """A short name that no other run has: the folder's, with those above it where it must."""
-    folder = (path if path.is_dir() else path.parent).resolve()
-    parts = folder.parts[1:] or (str(path),)
-    for k in range(1, len(parts) + 1):
-        name = "/".join(parts[-k:])
-        if name not in taken:
-            return name
-    raise UserError(str(path), "is given twice")
+    names = ("/".join(folder.parts[-k:]) for k in range(1, len(folder.parts) + 1))
+    return next(name for name in names if name not in taken)
 
 
 class Row(_Part):

@@ -86,7 +86,17 @@ def ssd(
     """
     _check_shapes(x, dt, A, B, C, state, z)
     if x.shape[1] and kernels_run(
-        "ssd", x, dt, A, B, C, D, z, dt_bias, state, unusual=_unusual(x, B) or _doubtful(x, B)
+        "ssd",
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        z,
+        dt_bias,
+        state,
+        unusual=_unusual(x, B) or _doubtful(x, B, dt, A, C, D, z, dt_bias, state),
     ):
         from tamba.ops.kernels import ssd as kernels
 
@@ -123,7 +133,7 @@ def _unusual(x: Tensor, B: Tensor) -> str | None:
     return None
 
 
-def _doubtful(x: Tensor, B: Tensor) -> str | None:
+def _doubtful(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
     """Gradients that the compiler got wrong once on a GPU and that no full table has cleared yet.
 
     In bfloat16, where heads share a group, two pipeline stages gave wrong dx in 2 of 10 cases
@@ -136,7 +146,7 @@ def _doubtful(x: Tensor, B: Tensor) -> str | None:
         and x.dtype != torch.float32
         and x.is_cuda
         and torch.is_grad_enabled()
-        and (x.requires_grad or B.requires_grad)
+        and any(t is not None and t.requires_grad for t in (x, B, *others))
         and os.environ.get("TAMBA_KERNELS") != "triton"
     ):
         return f"its gradient in {str(x.dtype).removeprefix('torch.')} with shared B and C"
