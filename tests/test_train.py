@@ -20,17 +20,17 @@ from torch import Tensor
 import tamba
 from compare import assert_same
 from models import VOCAB, random_ids, tiny_model
-from tamba import steps as steps_module
 from tamba import train as train_module
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import ConvertOptions
 from tamba.recipe import Align, Distil, LeastSquares
-from tamba.steps import Curve, Learner, Memory, Schedule, Steps, orders, pools
 from tamba.surgery import convert_layer
 from tamba.text import RecipeText
 from tamba.train import align, distil, least_squares, trained_parameters
+from tamba.train import steps as steps_module
+from tamba.train.steps import Curve, Learner, Memory, Schedule, Steps, orders, pools
 
 PAIRS = {1: 1}
 RECIPE = """
@@ -334,7 +334,7 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 import tamba
-from tamba import steps
+from tamba.train import steps
 
 torch.use_deterministic_algorithms(True)
 steps.KEEP_SECONDS = 0.0

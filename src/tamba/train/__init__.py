@@ -47,9 +47,9 @@ from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.plan import LayerPlan, read_plan
 from tamba.recipe import Align, Distil, LeastSquares, Recipe, as_recipe
-from tamba.steps import Curve, Learner, Memory, Schedule, StageLog, orders, pools
 from tamba.text import prepare_text, read_text
 from tamba.trace import climb, computing, each, enter, finish, places, trace
+from tamba.train.steps import Curve, Learner, Memory, Schedule, StageLog, orders, pools
 
 _POOL_BYTES = 4 << 30
 """Activations held at once."""
