@@ -130,7 +130,7 @@ def _prepared(objective: Objective, stage: Align | Distil) -> Iterator[None]:
     """Inside, layers are checkpointed and compiled as the stage says."""
     student = objective.student
     training = student.training
-    layers = list(student.model.layers)
+    layers: list[Any] = list(student.model.layers)
     if stage.checkpointing:
         for layer in layers:
             layer.gradient_checkpointing = True
@@ -313,10 +313,8 @@ class Engine(Trainer):
 
     def _give_up(self) -> None:
         step = self.state.global_step
-        where = f"train: {self.stage.stage}"
-        problem = (
-            f"no loss or gradient was a number in {self._skipped_running} steps, to {step + 1}"
-        )
+        where, n = f"train: {self.stage.stage}", self._skipped_running
+        problem = f"no loss or gradient was a number in {n} steps, up to step {step + 1}"
         remedy = "lower the learning rate"
         if self._keeps:
             path = self._folder.parent / f"not-a-number-{step + 1}.safetensors"

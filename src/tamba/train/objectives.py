@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
+from tamba.model.mamba2 import Mamba2Mixer
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.tokens import Tokens
 from tamba.ops.losses import Weights, next_token_loss
@@ -43,7 +44,7 @@ class Objective(nn.Module):
         student: whose parameters move.
     """
 
-    _no_split_modules = ("Block",)
+    _no_split_modules: tuple[str, ...] = ("Block",)
     """Units that accelerate shards one by one."""
     count: Count = staticmethod(predicted)
     """What the parts are means over."""
@@ -109,7 +110,7 @@ class AlignObjective(Objective):
         return [group for group in groups if group]
 
     def units(self) -> Sequence[nn.Module]:
-        return [self.student.model.layers[i].mixer for i in self.layers]
+        return [_mixer(self.student, i) for i in self.layers]
 
     def forward(self, piece: Piece) -> Tensor:
         seen, their_tokens = self._read(piece)
@@ -117,12 +118,13 @@ class AlignObjective(Objective):
 
         def error(index: int) -> Tensor:
             inputs, outputs = seen[index]
-            mixer = self.student.model.layers[index].mixer
+            mixer = _mixer(self.student, index)
             wide = torch.promote_types(outputs.dtype, torch.float32)
             with computing(mixer, self._dtype, grad=True):
                 got = mixer(inputs, None, ours)
                 off = (got.to(wide) - outputs).square().sum(-1).mean() / self._scales[index]
                 if self._mixing:
+                    assert isinstance(mixer, Mamba2Mixer)
                     with torch.no_grad():
                         want = attention_matrix(self._attention(index), inputs, their_tokens)
                     gap = mixing_matrix(mixer, inputs, ours) - want
@@ -132,7 +134,7 @@ class AlignObjective(Objective):
         if self._pool is None or not torch.is_grad_enabled():
             return torch.stack([error(index) for index in self.layers])
         groups = [
-            [p for p in self.student.model.layers[i].mixer.parameters() if p.requires_grad]
+            [p for p in _mixer(self.student, i).parameters() if p.requires_grad]
             for i in self.layers
         ]
         work = [lambda i=i: error(i) for i in self.layers]
@@ -142,7 +144,7 @@ class AlignObjective(Objective):
         return parts
 
     def _attention(self, index: int) -> Attention:
-        mixer = self._teacher[0].model.layers[self._pairs[index]].mixer
+        mixer = _mixer(self._teacher[0], self._pairs[index])
         assert isinstance(mixer, Attention)
         return mixer
 
@@ -156,7 +158,7 @@ class AlignObjective(Objective):
                 def keep(_: nn.Module, args: Any, output: Tensor, index: int = index) -> None:
                     seen[index] = args[0], output
 
-                mixer = teacher.model.layers[self._pairs[index]].mixer
+                mixer = _mixer(teacher, self._pairs[index])
                 hooks.callback(mixer.register_forward_hook(keep).remove)
             hidden, where = enter(teacher, piece.batch)
             climb(teacher, hidden, where, 0, max(self._pairs.values()) + 1)
@@ -182,6 +184,10 @@ class AlignObjective(Objective):
             i: ((squares[i] - sums[i].square().sum() / count) / count).clamp_min(1e-30).to(wide)
             for i in self.layers
         }
+
+
+def _mixer(model: TambaForCausalLM, index: int) -> nn.Module:
+    return model.model.layers[index].get_submodule("mixer")
 
 
 def _mixer_name(index: int) -> str:
@@ -328,9 +334,9 @@ class DistilObjective(Objective):
         waiting = [index for index in self._pairs if index not in active]
         if not waiting:
             return {}, None
-        layers = teacher.model.layers
+        others = {i: _mixer(teacher, self._pairs[i]) for i in waiting}
         # The student may have no attention of its own, and then no angles or masks either.
-        return {i: layers[self._pairs[i]].mixer for i in waiting}, enter(teacher, piece.batch)[1]
+        return others, enter(teacher, piece.batch)[1]
 
 
 def loss_weights(stage: Distil) -> Weights:
