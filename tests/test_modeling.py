@@ -339,6 +339,22 @@ def test_assisted_generation_is_lossless(stack):
 
 
 @pytest.mark.parametrize("stack", STACK_NAMES)
+def test_a_cache_holds_what_it_says_and_no_more(stack):
+    """A view into a long prompt would keep all of it in memory."""
+    model = tiny_model(stack)
+    cache = TambaCache(model.config)
+    with torch.inference_mode():
+        model.model(input_ids=random_ids(2, 100), past_key_values=cache)
+    held = {}
+    for layer in cache.layers:
+        own = isinstance(layer, RecurrentLayer)
+        for tensor in layer._tensors() if own else (layer.keys, layer.values):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    assert sum(held.values()) == cache.nbytes
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
 def test_early_exit_drafts_with_the_lower_layers_and_is_lossless(stack):
     model, ids = tiny_model(stack), random_ids(1, 9)
     total = model.config.num_hidden_layers
