@@ -26,7 +26,8 @@ from tamba.sections import Section, dump_toml, nearest_file, read_toml, validate
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(gt=0)]
 
-TEXT_SOURCES = ("python-docs", "teacher-written", "package-docs:")
+WRITTEN = "teacher-written"
+TEXT_SOURCES = ("python-docs", WRITTEN, "package-docs:")
 """Words of ``[data]`` that stand for text beside files, folders and ``hf://datasets/..`` addresses.
 
 ``python-docs`` is prose of the manual and docstrings that every Python carries,
@@ -78,7 +79,7 @@ class Data(Section):
     @property
     def uses_teacher(self) -> bool:
         """Whether some of the text is written by the teacher."""
-        return "teacher-written" in (*self.train, *self.heldout)
+        return WRITTEN in (*self.train, *self.heldout)
 
 
 class Analyze(Section):
