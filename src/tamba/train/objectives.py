@@ -266,6 +266,10 @@ class LiveTeacher:
     def __init__(self, model: TambaForCausalLM, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
 
+    def units(self) -> Sequence[nn.Module]:
+        """The modules that are compiled one by one."""
+        return list(self._model.model.layers)
+
     def __call__(self, piece: Piece) -> dict[str, Tensor]:
         with computing(self._model, self._dtype):
             hidden, where = enter(self._model, piece.batch)
@@ -301,6 +305,10 @@ class DistilObjective(Objective):
         self._pairs, self._active = dict(pairs or {}), active
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
         self._weights = loss_weights(stage)
+
+    def units(self) -> Sequence[nn.Module]:
+        theirs = self._signal.units() if isinstance(self._signal, LiveTeacher) else ()
+        return [*super().units(), *theirs]
 
     def forward(self, piece: Piece) -> Tensor:
         wanted: Mapping[str, Any] = {}
