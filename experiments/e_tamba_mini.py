@@ -583,6 +583,8 @@ class Experiment:
         """Everything, the most important first."""
         self.shapes()
         if not self.speed() or not self.pretrain() or not self.analysis():
+            for part in ("untuned", "search", "grid", "final", "recall", "memory"):
+                self.rows.skip(part, "the pair or its analysis is not there")
             return
         self.untuned()
         self.search()
