@@ -286,7 +286,8 @@ class Engine(Trainer):
         wants = self._keeps and time.monotonic() - self._kept >= KEEP_SECONDS
         told = torch.cat([total, total.new_tensor([float(wants)])])
         told = self.accelerator.reduce(told, "sum")
-        *parts, wanted, norm = torch.cat([told, told.new_tensor([float(grad_norm)])]).tolist()
+        norm_here = torch.as_tensor(grad_norm, dtype=told.dtype, device=told.device)
+        *parts, wanted, norm = torch.cat([told, norm_here.reshape(1)]).tolist()
         self._wants_to_keep = wanted > 0
         self.losses.append(parts)
         if all(map(math.isfinite, (*parts, norm))):

@@ -302,6 +302,10 @@ class DistilObjective(Objective):
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
         self._weights = loss_weights(stage)
 
+    def units(self) -> Sequence[nn.Module]:
+        (teacher,) = self._teacher
+        return [*super().units(), *(teacher.model.layers if teacher is not None else ())]
+
     def forward(self, piece: Piece) -> Tensor:
         wanted: Mapping[str, Any] = {}
         if self._signal is not None:
