@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import fields
 from threading import Barrier
 from typing import Any, Protocol
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from tamba.data import TokenBlocks
-from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.mamba2 import Mamba2Mixer
 from tamba.model.modeling import TambaForCausalLM
@@ -266,6 +264,10 @@ class LiveTeacher:
     def __init__(self, model: TambaForCausalLM, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
 
+    def units(self) -> Sequence[nn.Module]:
+        """The modules that are compiled one by one."""
+        return list(self._model.model.layers)
+
     def __call__(self, piece: Piece) -> dict[str, Tensor]:
         with computing(self._model, self._dtype):
             hidden, where = enter(self._model, piece.batch)
@@ -303,8 +305,8 @@ class DistilObjective(Objective):
         self._weights = loss_weights(stage)
 
     def units(self) -> Sequence[nn.Module]:
-        (teacher,) = self._teacher
-        return [*super().units(), *(teacher.model.layers if teacher is not None else ())]
+        theirs = self._signal.units() if isinstance(self._signal, LiveTeacher) else ()
+        return [*super().units(), *theirs]
 
     def forward(self, piece: Piece) -> Tensor:
         wanted: Mapping[str, Any] = {}
@@ -344,17 +346,12 @@ class DistilObjective(Objective):
 
 
 def loss_weights(stage: Distil) -> Weights:
-    """The loss of a stage, as `ops.losses` takes it.
-
-    Raises:
-        UserError: a divergence that the loss does not know.
-    """
-    known = {f.name for f in fields(Weights)}
-    told = {"kl": stage.kl, "ce": stage.ce, "temperature": stage.temperature}
-    for name, usual in (("divergence", "forward"), ("top_k", None)):
-        value = getattr(stage, name)
-        if name in known:
-            told[name] = value
-        elif value != usual:
-            raise UserError(f"train: distil.{name}", f"{value!r} is not known", "leave it out")
-    return Weights(**told)
+    """The loss of a stage, as `ops.losses` takes it."""
+    return Weights(
+        kl=stage.kl,
+        ce=stage.ce,
+        temperature=stage.temperature,
+        divergence=stage.divergence,
+        beta=stage.beta,
+        top_k=stage.top_k,
+    )
