@@ -41,7 +41,7 @@ from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
 from tamba.recipe import WRITTEN, Recipe, as_recipe
-from tamba.text import prepare_text, read_text
+from tamba.text import Side, prepare_text, read_text
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
 from tamba.train.kinds import KINDS, Case, Job
@@ -60,6 +60,8 @@ __all__ = [
     "train",
     "trained_parameters",
 ]
+
+_TRAIN: tuple[Side, ...] = ("train",)
 
 
 def train(
@@ -106,7 +108,7 @@ def train(
     )
     processes = PartialState(cpu=not torch.cuda.is_available())
     writes = processes.is_main_process
-    prepared = prepare_text(recipe, sides=("train",)) if text is None else read_text(text)
+    prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
     if blocks is None:
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
@@ -303,7 +305,7 @@ def _of_length(blocks: TokenBlocks, length: int | None, recipe: Recipe) -> Token
     _check_length(length, blocks.length, recipe)
     if length > blocks.length and WRITTEN not in recipe.data.train:
         data = recipe.data.model_copy(update={"length": length})
-        longer = prepare_text(recipe.model_copy(update={"data": data}), sides=("train",)).train
+        longer = prepare_text(recipe.model_copy(update={"data": data}), sides=_TRAIN).train
         assert longer is not None
         return longer
     joined = max(1, length // blocks.length)

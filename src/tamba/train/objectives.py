@@ -79,7 +79,6 @@ class AlignObjective(Objective):
     """
 
     count = staticmethod(tokens)
-    _no_split_modules = ("Mamba1Mixer", "Mamba2Mixer")
 
     def __init__(
         self,
@@ -92,6 +91,8 @@ class AlignObjective(Objective):
     ) -> None:
         super().__init__(student)
         self.layers = sorted(pairs)
+        # Mixers are called alone here, not by their layers.
+        self._no_split_modules = (*{type(_mixer(student, i)).__name__ for i in self.layers},)
         self._teacher = [teacher]
         self._pairs, self._mixing = pairs, stage.mixing
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
