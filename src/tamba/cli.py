@@ -241,7 +241,7 @@ def train(
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option(help="The text/ that `tamba run` prepared; prepared if not given."),
+        typer.Option(help="The text/ of a `tamba run`; prepared if not given."),
     ] = None,
 ) -> None:
     """Repair the student by the recipe's stages, or by some of them."""
