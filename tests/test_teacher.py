@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections import namedtuple
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,10 @@ from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.train import teacher as module
+from tamba.train.pieces import Piece
 from tamba.train.teacher import StoredTop, shorten, write_top
 
 K, LENGTH = 5, 6
-
-
-@dataclass
-class Piece:
-    rows: Tensor
-    places: Tensor
 
 
 @pytest.fixture
@@ -57,18 +51,22 @@ def teach(student: Tensor, head: Tensor, weights: Weights, **signal: object) -> 
     return [loss.detach(), torch.autograd.grad(loss, hidden)[0]]
 
 
+def piece_of(blocks: TokenBlocks) -> Piece:
+    rows = torch.tensor([3, 0, 1])
+    batch = Batch(blocks.tokens[rows].long(), blocks.starts[rows])
+    return Piece(batch, rows, torch.tensor([0, 4, 7, 12, 16]), 0, 1.0)
+
+
 @torch.no_grad()
-def live(teacher: TambaForCausalLM, blocks: TokenBlocks, piece: Piece) -> dict[str, Tensor]:
-    batch = Batch(blocks.tokens[piece.rows].long(), blocks.starts[piece.rows])
-    hidden = teacher.model(**batch.inputs, use_cache=False).last_hidden_state
-    hidden = hidden.flatten(0, 1)[piece.places]
-    return {"teacher_hidden": hidden, "teacher_head": teacher.lm_head.weight.detach()}
+def live(teacher: TambaForCausalLM, piece: Piece) -> dict[str, Tensor]:
+    hidden = teacher.model(**piece.batch.inputs, use_cache=False).last_hidden_state
+    head = teacher.lm_head.weight.detach()
+    return {"teacher_hidden": piece.at_places(hidden), "teacher_head": head}
 
 
 def check(teacher: TambaForCausalLM, found: StoredTop, temperature: float) -> None:
-    blocks = blocks_of(teacher)
-    piece = Piece(torch.tensor([3, 0, 1]), torch.tensor([0, 4, 7, 12, 16]))
-    signal = live(teacher, blocks, piece)
+    piece = piece_of(blocks_of(teacher))
+    signal = live(teacher, piece)
     make = torch.Generator().manual_seed(1)
     student = torch.randn(signal["teacher_hidden"].shape, generator=make)
     weights = Weights(temperature=temperature, top_k=K)

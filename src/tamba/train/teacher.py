@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +41,7 @@ from tamba.formats.safetensors import NO_ROOM
 from tamba.model.modeling import TambaForCausalLM
 from tamba.ops.losses import Top, most_likely
 from tamba.trace import climb, computing, enter, finish
+from tamba.train.pieces import Piece
 
 _ABOUT = "top.json"
 _SHARD_BYTES = 256 << 20
@@ -252,15 +253,6 @@ def _shard(
     return {"indices": indices, "log_probs": log_probs, "log_rest": log_rest}
 
 
-class _Piece(Protocol):
-    """What a stage asks about: rows [B] of its blocks, and places [n] in them, b·T + t."""
-
-    @property
-    def rows(self) -> Tensor: ...
-    @property
-    def places(self) -> Tensor: ...
-
-
 class StoredTop:
     """A store of `write_top`, open for reading; a teacher signal for a stage.
 
@@ -323,7 +315,7 @@ class StoredTop:
                 raise self._damaged(shard) from error
         return Top(*(torch.cat(part) for part in parts))
 
-    def __call__(self, piece: _Piece) -> dict[str, Any]:
+    def __call__(self, piece: Piece) -> dict[str, Any]:
         """`teacher_top` for the places of a piece, on their device."""
         places = piece.places
         top = self.read(piece.rows)
