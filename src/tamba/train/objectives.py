@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import fields
 from threading import Barrier
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tamba.data import TokenBlocks
+from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.mamba2 import Mamba2Mixer
 from tamba.model.modeling import TambaForCausalLM
@@ -346,11 +348,17 @@ class DistilObjective(Objective):
 
 
 def loss_weights(stage: Distil) -> Weights:
-    """The loss of a stage, as `ops.losses` takes it."""
-    return Weights(
-        kl=stage.kl,
-        ce=stage.ce,
-        temperature=stage.temperature,
-        divergence=stage.divergence,
-        top_k=stage.top_k,
-    )
+    """The loss of a stage, as `ops.losses` takes it.
+
+    Raises:
+        UserError: a divergence that the loss does not know.
+    """
+    known = {f.name for f in fields(Weights)}
+    told = {"kl": stage.kl, "ce": stage.ce, "temperature": stage.temperature}
+    for name, usual in (("divergence", "forward"), ("top_k", None)):
+        value = getattr(stage, name)
+        if name in known:
+            told[name] = value
+        elif value != usual:
+            raise UserError(f"train: distil.{name}", f"{value!r} is not known", "leave it out")
+    return Weights(**told)
