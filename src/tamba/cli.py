@@ -240,7 +240,8 @@ def train(
         typer.Option(help="Only this stage, by kind or number from 0; repeatable."),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="The text/ that `tamba run` prepared; prepared if not given.")
+        Path | None,
+        typer.Option(help="The text/ of a `tamba run`; prepared if not given."),
     ] = None,
 ) -> None:
     """Repair the student by the recipe's stages, or by some of them."""
