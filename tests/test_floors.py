@@ -46,6 +46,7 @@ OPTIONAL = {
     "mambapy": "bench",
     "matplotlib": "plots",
     "numba": "ops",
+    "torchao": "train",
     "triton": "bench ops",
 }
 
