@@ -714,7 +714,6 @@ def _into(
     sums,
     sum_ptr,
     span_ptr,
-    whole,
     P: tl.constexpr,
     Q: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -728,14 +727,11 @@ def _into(
     s = tl.arange(0, Q)
     u = first + tl.arange(0, COLUMNS)
     dy = _tile(dy_tiles, row, start + first, column, COLUMNS, P)
-    decays = _decays(
-        tl.load(sum_ptr + u)[None, :],
-        sums[:, None],
-        span_ptr + u[None, :],
-        span_ptr + s[:, None],
-        whole,
-        s[:, None] <= u[None, :],
-    )
+    # Not by `_decays`: with its branch Triton 3.6 gave wrong results on an H100 where the heads of
+    # a program differ in their spans (docs/performance-ssd.md).
+    same = tl.load(span_ptr + s)[:, None] == tl.load(span_ptr + u)[None, :]
+    between = tl.load(sum_ptr + u)[None, :] - sums[:, None]
+    decays = tl.where((s[:, None] <= u[None, :]) & same, tl.exp2(between), 0.0)
     weighted = (scores.to(tl.float32) * decays).to(DOT)
     return tl.dot(weighted, dy.to(DOT), inside, input_precision=PRECISION)
 
@@ -811,13 +807,13 @@ def _grad_x_kernel(
         inside = tl.zeros([Q, P], tl.float32)
         inside = _into(
             *(inside, scores, dy_column_tiles, row, start, column, 0, sums),
-            *(sum_ptr + steps, span_ptr + steps, span_end == 0),
+            *(sum_ptr + steps, span_ptr + steps),
             *(P, Q, COLUMNS, DOT, PRECISION),
         )
         if COLUMNS < Q:
             inside = _into(
                 *(inside, later_scores, dy_column_tiles, row, start, column),
-                *(COLUMNS, sums, sum_ptr + steps, span_ptr + steps, span_end == 0),
+                *(COLUMNS, sums, sum_ptr + steps, span_ptr + steps),
                 *(P, Q, COLUMNS, DOT, PRECISION),
             )
 

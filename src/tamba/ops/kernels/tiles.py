@@ -55,6 +55,9 @@ TILES: dict[str, dict[str, Tile]] = {
         },
         "conv_forward": {"tokens": 8, "channels": 64, "per_sm": 128, "least_tiles": 4, "warps": 1},
         "conv_backward": {"tokens": 4, "channels": 256, "per_sm": 16, "least_tiles": 4, "warps": 1},
+        # `block` logits of a row at a time, `stages` of them in flight.
+        "loss_dense": {"block": 4096, "warps": 16, "stages": 1},
+        "loss_top": {"block": 4096, "warps": 16, "stages": 1},
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
