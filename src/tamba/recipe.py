@@ -155,50 +155,92 @@ class _GradientStage(_Stage):
 
     Args:
         tokens: text to train on, in all.
-        length: tokens of a row, which divides ``data.length``; None for all of it.
-        batch: rows of a step.
-        micro_batch: rows that go through at a time where a step's activations do not fit at once;
-            gradients add up to the same step. None for all.
+        length: tokens of a row, shorter or longer than ``data.length``; None for that.
+        batch: rows of a step, over all processes.
+        micro_batch: rows that go through a process at a time where a step's activations do not fit
+            at once; gradients add up to the same step. None for all.
         lr: highest learning rate.
-        schedule: of the learning rate after warm-up.
+        lr_pretrained: the same of parameters that the teacher gave and no one converted; None for
+            `lr`.
+        schedule: of the learning rate after warm-up; ``wsd`` stays and then falls to 0 (Hu et al.
+            2024, arXiv 2404.06395, section 4).
         warmup: share of the steps over which it rises.
-        weight_decay: of AdamW.
+        cooldown: share of the steps over which ``wsd`` falls.
+        weight_decay: of AdamW, on matrices alone.
         betas: of AdamW.
         clip: largest gradient norm; 0 for no clipping.
+        ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
+            for the parameters themselves.
+        checkpointing: keep a layer's input alone and compute the layer again for its gradient.
+        compile: compile layers one by one; ``auto`` does on a GPU.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
     batch: Count = 8
     micro_batch: Count | None = None
     lr: float = Field(gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    lr_pretrained: float | None = Field(default=None, gt=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, lt=1)
+    cooldown: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    checkpointing: bool = False
+    compile: Literal["auto"] | bool = "auto"
 
 
 class Align(_GradientStage):
-    """Every converted mixer learns the teacher mixer's output on the teacher's own input, apart."""
+    """Every converted mixer learns the teacher mixer's output on the teacher's own input, apart.
+
+    Args:
+        mixing: weight of the distance between the attention's matrix and the one that the mixer
+            applies to its values (Bick et al. 2024, arXiv 2408.10189, section 4.1), relative to the
+            former's size. Takes Mamba-2 mixers with the attention's heads, and memory for a matrix
+            a head.
+    """
 
     stage: Literal["align"]
+    mixing: float = Field(default=0.0, ge=0)
 
 
 class Distil(_GradientStage):
     """The student's next-token distribution learns the teacher's, the text, or both.
 
+    With ``kl = 0``, ``ce = 1`` and ``train = "all"`` this is plain fine-tuning; at another `length`
+    it is the long stage.
+
     Args:
-        kl: weight of KL(teacher, student), a mean over tokens.
+        kl: weight of the divergence from the teacher, a mean over tokens.
         ce: weight of cross-entropy with the text.
-        temperature: of both distributions in the KL.
-        train: what moves: the mixers that the build made, these and the norms, or everything.
+        temperature: of both distributions in the divergence.
+        divergence: KL(teacher, student), KL(student, teacher), or Jensen and Shannon's.
+        top_k: compare the teacher's so many likeliest words alone; None for all.
+        train: what moves: the mixers that the build made; these and all norms; these and all MLPs;
+            everything but the MLPs; or everything.
+        replacement: when converted layers take the place of the teacher's attention: all from the
+            first step; ``progressive``, by the `shares` of attention left; one more at a time; or
+            ``theseus``, each at random, likelier with every step (Xu et al. 2020, arXiv
+            2002.02925).
+        shares: of the teacher's attention layers that are still attention, phase by phase; the
+            plan's own share is the last in any case.
+        order: in which layers are replaced: spread over the depth, from the bottom, from the top,
+            or these student layers.
+        chance: at which ``theseus`` begins; it reaches 1 after three quarters of the steps.
     """
 
     stage: Literal["distil"]
     kl: float = Field(default=1.0, ge=0)
     ce: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
-    train: Literal["mixers", "mixers+norms", "all"] = "mixers"
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    top_k: Count | None = None
+    train: Literal["mixers", "mixers+norms", "mixers+mlp", "all-but-mlp", "all"] = "mixers"
+    replacement: Literal["at_once", "progressive", "one_by_one", "theseus"] = "at_once"
+    shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.75, 0.5, 0.25, 0.125, 0.0)
+    order: Literal["spread", "bottom_up", "top_down"] | tuple[int, ...] = "spread"
+    chance: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Distil:
@@ -207,8 +249,14 @@ class Distil(_GradientStage):
         return self
 
     @property
-    def uses_teacher(self) -> bool:
+    def asks_teacher(self) -> bool:
+        """Whether the loss compares with the teacher."""
         return self.kl > 0
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher has to be at hand."""
+        return self.asks_teacher or self.replacement != "at_once"
 
 
 Stage = Annotated[LeastSquares | Align | Distil, Field(discriminator="stage")]
@@ -240,10 +288,13 @@ class Output(Section):
     Args:
         shard_bytes: largest weight file.
         html: write ``report.html`` beside ``report.json``.
+        report_to: who hears of training as it goes, in transformers' words (``tensorboard``,
+            ``wandb``, ``mlflow``, ...); None for TensorBoard where it is installed.
     """
 
     shard_bytes: Count = 2 * 1024**3
     html: bool = True
+    report_to: tuple[str, ...] | None = None
 
 
 class Recipe(Section):
