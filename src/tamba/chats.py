@@ -8,10 +8,11 @@ chats have; see `prompt_of`, `conversation_of` and `preference_of`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -93,6 +94,20 @@ def check_chats(sources: Sequence[Source]) -> None:
             raise UserError(
                 name, "not a kind of file that is read", "known: .jsonl, .json, .txt, .parquet"
             )
+
+
+def sources_digest(sources: Iterable[Source]) -> list[str]:
+    """What sources are, for a digest: files by their content, names of the hub as they stand."""
+    found = []
+    for source in sources:
+        path = Path(source)
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            if file.is_file():
+                with file.open("rb") as opened:
+                    found.append(hashlib.file_digest(opened, "sha256").hexdigest())
+            else:
+                found.append(os.fspath(source))
+    return found
 
 
 def read_rows(sources: Source | Sequence[Source], *, limit: int | None = None) -> Iterator[Row]:

@@ -34,6 +34,7 @@ from tamba.chats import (
     prompt_of,
     prompt_text,
     read_rows,
+    sources_digest,
 )
 from tamba.checkpoint import load_model, load_tokenizer, open_checkpoint
 from tamba.data import Source
@@ -141,7 +142,7 @@ def generate_data(
     if sources:
         check_chats(sources)
     settings: dict[str, Any] = {
-        "prompts": _content(sources),
+        "prompts": sources_digest(sources),
         "limit": limit,
         "magpie": magpie,
         "magpie_temperature": magpie_temperature if magpie else None,
@@ -216,21 +217,6 @@ def _check(
     ):
         if value is not None and value < 1:
             raise UserError(name, "is not a positive number")
-
-
-def _content(sources: Sequence[Source]) -> list[str]:
-    """What sources are: files by their content, the rest by name."""
-    found = []
-    for source in sources:
-        path = Path(source)
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            if file.is_file():
-                with file.open("rb") as opened:
-                    found.append(hashlib.file_digest(opened, "sha256").hexdigest())
-            else:
-                found.append(str(source))
-    return found
 
 
 def _unfinished(out: Path, settings: dict[str, Any]) -> Store:
