@@ -121,6 +121,10 @@ def config_says(**entries: object) -> Callable[[Path], None]:
     return prepare
 
 
+def of_a_run(folder: Path) -> None:
+    tiny_model(["attention"]).save_pretrained(folder / "out" / "student")
+
+
 def other_vocabulary(folder: Path) -> None:
     tiny_teacher(folder)
     (folder / "teacher" / "t.txt").write_text("the cat is in the house. " * 20)
@@ -300,6 +304,24 @@ BAD = {
         config_says(model_type="bert"),
         ANSWER,
         ["config.json", "family 'bert'"],
+    ),
+    **{
+        f"{n} layers": (
+            config_says(num_hidden_layers=n),
+            ["inspect", "teacher"],
+            ["config.json: num_hidden_layers", says],
+        )
+        for n, says in (
+            (10**9, "says 1000000000 layers, and there are 3"),
+            (0, "must be a whole number above 0, not 0"),
+            (-1, "above 0, not -1"),
+            ("x", "above 0, not 'x'"),
+        )
+    },
+    "folder of a run": (
+        of_a_run,
+        ["inspect", "out"],
+        ["out", "no config.json here", "of a run give the student, out/student"],
     ),
     "key that is not understood": (
         config_says(model_type="llama", new_trick=3),

@@ -39,7 +39,7 @@ SMALL = {
     "ssd_segments": {"head_dim": 16, "warps": 4, "stages": 1},
     "ssd_states": {"head_dim": 16, "per_sm": 80, "warps": 4, "stages": 1},
     "ssd_grad_C": {"chunk": 32, "rows": 16, "per_sm": 40, "warps": 4, "stages": 1},
-    "ssd_grad_x": {"columns": 16, "warps": 4, "stages": 1},
+    "ssd_grad_x": {"warps": 4, "stages": 1},
 }
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 import tamba  # noqa: F401  (registers the Auto classes)
 from compare import assert_same
 from models import STACKS, VOCAB, random_ids, tiny_model
+from tamba.errors import UserError
 from tamba.model.cache import RecurrentLayer, TambaCache
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
@@ -335,6 +336,42 @@ def test_assisted_generation_is_lossless(stack):
         model.generate(repeated, prompt_lookup_num_tokens=4, max_new_tokens=12, do_sample=False),
         without_cache(model, repeated),
     )
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_a_cache_holds_what_it_says_and_no_more(stack):
+    """A view into a long prompt would keep all of it in memory."""
+    model = tiny_model(stack)
+    cache = TambaCache(model.config)
+    with torch.inference_mode():
+        model.model(input_ids=random_ids(2, 100), past_key_values=cache)
+    held = {}
+    for layer in cache.layers:
+        own = isinstance(layer, RecurrentLayer)
+        for tensor in layer._tensors() if own else (layer.keys, layer.values):
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    assert sum(held.values()) == cache.nbytes
+
+
+@pytest.mark.parametrize("stack", STACK_NAMES)
+def test_early_exit_drafts_with_the_lower_layers_and_is_lossless(stack):
+    model, ids = tiny_model(stack), random_ids(1, 9)
+    total = model.config.num_hidden_layers
+    passes = [0] * total
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, i=i: passes.__setitem__(i, passes[i] + 1))
+    want = without_cache(model, ids)
+    passes[:] = [0] * total
+    got = model.generate(ids, assistant_early_exit=2, max_new_tokens=12, do_sample=False)
+    assert torch.equal(got, want)
+    # The first two wrote drafts and checked them, the others only checked.
+    assert passes[0] == passes[1] > passes[2] and len(set(passes[2:])) == 1
+    assert model.config.num_hidden_layers == total == len(model.config.layer_types)
+    for n in (0, -1, total + 1):
+        with pytest.raises(UserError, match=f"cannot be {n} in a model of {total} layers"):
+            model.generate(ids, assistant_early_exit=n, max_new_tokens=3)
+        assert model.config.num_hidden_layers == total
 
 
 def test_implementations_of_attention_agree():

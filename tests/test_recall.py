@@ -97,6 +97,9 @@ def test_the_right_answer_is_right_and_another_is_not(task):
         else:
             last = case.text[-1]
             wrong = TOKENIZER.encode(f" {case.text[:-1]}{'1' if last != '1' else '2'}>\n")
+            # More digits are another number.
+            longer = TOKENIZER.encode(f" {case.text}7>\n")
+            assert recall._graded(case, longer, TOKENIZER)["acc"] == 0
         assert recall._graded(case, wrong, TOKENIZER)["acc"] == 0
         assert recall._graded(case, answer[:-2], TOKENIZER)["acc"] == 0 or not case.answer
 

@@ -46,7 +46,8 @@ tokens = 64
 prompts = ["hi"]
 new_tokens = 4
 """
-ALL = ["text", "analyze", "build", "train", "evaluate"]
+ALL = ["text", "heldout", "analyze", "build", "train", "evaluate"]
+FITTED = ["analyze", "build", "train", "evaluate"]
 
 
 @pytest.fixture
@@ -63,11 +64,16 @@ class Steps:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.done: list[str] = []
+        self.drawn = 0
         self.fail_in = ""
         real = steps_of
 
         def stand_ins(recipe: Recipe) -> list[Step]:
-            return [dataclasses.replace(s, work=self.work(s)) for s in real(recipe)]
+            drawn = {"drawn": ("page.html",), "draw": self.draw}
+            return [
+                dataclasses.replace(s, work=self.work(s), **(drawn if s.draw else {}))
+                for s in real(recipe)
+            ]
 
         monkeypatch.setattr(run_module, "steps_of", stand_ins)
 
@@ -77,8 +83,14 @@ class Steps:
                 raise KeyboardInterrupt
             self.done.append(step.name)
             (out / step.artefact).write_text(step.name)
+            if step.draw:
+                self.draw(recipe, out)
 
         return write
+
+    def draw(self, recipe: Recipe, out: Path) -> None:
+        self.drawn += 1
+        (out / "page.html").write_text((out / "report.json").read_text())
 
     def run(self, folder: Path, *overrides: str, **options: bool) -> list[str]:
         """The steps that a run of the recipe does."""
@@ -100,22 +112,76 @@ def test_second_run_does_nothing(folder: Path, steps: Steps) -> None:
 
 
 CHANGES = {
-    "analyze.convert=2": ["analyze", "build", "train", "evaluate"],
-    "build.convert.conv=random": ["analyze", "build", "train", "evaluate"],
+    "analyze.convert=2": FITTED,
+    "build.convert.conv=random": FITTED,
     "train.0.lr=2e-3": ["train", "evaluate"],
     "evaluate.new_tokens=5": ["evaluate"],
     "output.shard_bytes=1000": ["build", "train", "evaluate"],
     "output.html=false": ["evaluate"],
-    "data.length=32": ["text", "analyze", "build", "train", "evaluate"],
+    "data.length=32": ALL,
+    "data.heldout_share=0.4": ALL,
     "seed=1": ALL,
+    # What is no longer divided is fitted to as a whole.
+    'evaluate.texts=["other.txt"]': ALL,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_repeats_what_rests_on_it(folder: Path, steps: Steps, change: str) -> None:
+    (folder / "other.txt").write_text("one")
     steps.run(folder)
     assert steps.run(folder, change) == CHANGES[change]
     assert steps.run(folder, change) == []
+
+
+APART = ('data.heldout=["other.txt"]',)
+APART_CHANGES = {
+    'data.heldout=["third.txt"]': ["heldout", "evaluate"],
+    'evaluate.texts=["third.txt"]': ["heldout", "evaluate"],
+    # Nothing is divided.
+    "data.heldout_share=0.4": ["evaluate"],
+    'data.train=["third.txt"]': ["text", *FITTED],
+}
+
+
+@pytest.mark.parametrize("change", APART_CHANGES)
+def test_other_text_to_measure_on_trains_nothing(folder: Path, steps: Steps, change: str) -> None:
+    for name in ("other.txt", "third.txt"):
+        (folder / name).write_text(name)
+    assert steps.run(folder, *APART) == ALL
+    assert steps.run(folder, *APART, change) == APART_CHANGES[change]
+    assert steps.run(folder, *APART, change) == []
+
+
+def test_text_to_measure_on_that_changes_trains_nothing(folder: Path, steps: Steps) -> None:
+    (folder / "other.txt").write_text("one")
+    steps.run(folder, *APART)
+    (folder / "other.txt").write_text("another one")
+    assert steps.run(folder, *APART) == ["heldout", "evaluate"]
+    # Cut off between the two, it goes on there.
+    (folder / "other.txt").write_text("a third")
+    steps.fail_in = "evaluate"
+    with pytest.raises(KeyboardInterrupt):
+        steps.run(folder, *APART)
+    steps.fail_in = ""
+    assert steps.run(folder, *APART) == ["evaluate"]
+
+
+def test_a_teacher_writes_once(folder: Path, steps: Steps) -> None:
+    (folder / "other.txt").write_text("one")
+    written = ('data.train=["teacher-written"]', 'data.heldout=["teacher-written"]')
+    assert steps.run(folder, *written) == ["write", *ALL]
+    assert steps.run(folder, *written, 'evaluate.texts=["other.txt"]') == ALL
+    assert steps.run(folder, *written, "data.written_tokens=99") == ["write", *ALL]
+
+
+def test_a_lost_page_is_drawn_again_and_nothing_else_is_done(folder: Path, steps: Steps) -> None:
+    steps.run(folder)
+    assert steps.drawn == 1
+    (folder / "out" / "page.html").unlink()
+    assert steps.run(folder) == [] and steps.drawn == 2
+    assert (folder / "out" / "page.html").read_text() == "evaluate"
+    assert steps.run(folder) == [] and steps.drawn == 2
 
 
 def test_changed_files_are_inputs(folder: Path, steps: Steps) -> None:
@@ -184,7 +250,7 @@ def test_an_interrupted_run_goes_on(folder: Path, steps: Steps) -> None:
     steps.fail_in = "train"
     with pytest.raises(KeyboardInterrupt):
         steps.run(folder)
-    assert steps.done == ["text", "analyze", "build"]
+    assert steps.done == ["text", "heldout", "analyze", "build"]
     steps.fail_in = ""
     assert steps.run(folder) == ["train", "evaluate"]
 
@@ -204,7 +270,7 @@ def test_shorter_ways(folder: Path, steps: Steps) -> None:
     (folder / "recipe.toml").write_text(
         RECIPE.replace("[analyze]", "[build]\nplan='uniform 0.5'\n[analyze]")
     )
-    assert steps.run(folder) == ["text", "build", "train", "evaluate"]
+    assert steps.run(folder) == ["text", "heldout", "build", "train", "evaluate"]
     a, b = RECIPE.index("[[train]]"), RECIPE.index("[evaluate]")
     (folder / "recipe.toml").write_text(RECIPE[:a] + RECIPE[b:])
     assert steps.run(folder) == ["analyze", "build", "evaluate"]
@@ -309,8 +375,8 @@ def test_the_whole_way(real: Path) -> None:
     assert record.plan[chosen].origin == "converted"
     assert {point.stage for point in record.training} >= {"distil"}
     assert record.answer == record.chat[0].student
-    steps = ["text", "analyze", "build", "train"]
-    assert list(record.seconds)[:4] == steps and set(record.digests) == set(steps)
+    steps = ["text", "heldout", "analyze", "build", "train"]
+    assert list(record.seconds)[:5] == steps and set(record.digests) == set(steps)
     assert {"python", "torch", "transformers"} <= set(record.versions)
     assert record.recipe == (real / "out" / "recipe.toml").read_text()
     assert (real / "out" / "report.html").exists()
@@ -318,17 +384,27 @@ def test_the_whole_way(real: Path) -> None:
     # The student is a checkpoint like any other, and the report's figure is its figure.
     model, tokenizer = tamba.load(real / "out" / "student")
     assert model.config.layer_types.count("linear_attention") == 1 and tokenizer is not None
-    heldout = read_text(real / "out" / "text").heldout
+    heldout = read_text(real / "out" / "heldout").heldout
     assert heldout is not None
     again = perplexity(model, heldout.take(64 // 16))
     assert again.ppl == pytest.approx(record.perplexity.student, rel=1e-5)
     # Nothing is left over but what was promised, and nothing is done twice.
     names = {p.name for p in (real / "out").iterdir()}
-    folders = {"analysis", "built", "plots", "student", "text"}
+    folders = {"analysis", "built", "heldout", "plots", "student", "text"}
     assert names == folders | {"recipe.toml", "report.html", "report.json", "run.json"}
     heard: list[str] = []
+    pages = [real / "out" / "report.html", real / "out" / "student" / "README.md"]
+    before = [page.read_text() for page in pages]
+    for page in pages:
+        page.unlink()
     run(real / "recipe.toml", real / "out", report=lambda step, what: heard.append(what))
-    assert heard == ["skipped"] * 5
+    assert heard == ["skipped"] * 6
+    assert [page.read_text() for page in pages] == before
+    # Whether there is a page is the recipe's to say.
+    shutil.rmtree(real / "out" / "plots")
+    pages[0].unlink()
+    run(read_recipe(real / "recipe.toml", ["output.html=false"]), real / "out")
+    assert not pages[0].exists() and not (real / "out" / "plots").exists()
     # What an analysis of another recipe found is not this one's.
     other = read_recipe(real / "recipe.toml", ['build.plan=["keep 0", "convert 1", "keep 2"]'])
     record = read_record(run(other, real / "out"))

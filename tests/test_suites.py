@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,6 +154,32 @@ def test_speed_and_where_it_breaks_even(monkeypatch):
     assert all(s > 0 for s in speed._seconds(models().student, 8, 2))
 
 
+def test_running_out_of_memory_is_a_row(monkeypatch):
+    """The models' other points are measured, and where the teacher alone stops the student wins."""
+    both = models()
+    full = both.teacher.model.model
+    real = type(full).forward
+
+    def small(self, input_ids, **options):
+        if self is full and input_ids.shape[1] >= 32:
+            raise torch.OutOfMemoryError
+        return real(self, input_ids=input_ids, **options)
+
+    monkeypatch.setattr(type(full), "forward", small)
+    rows = memory.prepare(sweep("memory", contexts=(16, 32))).run(both, lambda _: Store()).rows
+    notes = [row.get("note") for row in rows]
+    assert notes == [None, None, None, "out of memory"] and rows[3]["floor"] > 0
+    monkeypatch.setattr(speed, "REPEATS", 1)
+    monkeypatch.setattr(speed, "DECODED", 1)
+    got = speed.prepare(sweep("speed", contexts=(16, 32))).run(both, lambda _: Store())
+    assert [row.get("note") for row in got.rows] == [None, None, None, "out of memory"]
+    assert got.scores["student"]["break_even_decode_tokens"].value <= 32
+    assert [p.x for p in got.curves["decode_tokens_per_second"].points["teacher"]] == [16]
+    swapped = Models(replace(both.teacher, role="student"), replace(both.student, role="teacher"))
+    got = speed.prepare(sweep("speed", contexts=(32,))).run(swapped, lambda _: Store())
+    assert "break_even_decode_tokens" not in got.scores["student"]
+
+
 def test_break_even_of_memory_by_counting():
     student, teacher = tiny_model("mamba2").config, tiny_model("attention").config
     weights = (5000, 1000)
@@ -162,5 +189,7 @@ def test_break_even_of_memory_by_counting():
         if weights[0] + cache_bytes(student, n) < weights[1] + cache_bytes(teacher, n)
     )
     assert break_even(student, teacher, weights) == want
+    # Wider values are reached sooner.
+    assert break_even(student, teacher, weights, bytes_per_value=4) < want
     assert break_even(teacher, teacher, (2, 1)) is None
     assert break_even(teacher, teacher, (1, 2)) == 0

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,7 @@ from tamba import text as text_module
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.recipe import Recipe, read_recipe
-from tamba.text import RecipeText, prepare_text, read_text
+from tamba.text import RecipeText, prepare_text, read_text, write_text
 from tokens import character_tokenizer
 
 WORDS = [
@@ -83,6 +88,46 @@ def test_other_sources_stay_whole(folder: Path) -> None:
     recipe = recipe_of(folder, ["a.jsonl"], ["a.jsonl"], '[evaluate]\ntexts = ["b.jsonl"]')
     found = prepare_text(recipe)
     assert found.train and words_in(found.train) == set(WORDS)
+
+
+@pytest.mark.parametrize("shared", ["a.jsonl", "teacher-written"])
+def test_each_side_alone_is_what_it_is_beside_the_other(folder: Path, shared: str) -> None:
+    recipe = recipe_of(folder, [shared, "b.jsonl"], [shared])
+    both = prepare_text(recipe)
+    written = write_text(recipe) if shared == "teacher-written" else None
+    train = prepare_text(recipe, sides=["train"], written=written)
+    heldout = prepare_text(recipe, sides=["heldout"], written=written)
+    assert train.heldout is None and heldout.train is None
+    for got, want in ((train.train, both.train), (heldout.heldout, both.heldout)):
+        assert got and want and torch.equal(got.tokens, want.tokens)
+
+
+def test_text_is_there_as_a_whole_or_not_at_all(folder: Path) -> None:
+    """A process that is killed between the two files leaves nothing under the name."""
+    code = """
+        import os, signal, sys
+        import torch
+        from tamba.data import TokenBlocks
+        from tamba.text import RecipeText
+        save = TokenBlocks.save
+        def killed(self, path):
+            save(self, path)
+            os.kill(os.getpid(), signal.SIGKILL)
+        TokenBlocks.save = killed
+        rows = TokenBlocks(torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 4)
+        RecipeText(rows, rows).save(sys.argv[1])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder / "text")]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "src"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (folder / ".text.partial" / "train.safetensors").exists()
+    assert not (folder / "text").exists()
+    # The next one clears up and is whole.
+    rows = TokenBlocks(torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 4)
+    RecipeText(None, rows).save(folder / "text")
+    assert read_text(folder / "text").train is None and not (folder / ".text.partial").exists()
+    with pytest.raises(UserError, match="text: already exists"):
+        RecipeText(rows, rows).save(folder / "text")
 
 
 def test_sources_are_mixed_without_loss(folder: Path) -> None:

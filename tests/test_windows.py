@@ -64,6 +64,16 @@ def test_sliding_windows_score_each_token_once(stride):
     check_sliding(stride)
 
 
+def test_windows_slide_over_the_end_of_a_text_without_separators():
+    """One document that fills its rows: what stands beyond it is no token, and is not scored."""
+    text = TokenBlocks.from_tokens([random_ids(1, 16)[0].tolist()], 8, separator=0)
+    assert text.n_tokens == 16 and not text.starts[:, 1:].any()
+    found = sliding(text, 3)
+    assert len(found) == 4 and found.blocks.tokens.min() >= 0
+    got = run(windows._Perplexity(found, {"length": 8}), subject())
+    assert got.settings["scored_tokens"] == 15
+
+
 @pytest.mark.slow
 def test_tokens_that_are_scored_twice_show(monkeypatch):
     monkeypatch.setattr(

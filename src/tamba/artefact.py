@@ -1,11 +1,13 @@
 """What a step leaves on disk appears under its name when complete, or never, and says what made it.
 
-Checkpoints, which are written tensor by tensor, have a writer of their own in formats/.
+Checkpoints are written tensor by tensor by a writer in formats/, into a folder made here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import importlib.metadata
 import os
 import platform
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tamba
+from tamba.errors import UserError
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "triton")
 
@@ -44,26 +47,87 @@ def write_file(
             partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Inside, a hidden folder beside `out` to write into; at the end it takes the name `out`.
+def refuse_existing(out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Refuse a place where something stands; an empty folder is no loss.
 
-    An exception leaves nothing. `out` may be there if it is an empty folder.
+    Args:
+        overwrite: a folder may stand there, a file may not.
 
     Raises:
-        OSError: it cannot be made, or something else stands there.
+        UserError: something stands there.
     """
+    out = Path(out)
+    if not os.path.lexists(out) or (out.is_dir() and (overwrite or not any(out.iterdir()))):
+        return
+    raise UserError(str(out), "already exists", "choose another folder or remove it")
+
+
+def partial_of(out: str | os.PathLike[str]) -> Path:
+    """The hidden folder beside `out` that `new_folder` hands out."""
     out = Path(out).absolute()
-    partial = out.parent / f".{out.name}.partial"
+    return out.parent / f".{out.name}.partial"
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """Inside, a hidden folder beside `out` to write into; at the end it takes the name `out`.
+
+    An exception, an interrupt included, leaves nothing. What a killed process left is replaced,
+    what a living one is writing is not.
+
+    Args:
+        overwrite: replace a folder that stands there, at the very end.
+
+    Raises:
+        UserError: something stands there, or another process is writing it.
+        OSError: it cannot be made.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    partial = partial_of(out)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(str(out), "another process is writing it", "wait for it") from error
+        except OSError:
+            pass  # a file system without locks; two writers there are the user's care
+        try:
+            for left in partial.iterdir():
+                _remove(left)
+            yield partial
+            _rename(partial, Path(out).absolute(), overwrite)
+        finally:
+            # Unless it was renamed, and another has its name by now.
+            if partial.exists() and os.path.samestat(os.fstat(lock), partial.stat()):
+                shutil.rmtree(partial, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _rename(partial: Path, out: Path, overwrite: bool) -> None:
+    old = out.parent / f".{out.name}.replaced"
+    if overwrite and out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    try:
+        partial.rename(out)
+    except OSError as error:
+        if old.exists():
+            old.rename(out)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(str(out), "was made by another process meanwhile") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:

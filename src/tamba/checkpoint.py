@@ -418,6 +418,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
         found = sorted(p.name for p in folder.glob("*.gguf"))
         hint = f"for a GGUF give the file itself, {folder / found[0]}" if found else ""
+        if (folder / "student" / "config.json").is_file():
+            hint = f"of a run give the student, {folder / 'student'}"
         raise UserError(str(folder), "no config.json here", hint or "is this a checkpoint folder?")
     config = _read_json(folder / "config.json")
     if (folder / "mamba_config.json").is_file():

@@ -235,13 +235,21 @@ def train(
         Path, typer.Option(help="The checkpoint that `tamba build` wrote.", show_default=False)
     ],
     overrides: Set = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this stage, by kind or number from 0; repeatable."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="The text/ of a `tamba run`; prepared if not given."),
+    ] = None,
 ) -> None:
-    """Repair the student by the recipe's stages."""
+    """Repair the student by the recipe's stages, or by some of them."""
     settings = _read(recipe, overrides)
     with _step():
         from tamba.train import train as step
 
-        step(settings, out, student=student)
+        step(settings, out, student=student, text=text, stages=stage or ())
     stderr.print(f"wrote {out}")
 
 

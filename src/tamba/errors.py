@@ -28,8 +28,17 @@ class UserError(ValueError):
         super().__init__(" ".join(line.split()))
 
 
+_SHOWN = 8
+"""Names that a message lists at most."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the known word closest to `word`, or lists the known words if none is."""
+    """A hint that names the known word closest to `word`, or lists some known words if none is."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(names)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    rest = len(names) - _SHOWN
+    # One more is as short as saying that there is one more.
+    shown = names if rest <= 1 else names[:_SHOWN]
+    return "known: " + ", ".join(shown) + (f" and {rest} more" if rest > 1 else "")

@@ -26,7 +26,8 @@ from tamba.sections import Section, dump_toml, nearest_file, read_toml, validate
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(gt=0)]
 
-TEXT_SOURCES = ("python-docs", "teacher-written", "package-docs:")
+WRITTEN = "teacher-written"
+TEXT_SOURCES = ("python-docs", WRITTEN, "package-docs:")
 """Words of ``[data]`` that stand for text beside files, folders and ``hf://datasets/..`` addresses.
 
 ``python-docs`` is prose of the manual and docstrings that every Python carries,
@@ -78,7 +79,7 @@ class Data(Section):
     @property
     def uses_teacher(self) -> bool:
         """Whether some of the text is written by the teacher."""
-        return "teacher-written" in (*self.train, *self.heldout)
+        return WRITTEN in (*self.train, *self.heldout)
 
 
 class Analyze(Section):
@@ -216,7 +217,9 @@ class Distil(_GradientStage):
         ce: weight of cross-entropy with the text.
         temperature: of both distributions in the divergence.
         divergence: KL(teacher, student), KL(student, teacher), or Jensen and Shannon's.
-        top_k: compare the teacher's so many likeliest words alone; None for all.
+        beta: of ``js``, the teacher's share in the mean of both (Agarwal et al. 2024, arXiv
+            2306.13649, section 2).
+        top_k: compare the teacher's so many likeliest words, and all others as one; None for all.
         train: what moves: the mixers that the build made; these and all norms; these and all MLPs;
             everything but the MLPs; or everything.
         replacement: when converted layers take the place of the teacher's attention: all from the
@@ -235,6 +238,7 @@ class Distil(_GradientStage):
     ce: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
     divergence: Literal["forward", "reverse", "js"] = "forward"
+    beta: float = Field(default=0.5, gt=0, lt=1)
     top_k: Count | None = None
     train: Literal["mixers", "mixers+norms", "mixers+mlp", "all-but-mlp", "all"] = "mixers"
     replacement: Literal["at_once", "progressive", "one_by_one", "theseus"] = "at_once"

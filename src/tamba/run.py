@@ -17,15 +17,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tamba
 from tamba.artefact import write_file
 from tamba.errors import UserError
-from tamba.recipe import ChatStage, Recipe, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
 
 Report = Callable[[str, str], None]
 """``report(step, what)``: `what` is ``skipped``, ``begun`` or the time that the step took."""
@@ -40,6 +40,10 @@ class Step:
         needs: steps whose artefacts it reads.
         artefact: file or folder that it leaves, inside the output folder.
         work: does it, given the recipe and the output folder.
+        texts: keys of the recipe whose files it reads.
+        also: what else decides what it leaves.
+        drawn: what is made of the artefact alone, and made again where it is missing.
+        draw: makes that.
     """
 
     name: str
@@ -47,6 +51,10 @@ class Step:
     needs: tuple[str, ...]
     artefact: str
     work: Callable[[Recipe, Path], None]
+    texts: tuple[Literal["train", "texts"], ...] = ()
+    also: tuple[Any, ...] = ()
+    drawn: tuple[str, ...] = ()
+    draw: Callable[[Recipe, Path], None] | None = None
 
 
 def run(
@@ -60,8 +68,9 @@ def run(
 
     Args:
         recipe: a recipe or the path of one.
-        out: folder for all artefacts: ``analysis/`` (where layers are chosen by score), ``built/``
-            and ``student/``, ``report.json``, ``report.html``, ``recipe.toml``.
+        out: folder for all artefacts: ``text/`` and ``heldout/``, ``analysis/`` (where layers are
+            chosen by score), ``built/`` and ``student/``, ``report.json``, ``report.html``,
+            ``recipe.toml``.
         force: do every step again.
         report: hears of each step.
 
@@ -97,9 +106,12 @@ def run(
         known = done.get(step.name, {})
         if known.get("digest") == digest and (out / step.artefact).exists():
             say(step.name, "skipped")
+            if step.draw and not all((out / name).exists() for name in step.drawn):
+                step.draw(recipe, out)
             continue
-        # What follows rests on the artefact that is about to go.
-        done = {name: done[name] for name in digests if name in done and name != step.name}
+        # What rests on the artefact that is about to go is no longer done.
+        gone = _resting_on(step.name, steps)
+        done = {s.name: done[s.name] for s in steps if s.name in done and s.name not in gone}
         state = _State(done, state.begun | {step.artefact})
         _write_state(out, state)
         _remove(out / step.artefact)
@@ -145,8 +157,26 @@ def steps_of(recipe: Recipe) -> list[Step]:
     """The steps that a recipe asks for, in order."""
     models = ("seed", "teacher", "donor")
     # Not all of [output]: whether there is a page is no reason to train again.
-    written = ("output.shard_bytes",)
-    steps = [Step("text", ("seed", "teacher", "data", "evaluate.texts"), (), "text", _text)]
+    shards = ("output.shard_bytes",)
+    steps: list[Step] = []
+    written: tuple[str, ...] = ()
+    if WRITTEN in (*recipe.text_sources("train"), *recipe.text_sources("texts")):
+        keys = ("length", "written_tokens", "written_openings", "written_temperature")
+        sections = ("seed", "teacher", *(f"data.{key}" for key in keys))
+        steps.append(Step("write", sections, (), "written.safetensors", _write))
+        written = ("write",)
+    # Each side is an input of its own: other text to measure on is no reason to train again.
+    train, heldout = recipe.text_sources("train"), recipe.text_sources("texts")
+    divided = [(train.index(s), heldout.index(s)) for s in train if s in heldout]
+    share = recipe.data.heldout_share if divided else None
+    read = ("seed", "teacher", "data.length", "data.text_key")
+    if train:
+        needs = written if WRITTEN in train else ()
+        also: tuple[Any, ...] = ([i for i, _ in divided], share)
+        steps.append(Step("text", (*read, "data.train"), needs, "text", _text, ("train",), also))
+    needs = written if WRITTEN in heldout else ()
+    also = (recipe.evaluate.texts or recipe.data.heldout, [i for _, i in divided], share)
+    steps.append(Step("heldout", read, needs, "heldout", _heldout, ("texts",), also))
     before: tuple[str, ...] = ()
     if recipe.build.plan == "analyze":
         steps.append(
@@ -154,20 +184,52 @@ def steps_of(recipe: Recipe) -> list[Step]:
         )
         before = ("analyze",)
     built = "built" if recipe.train else "student"
-    steps.append(Step("build", (*models, "build", *written), before, built, _build))
+    steps.append(Step("build", (*models, "build", *shards), before, built, _build))
     if recipe.train:
         needed = ("text", "build")
-        steps.append(Step("train", (*models, "train", *written), needed, "student", _train))
-    last = ("text", *before, steps[-1].name)
+        steps.append(Step("train", (*models, "train", *shards), needed, "student", _train))
+    last = ("heldout", *before, steps[-1].name)
     everything = tuple(Recipe.model_fields)
-    steps.append(Step("evaluate", everything, last, "report.json", _evaluate))
+    pages = ("report.html", "plots") if recipe.output.html else ()
+    drawn = (*pages, "student/README.md")
+    steps.append(
+        Step("evaluate", everything, last, "report.json", _evaluate, drawn=drawn, draw=_draw)
+    )
     return steps
 
 
+def _resting_on(name: str, steps: Iterable[Step]) -> set[str]:
+    """The step and those that read what it leaves, or what is made of that."""
+    found = {name}
+    for step in steps:
+        if found & set(step.needs):
+            found.add(step.name)
+    return found
+
+
+def _write(recipe: Recipe, out: Path) -> None:
+    from tamba.text import write_text
+
+    write_text(recipe).save(out / "written.safetensors")
+
+
 def _text(recipe: Recipe, out: Path) -> None:
+    _prepare(recipe, out, "train", "text")
+
+
+def _heldout(recipe: Recipe, out: Path) -> None:
+    _prepare(recipe, out, "heldout", "heldout")
+
+
+def _prepare(recipe: Recipe, out: Path, side: Literal["train", "heldout"], name: str) -> None:
+    from tamba.data import TokenBlocks
     from tamba.text import prepare_text
 
-    prepare_text(recipe).save(out / "text")
+    key: Literal["train", "texts"] = "train" if side == "train" else "texts"
+    written = None
+    if WRITTEN in recipe.text_sources(key):
+        written = TokenBlocks.load(out / "written.safetensors")
+    prepare_text(recipe, sides=[side], written=written).save(out / name)
 
 
 def _analyze(recipe: Recipe, out: Path) -> None:
@@ -185,13 +247,12 @@ def _train(recipe: Recipe, out: Path) -> None:
 
 
 def _evaluate(recipe: Recipe, out: Path) -> None:
-    from tamba.card import write_card
     from tamba.checkpoint import open_model
     from tamba.evaluate.student import evaluate_student
     from tamba.report import FrontierPoint, write_report
     from tamba.text import read_text
 
-    heldout = read_text(out / "text").heldout
+    heldout = read_text(out / "heldout").heldout
     assert heldout is not None, "run refuses a recipe without held-out text"
     n_teacher = len(open_model(recipe).tamba_config.layers or [])
     plan = recipe.layer_plan(n_teacher, _analysis(recipe, out))
@@ -213,7 +274,17 @@ def _evaluate(recipe: Recipe, out: Path) -> None:
         )
         frontier.append(point)
     record = record.updated(seconds=seconds | record.seconds, digests=digests, frontier=frontier)
-    write_report(record, out)
+    write_report(record, out, html=False)
+    _draw(recipe, out)
+
+
+def _draw(recipe: Recipe, out: Path) -> None:
+    """The pages of the record, for people."""
+    from tamba.card import write_card
+    from tamba.report import read_record, write_report
+
+    if recipe.output.html:
+        write_report(read_record(out / "report.json"), out)
     write_card(out, out / "student" / "README.md")
 
 
@@ -235,6 +306,7 @@ def _digest(step: Step, recipe: Recipe, earlier: dict[str, str]) -> str:
         "tamba": tamba.__version__,
         "step": [step.name, step.artefact],
         "recipe": recipe.digest(*step.sections),
+        "also": step.also,
         "files": {key: _fingerprint(path) for key, path in _files(step, recipe).items()},
         "steps": {name: earlier[name] for name in step.needs},
     }
@@ -246,12 +318,11 @@ def _files(step: Step, recipe: Recipe) -> dict[str, Path]:
     named: dict[str, str] = {"teacher": recipe.model_path("teacher")}
     if recipe.donor:
         named["donor"] = recipe.model_path("donor")
-    if step.name == "text":
-        for key in ("train", "texts"):
-            named |= {f"{key}[{i}]": s for i, s in enumerate(recipe.text_sources(key))}
-        if recipe.data.written_openings:
-            openings = recipe.locate(recipe.data.written_openings, "data.written_openings")
-            named["openings"] = str(openings)
+    for key in step.texts:
+        named |= {f"{key}[{i}]": s for i, s in enumerate(recipe.text_sources(key))}
+    if step.name == "write" and recipe.data.written_openings:
+        openings = recipe.locate(recipe.data.written_openings, "data.written_openings")
+        named["openings"] = str(openings)
     if step.name == "train":
         for stage in recipe.train:
             if isinstance(stage, ChatStage):

@@ -1,25 +1,27 @@
 """The text of a recipe, as blocks of tokens: what is fitted on, and what is held out.
 
-A run prepares it once and every step reads the same blocks. Text that the teacher writes is sampled
-here, with the teacher that the recipe names.
+A run prepares each side once and every step reads the same blocks. Text that the teacher writes is
+sampled here, with the teacher that the recipe names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from tamba.artefact import new_folder
 from tamba.checkpoint import load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks, read_texts, split_texts
 from tamba.errors import UserError
-from tamba.recipe import Recipe
+from tamba.recipe import WRITTEN, Recipe
 from tamba.teacher_text import write_blocks
 
-WRITTEN = "teacher-written"
+Side = Literal["train", "heldout"]
+SIDES: tuple[Side, ...] = ("train", "heldout")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +35,16 @@ class RecipeText:
     heldout: TokenBlocks | None
 
     def save(self, folder: str | Path) -> None:
-        """Write the blocks into a folder, which is made."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("train", "heldout"):
-            blocks: TokenBlocks | None = getattr(self, name)
-            if blocks is not None:
-                blocks.save(folder / f"{name}.safetensors")
+        """Write the blocks into a new folder, whole or not at all.
+
+        Raises:
+            UserError: something stands there, or the disk is full.
+        """
+        with new_folder(folder) as partial:
+            for side in SIDES:
+                blocks: TokenBlocks | None = getattr(self, side)
+                if blocks is not None:
+                    blocks.save(partial / f"{side}.safetensors")
 
 
 def read_text(folder: str | Path) -> RecipeText:
@@ -47,19 +52,28 @@ def read_text(folder: str | Path) -> RecipeText:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(str(folder), "no such folder of text")
-    train, heldout = (folder / f"{name}.safetensors" for name in ("train", "heldout"))
+    train, heldout = (folder / f"{side}.safetensors" for side in SIDES)
     return RecipeText(
         TokenBlocks.load(train) if train.exists() else None,
         TokenBlocks.load(heldout) if heldout.exists() else None,
     )
 
 
-def prepare_text(recipe: Recipe, *, teacher: Any = None, tokenizer: Any = None) -> RecipeText:
+def prepare_text(
+    recipe: Recipe,
+    *,
+    sides: Collection[Side] = SIDES,
+    written: TokenBlocks | None = None,
+    teacher: Any = None,
+    tokenizer: Any = None,
+) -> RecipeText:
     """Read, split, tokenize and pack the text that a recipe names.
 
     Args:
         recipe: its ``[data]`` section decides, and ``evaluate.texts`` where it names other text to
             measure on; rows have ``data.length`` tokens.
+        sides: which to prepare; the other one is None.
+        written: what `write_text` gave, where the teacher has written already.
         teacher: the teacher, where it is open already; otherwise opened if it has to write.
         tokenizer: of the teacher; read from its checkpoint if None.
 
@@ -69,22 +83,31 @@ def prepare_text(recipe: Recipe, *, teacher: Any = None, tokenizer: Any = None) 
     data = recipe.data
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
-    parts: dict[str, list[TokenBlocks]] = {"train": [], "heldout": []}
-    train, heldout = recipe.text_sources("train"), recipe.text_sources("texts")
-    for source in dict.fromkeys((*train, *heldout)):
-        sides = [n for n, names in (("train", train), ("heldout", heldout)) if source in names]
+    parts: dict[Side, list[TokenBlocks]] = {"train": [], "heldout": []}
+    named: dict[Side, tuple[str, ...]] = {
+        "train": recipe.text_sources("train"),
+        "heldout": recipe.text_sources("texts"),
+    }
+    for source in dict.fromkeys(source for side in SIDES for source in named[side]):
+        homes = [side for side in SIDES if source in named[side]]
+        if not set(homes) & set(sides):
+            continue
         if source == WRITTEN:
-            written = _written(recipe, teacher, tokenizer)
-            pieces = [written] if len(sides) == 1 else _divided(written, data.heldout_share)
+            if written is None:
+                written = write_text(recipe, teacher=teacher, tokenizer=tokenizer)
+            blocks = [written] if len(homes) == 1 else _divided(written, data.heldout_share)
+            pieces = dict(zip(homes, blocks, strict=True))
         else:
             texts = read_texts(source, key=data.text_key)
-            halves = split_texts(texts, data.heldout_share) if len(sides) == 2 else (texts,)
-            pieces = [
-                TokenBlocks.from_texts(half, tokenizer, data.length, fill=side == "heldout")
-                for side, half in zip(sides, halves, strict=True)
-            ]
-        for side, piece in zip(sides, pieces, strict=True):
-            parts[side].append(piece)
+            halves = split_texts(texts, data.heldout_share) if len(homes) == 2 else (texts,)
+            pieces = {
+                side: TokenBlocks.from_texts(half, tokenizer, data.length, fill=side == "heldout")
+                for side, half in zip(homes, halves, strict=True)
+                if side in sides
+            }
+        for side, piece in pieces.items():
+            if side in sides:
+                parts[side].append(piece)
     return RecipeText(
         _mixed(parts["train"], recipe.seed), _mixed(parts["heldout"], recipe.seed + 1)
     )
@@ -100,8 +123,18 @@ def _tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def _written(recipe: Recipe, teacher: Any, tokenizer: Any) -> TokenBlocks:
+def write_text(recipe: Recipe, *, teacher: Any = None, tokenizer: Any = None) -> TokenBlocks:
+    """What the teacher of a recipe writes, as blocks of ``data.length`` tokens.
+
+    Args:
+        teacher, tokenizer: where they are open already.
+
+    Raises:
+        UserError: the teacher cannot be opened, or has no chat template and no openings are named.
+    """
     data = recipe.data
+    if tokenizer is None:
+        tokenizer = _tokenizer(recipe)
     openings = None
     if data.written_openings:
         file = recipe.locate(data.written_openings, "data.written_openings")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tamba import progress
 from tamba.errors import UserError
@@ -47,18 +49,27 @@ def cache_bytes(config: TambaConfig, context: int, *, bytes_per_value: int = 2) 
     return total
 
 
-def break_even(student: TambaConfig, teacher: TambaConfig, weights: tuple[int, int]) -> int | None:
+def break_even(
+    student: TambaConfig,
+    teacher: TambaConfig,
+    weights: tuple[int, int],
+    *,
+    bytes_per_value: int = 2,
+) -> int | None:
     """Context from which the student's weights and cache are smaller than the teacher's.
 
     Args:
         weights: bytes of the student's and the teacher's.
+        bytes_per_value: of keys, values and convolution states, as for `cache_bytes`.
 
     Returns:
         Tokens of one sequence, or None where that is so nowhere below a million.
     """
 
     def smaller(context: int) -> bool:
-        ours, theirs = (cache_bytes(c, context) for c in (student, teacher))
+        ours, theirs = (
+            cache_bytes(c, context, bytes_per_value=bytes_per_value) for c in (student, teacher)
+        )
         return weights[0] + ours < weights[1] + theirs
 
     low, high = 0, 2**20
@@ -107,12 +118,17 @@ class _Memory:
         begun = time.monotonic()
         device = models.student.model.device.type
         points = [
-            (subject, context, batch)
-            for subject in models
+            (context, batch)
             for context in contexts_for(self.request, device)
             for batch in self.request.options.batches
         ]
-        rows = [_measure(*point) for point in progress.track(points, "memory")]
+        rows: list[Row] = []
+        with progress.task("memory", len(points) * len(list(models))) as advance:
+            for subject in models:
+                with _alone(subject, models):
+                    for context, batch in points:
+                        rows.append(_measure(subject, context, batch))
+                        advance()
         return Measured(
             settings=self.settings | {"device": device},
             rows=rows,
@@ -129,11 +145,35 @@ def weight_bytes(model: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+@contextlib.contextmanager
+def _alone(subject: Subject, models: Models) -> Iterator[None]:
+    """Let nobody else's weights take room on a GPU: what fits and what the driver counts is one's
+    own."""
+    device = subject.model.device
+    others = (
+        [] if device.type == "cpu" else [m.model for m in models if m.model is not subject.model]
+    )
+    try:
+        for model in others:
+            model.to("cpu")
+        yield
+    finally:
+        for model in others:
+            model.to(device)
+
+
+def _prompt(model: Any, ids: Tensor, cache: TambaCache) -> Tensor:
+    """Logits [B, V] after the prompt ids [B, T], which is in the cache then."""
+    hidden = model.model(input_ids=ids, past_key_values=cache).last_hidden_state
+    logits: Tensor = model.lm_head(hidden[:, -1])
+    return logits
+
+
 @torch.inference_mode()
 def _measure(subject: Subject, context: int, batch: int) -> Row:
     """One row: bytes by cause; where the device ran out of memory, the floor alone."""
     model = subject.model
-    config, on_gpu = model.config, model.device.type == "cuda"
+    config, device = model.config, model.device
     value_bytes = model.dtype.itemsize
     weights = weight_bytes(model)
     logits = batch * config.vocab_size * value_bytes
@@ -147,17 +187,18 @@ def _measure(subject: Subject, context: int, batch: int) -> Row:
         "weights": weights,
         "logits": logits,
     }
-    ids = torch.randint(config.vocab_size, (batch, context), device=model.device)
-    meter = _Cuda() if on_gpu else _Resident()
-    meter.start()
+    meter = _Cuda(device) if device.type == "cuda" else _Resident()
     try:
-        hidden = model.model(input_ids=ids, past_key_values=cache).last_hidden_state
-        scores = model.lm_head(hidden[:, -1])
-        del hidden
+        ids = torch.randint(config.vocab_size, (batch, context), device=device)
+        if device.type == "cuda":
+            # Once before: libraries keep workspaces from their first call on, and kernels that are
+            # being tuned take memory of their own.
+            _prompt(model, ids, TambaCache(config))
+        meter.start()
+        _prompt(model, ids, cache)
         taken = meter.stop()
-    except torch.cuda.OutOfMemoryError:
+    except torch.OutOfMemoryError:
         return row | {"note": "out of memory"}
-    del scores
     states = [layer for layer in cache.layers if isinstance(layer, RecurrentLayer)]
     state = sum(layer.nbytes for layer in states)
     kv = cache.nbytes - state
@@ -175,16 +216,21 @@ def _measure(subject: Subject, context: int, batch: int) -> Row:
 class _Cuda:
     """Peak of the allocator above what was there before; reserved and driver-level beside it."""
 
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
     def start(self) -> None:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = torch.cuda.memory_allocated(self.device)
 
     def stop(self) -> Row:
-        torch.cuda.synchronize()
-        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        free, total = torch.cuda.mem_get_info()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        # What the allocator holds it gives back to nobody, so the peak is still there.
+        free, total = torch.cuda.mem_get_info(self.device)
         return {"used": peak - self.before, "slack": reserved - peak, "driver": total - free}
 
 

@@ -119,7 +119,7 @@ def _phonebook(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Draw
             prompt,
             room + 4,
             place=asked / max(1, entries - 1),
-            pattern=r"\d{3}-\d{3}-\d{4}",
+            pattern=r"(?<!\d)\d{3}-\d{3}-\d{4}(?!\d)",
             text=numbers[asked],
         )
 
@@ -228,7 +228,8 @@ def _kv(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Draw:
             'Value: "',
         )
         room = max(len(_tokens(tokenizer, f'{value}"')) for value in values)
-        pattern = "-".join(f"[0-9a-f]{{{n}}}" for n in (8, 4, 4, 4, 12))
+        digits = "-".join(f"[0-9a-f]{{{n}}}" for n in (8, 4, 4, 4, 12))
+        pattern = f"(?<![0-9a-f]){digits}(?![0-9a-f])"
         return Case(
             prompt, room + 4, place=asked / max(1, pairs - 1), pattern=pattern, text=values[asked]
         )
@@ -331,7 +332,8 @@ class RecallMeasure(ItemMeasure):
             case = cases[index]
             if case.answer is not None:
                 return tokens[-1] != case.answer[len(tokens) - 1]
-            return re.search(case.pattern + r"\D", subject.tokenizer.decode(tokens)) is not None
+            # Complete once something else follows it.
+            return re.search(f"{case.pattern}.", subject.tokenizer.decode(tokens), re.S) is not None
 
         with progress.task(f"{self.name}, {subject.role}", len(self.cases)) as advance:
             advance(len(self.cases) - len(names))

@@ -50,12 +50,23 @@ class _Speed:
         rows: list[dict[str, str | int | float | None]] = []
         for context, batch in progress.track(points, "speed"):
             taken: dict[Role, list[tuple[float, float]]] = {s.role: [] for s in models}
+            full: set[Role] = set()
             for repeat in range(REPEATS + 1):
                 for subject in models:
-                    seconds = _seconds(subject, context, batch)
+                    if subject.role in full:
+                        continue
+                    try:
+                        seconds = _seconds(subject, context, batch)
+                    except torch.OutOfMemoryError:
+                        full.add(subject.role)
+                        continue
                     if repeat:  # the first one warms up
                         taken[subject.role].append(seconds)
             for role, pairs in taken.items():
+                if role in full:
+                    beyond = {"role": role, "context": context, "batch": batch}
+                    rows.append(beyond | {"note": "out of memory"})
+                    continue
                 prefill = [batch * context / p for p, _ in pairs]
                 decode = [batch * DECODED / d for _, d in pairs]
                 rows.append(
@@ -76,6 +87,7 @@ class _Speed:
                 models.student.model.config,
                 models.teacher.model.config,
                 (weight_bytes(models.student.model), weight_bytes(models.teacher.model)),
+                bytes_per_value=models.student.model.dtype.itemsize,
             )
             if memory is not None:
                 scores["student"]["break_even_memory_tokens"] = Score(value=memory, n=1)
@@ -109,24 +121,28 @@ def _seconds(subject: Subject, context: int, batch: int) -> tuple[float, float]:
 
 def _now(model: Any) -> float:
     if model.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(model.device)
     return time.perf_counter()
 
 
 def _even(rows: list[dict[str, str | int | float | None]], batch: int) -> dict[str, Score]:
-    """The least measured context from which on the student is at least as fast, by phase."""
+    """The least measured context from which on the student is at least as fast, by phase.
+
+    Where the teacher alone runs out of memory, the student is faster.
+    """
     found = {}
     for what in ("prefill", "decode"):
         speeds: dict[int, dict[str, float]] = {}
         for row in rows:
             if row["batch"] == batch:
-                value = row[f"{what}_tokens_per_second"]
+                value = row.get(f"{what}_tokens_per_second")
                 speeds.setdefault(int(row["context"] or 0), {})[str(row["role"])] = float(
                     value or 0
                 )
         first = None
         for context in sorted(speeds, reverse=True):
-            if speeds[context]["student"] < speeds[context]["teacher"]:
+            ours, theirs = speeds[context]["student"], speeds[context]["teacher"]
+            if not ours or ours < theirs:
                 break
             first = context
         if first is not None:
@@ -137,8 +153,8 @@ def _even(rows: list[dict[str, str | int | float | None]], batch: int) -> dict[s
 def _curve(rows: list[dict[str, str | int | float | None]], what: str, batch: int) -> Curve:
     points: dict[str, list[Point]] = {}
     for row in rows:
-        if row["batch"] == batch:
-            value = float(row[f"{what}_tokens_per_second"] or 0)
+        if row["batch"] == batch and (found := row.get(f"{what}_tokens_per_second")):
+            value = float(found)
             x = float(row["context"] or 0)
             points.setdefault(str(row["role"]), []).append(Point(x=x, value=value, n=REPEATS))
     return Curve(axis="context, tokens", points=points)

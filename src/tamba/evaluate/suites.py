@@ -72,9 +72,8 @@ def find_suites(names: Iterable[str]) -> list[tuple[Suite, int | None]]:
         for part in SETS.get(name, (name,)):
             plain, at, shots = part.partition("@")
             if plain not in SUITES:
-                raise UserError(
-                    "--suite", f"no suite called '{part}'", nearest(plain, [*SUITES, *SETS])
-                )
+                near = nearest(plain, [*SUITES, *SETS])
+                raise UserError("--suite", f"no suite called '{part}'", f"{near}; see --list")
             if at and (plain not in harness.TASKS or not shots.isdigit()):
                 raise UserError(
                     "--suite", f"'{part}' is no task with a number of worked examples", "NAME@5"

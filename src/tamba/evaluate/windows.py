@@ -86,7 +86,7 @@ def sliding(blocks: TokenBlocks, stride: int) -> Windows:
     at = torch.arange(count)[:, None] * stride + torch.arange(length)
     inside = at < len(flat)
     at = at.clamp_max(len(flat) - 1)
-    tokens = torch.where(inside, flat[at], separator)
+    tokens = torch.where(inside, flat[at], max(separator, 0))
     begins = torch.where(inside, starts[at], True)
     begins[:, 0] = True
     new = torch.ones(count, length, dtype=torch.bool)
@@ -103,7 +103,7 @@ def joined(blocks: TokenBlocks) -> Windows:
         raise UserError(
             "data",
             f"{blocks.n_tokens} tokens of text, less than one window of {blocks.length}",
-            "give more text or a smaller length",
+            f"give more text, or --lengths position={max(2, blocks.n_tokens)} or less",
         )
     starts = torch.zeros(whole, blocks.length, dtype=torch.bool)
     starts[:, 0] = True
@@ -334,7 +334,10 @@ def prepare_position(request: Request) -> _ByPosition:
     """Loss by position in long windows, which documents fill one after another."""
     request.check_vocabulary()
     most = _LONGEST if request.positions is None else min(request.positions, _LONGEST)
-    blocks, settings = _read(request, max(request.options.sizes("position"), default=most))
+    length = max(request.options.sizes("position"), default=most)
+    if length < 2:
+        raise UserError("--lengths", f"{length} leaves nothing to predict", "use 2 or more")
+    blocks, settings = _read(request, length)
     return _ByPosition(_limited(joined(blocks), request), settings)
 
 

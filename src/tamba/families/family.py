@@ -103,9 +103,15 @@ class Keys:
             elif key not in defaults or defaults[key] != value:
                 raise UserError(
                     f"{where}: {key}",
-                    f"{value!r} is not understood and may change the model's numbers",
-                    f"{nearest(key, self.understood)} Remove the key if it is bookkeeping",
+                    f"{_short(value)} is not understood and may change the model's numbers",
+                    f"{nearest(key, self.understood).rstrip('?')}; else remove the key, if it is "
+                    "bookkeeping",
                 )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ class Family:
         Raises:
             UserError: a key that is not understood, or a value that is not supported.
         """
+        _check_depth(config, shapes, where)
         ours = self.read_config(config, shapes, where)
         dtype = config.get("dtype") or config.get("torch_dtype")
         if isinstance(dtype, str):
@@ -194,6 +201,20 @@ class Family:
     def is_ignored(self, name: str) -> bool:
         """Whether their tensor `name` carries no weights."""
         return name.endswith(self.ignored) if self.ignored else False
+
+
+def _check_depth(config: Mapping[str, Any], shapes: Shapes, where: str) -> None:
+    """Refuse a number of layers that no model, or not this one, has, before any is described."""
+    for key in ("num_hidden_layers", "n_layer"):
+        n = config.get(key)
+        if n is None:
+            continue
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise UserError(f"{where}: {key}", f"must be a whole number above 0, not {n!r}")
+        if n > len(shapes) > 0:  # a layer has a tensor at least
+            raise UserError(
+                f"{where}: {key}", f"says {n} layers, and there are {len(shapes)} tensors in all"
+            )
 
 
 def _origins(links: Iterable[Link], ours: Collection[str], *, reading: bool) -> dict[str, Origin]:

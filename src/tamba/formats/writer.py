@@ -6,8 +6,6 @@ Knows tensors, files and disks, and nothing of models.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tamba.artefact import new_folder, partial_of, refuse_existing
 from tamba.errors import UserError
 from tamba.formats.safetensors import INDEX, NO_ROOM, SafetensorsWriter, TensorSpec
 
@@ -59,13 +58,12 @@ class CheckpointWriter:
         self._todo = set(specs)
         self._shards = _shards(self._specs, shard_bytes)
         self._writers: dict[str, SafetensorsWriter] = {}
-        self._lock: int | None = None
-        name = self.out.absolute().name
-        self.folder = self.out.absolute().parent / f".{name}.partial"
+        self._stack = contextlib.ExitStack()
+        self.folder = partial_of(out)
         needed = sum(spec.nbytes for spec in specs.values())
         made: list[Path] = []
         try:
-            self._refuse_existing()
+            refuse_existing(out, overwrite=overwrite)
             made = _make_parents(self.folder)
             _check_room(self.folder.parent, needed)
         except BaseException as error:
@@ -76,12 +74,6 @@ class CheckpointWriter:
                 raise self._cannot_be_made(error) from error
             raise
 
-    def _refuse_existing(self) -> None:
-        if not self.out.exists() or (self.out.is_dir() and not any(self.out.iterdir())):
-            return
-        if not self._overwrite or not self.out.is_dir():
-            raise UserError(str(self.out), "already exists", "choose another folder or remove it")
-
     def _cannot_be_made(self, error: OSError) -> UserError:
         return UserError(
             str(self.out), f"cannot be made ({error.strerror})", "choose another folder"
@@ -89,29 +81,12 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            _make_parents(self.folder)
-            self.folder.mkdir(exist_ok=True)
+            self._stack.enter_context(new_folder(self.out, overwrite=self._overwrite))
         except OSError as error:
             if error.errno in NO_ROOM:
                 self._explain(error)
             raise self._cannot_be_made(error) from error
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            self._lock = None
-            raise UserError(
-                str(self.out), "another process is writing it", "wait for it"
-            ) from error
-        except OSError:
-            pass  # a file system without locks; two writers there are the user's care
-        try:
-            for left in self.folder.iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-        except BaseException:
-            self._abandon()
-            raise
+        self._stack.callback(self._close)
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -159,46 +134,28 @@ class CheckpointWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._commit()
-        finally:
-            self._abandon()
+        # Lets go of the files, then renames the folder or removes it.
+        if kind is None:
+            with self._stack:
+                self._finish()
+        else:
+            self._stack.__exit__(kind, error, trace)
 
-    def _commit(self) -> None:
+    def _finish(self) -> None:
+        """Write what belongs beside the tensors, all of which must be there."""
         if self._todo:
             raise ValueError(f"announced but not written: {', '.join(sorted(self._todo)[:8])}")
-        shards = list(self._shards)
-        if len(shards) > 1:
+        if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": sum(s.nbytes for s in self._specs.values())},
                 "weight_map": {n: f for f, names in self._shards.items() for n in names},
             }
             self.add_file(INDEX, json.dumps(index, indent=2) + "\n")
         self.add_file("config.json", json.dumps(self._config, indent=2, sort_keys=True) + "\n")
-        old = self.folder.with_name(f".{self.out.absolute().name}.replaced")
-        if self._overwrite and self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
-        try:
-            self.folder.rename(self.out.absolute())
-        except OSError as error:
-            if old.exists():
-                old.rename(self.out)
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise UserError(str(self.out), "was made by another process meanwhile") from error
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
-    def _abandon(self) -> None:
-        """Let go of files and lock, and remove the partial folder unless it was renamed."""
+    def _close(self) -> None:
         for writer in self._writers.values():
             writer.close(durable=False)
-        if self._lock is not None:
-            if self.folder.exists() and os.path.samestat(os.fstat(self._lock), self.folder.stat()):
-                shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
 
 
 def _shards(specs: Mapping[str, TensorSpec], limit: int) -> dict[str, dict[str, None]]:

@@ -338,6 +338,9 @@ class WindowLayer(DynamicSlidingWindowLayer):
         self.cumulative_length += new
         held = reach + self.max_rollback
         self.keys, self.values = _last(keys, held), _last(values, held)
+        if keys.shape[-2] > 2 * held:
+            # A view would keep all of a long prompt.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
         return _last(keys, reach + new), _last(values, reach + new)
 
     def check_rollback(self, n: int) -> None:

@@ -444,6 +444,7 @@ class TambaConfig(PreTrainedConfig):
                 "config: blocks",
                 f"sliding windows differ ({sorted(windows)}); all must have one width",
             )
+        self._depth: int | None = None
         # Derived words for other readers; ours are computed from the layer list.
         for derived in ("layer_types", "num_hidden_layers", "num_attention_heads", "head_dim"):
             kwargs.pop(derived, None)
@@ -451,7 +452,7 @@ class TambaConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         out = super().to_dict()
-        for private in ("_specs", "_final_norm_spec"):
+        for private in ("_specs", "_final_norm_spec", "_depth"):
             out.pop(private, None)
         return out
 
@@ -470,13 +471,23 @@ class TambaConfig(PreTrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        return len(self.layers or [])
+        """Layers that a forward pass goes through: all, but where an early exit is asked for."""
+        return len(self.layers or []) if self._depth is None else self._depth
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, n: int) -> None:
+        # transformers drafts with the lower layers (`assistant_early_exit`) by setting this for a
+        # while. What the model is made of stays.
+        total = len(self.layers or [])
+        if not isinstance(n, int) or not 1 <= n <= total:
+            raise UserError("num_hidden_layers", f"cannot be {n!r} in a model of {total} layers")
+        self._depth = None if n == total else n
 
     @property
     def layer_types(self) -> list[str]:
         """The kind of each layer in the words that transformers' caches understand."""
         words = []
-        for block in self.block_specs:
+        for block in self.block_specs[: self.num_hidden_layers]:
             if not isinstance(block.mixer, AttentionSpec):
                 words.append("linear_attention")
             elif block.mixer.sliding_window is not None:

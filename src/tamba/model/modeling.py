@@ -6,6 +6,7 @@ Class names must not contain "mamba": `generate` would pass the cache under anot
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ class TambaModel(TambaPreTrainedModel):
         elif use_cache:
             past_key_values = TambaCache(self.config)
         tokens = self._locate(hidden, attention_mask, position_ids, past_key_values, seq_idx)
-        for layer in self.layers:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             # By name: transformers leaves the cache out where a layer is computed twice.
             hidden = layer(hidden, past_key_values=past_key_values, tokens=tokens, **kwargs)
         hidden = self.final_norm(hidden.to(self.embed_tokens.weight.dtype))

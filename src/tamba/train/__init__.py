@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -40,8 +41,8 @@ from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import ChatStage, Recipe, as_recipe
-from tamba.text import WRITTEN, prepare_text, read_text
+from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
+from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
@@ -64,6 +65,8 @@ __all__ = [
     "train",
     "trained_parameters",
 ]
+
+_TRAIN: tuple[Side, ...] = ("train",)
 
 
 def train(
@@ -110,7 +113,7 @@ def train(
     )
     processes = PartialState(cpu=not torch.cuda.is_available())
     writes = processes.is_main_process
-    prepared = prepare_text(recipe) if text is None else read_text(text)
+    prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
     talks = any(isinstance(stage, ChatStage) for stage in recipe.train)
     if blocks is None and not all(isinstance(stage, ChatStage) for stage in recipe.train):
@@ -123,7 +126,7 @@ def train(
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
         place = Place(
             memory.stage_folder(index),
-            out.absolute().parent / f"{out.name}.logs" / f"{index}-{stage.stage}",
+            memory.logs_folder / f"{index}-{stage.stage}",
             _loggers(recipe),
         )
         rows = None
@@ -135,7 +138,7 @@ def train(
             model = _whole(model, recipe, checkpoint, moves, processes.device)
         memory.keep(log, model, moved)
     if writes:
-        _write(out, recipe, checkpoint, model, memory.logs, memory.digest)
+        _write(out, recipe, checkpoint, model, memory)
     processes.wait_for_everyone()
     memory.forget()
     return memory.logs
@@ -322,7 +325,7 @@ def _of_length(blocks: TokenBlocks, length: int | None, recipe: Recipe) -> Token
     _check_length(length, blocks.length, recipe)
     if length > blocks.length and WRITTEN not in recipe.data.train:
         data = recipe.data.model_copy(update={"length": length})
-        longer = prepare_text(recipe.model_copy(update={"data": data})).train
+        longer = prepare_text(recipe.model_copy(update={"data": data}), sides=_TRAIN).train
         assert longer is not None
         return longer
     joined = max(1, length // blocks.length)
@@ -342,10 +345,10 @@ def _write(
     recipe: Recipe,
     source: Checkpoint,
     model: TambaForCausalLM,
-    logs: Sequence[StageLog],
-    digest: str,
+    memory: Memory,
 ) -> None:
     """The trained checkpoint, in the types that the student was stored in."""
+    logs = memory.logs
     specs = parameter_specs(source.tamba_config)
     parameters = dict(model.named_parameters())
     config = json.loads(source.tamba_config.to_json_string())
@@ -369,10 +372,12 @@ def _write(
             for name in ("plan.toml", "build.json"):
                 if (folder / name).is_file():
                     writer.add_file(name, folder / name)
+        if memory.logs_folder.is_dir():
+            shutil.copytree(memory.logs_folder, writer.folder / "logs")
         writer.add_file("recipe.toml", recipe.text)
         record = {
             "stages": [log.to_dict() for log in logs],
-            "inputs": digest,
+            "inputs": memory.digest,
             "versions": versions(),
         }
         writer.add_file("train.json", json.dumps(record, indent=1) + "\n")

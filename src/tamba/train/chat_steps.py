@@ -49,7 +49,7 @@ from tamba.train.schedules import rate_factor
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
 _CURVE = "curve.json"
-_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_RESTORED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
 
@@ -173,7 +173,7 @@ def running(
     needed = [{p: p.requires_grad for p in model.parameters()} for model in models]
     training = [model.training for model in models]
     configs = [c for m in models for c in (m.config, m.generation_config)]
-    special = [(c, name, getattr(c, name)) for c in configs for name in _SPECIAL]
+    settings = [(c, name, getattr(c, name)) for c in configs for name in _RESTORED]
     states = random.getstate(), np.random.get_state()
     for name, parameter in student.named_parameters():
         moves = moving is None or name in moving
@@ -200,8 +200,8 @@ def running(
                 layer.gradient_checkpointing = False
             random.setstate(states[0])
             np.random.set_state(states[1])
-            for config, name, token in special:
-                setattr(config, name, token)
+            for config, name, value in settings:
+                setattr(config, name, value)
             for model, before, was in zip(models, needed, training, strict=True):
                 # What TRL and accelerate have put around it.
                 for name in ("forward", "_original_forward", "model_tags"):

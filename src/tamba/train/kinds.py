@@ -25,7 +25,7 @@ from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place
 from tamba.train.log import StageLog
 from tamba.train.mixing import can_compare
-from tamba.train.objectives import Pairs, loss_weights
+from tamba.train.objectives import Pairs
 from tamba.train.steps import align, distil, trained_parameters
 
 
@@ -141,7 +141,6 @@ def _run_align(job: Job, stage: Align) -> StageLog:
 
 def _check_distil(case: Case, stage: Distil, where: str) -> list[str]:
     _check_dtype(stage, where)
-    loss_weights(stage)
     moved = trained_parameters(case.names, case.made, stage.train)
     if not moved:
         raise UserError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import fields
 from threading import Barrier
 from typing import Any, Protocol
 
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tamba.data import TokenBlocks
-from tamba.errors import UserError
 from tamba.model.attention import Attention
+from tamba.model.mamba2 import Mamba2Mixer
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.tokens import Tokens
 from tamba.ops.losses import Weights, next_token_loss
@@ -43,7 +42,7 @@ class Objective(nn.Module):
         student: whose parameters move.
     """
 
-    _no_split_modules = ("Block",)
+    _no_split_modules: tuple[str, ...] = ("Block",)
     """Units that accelerate shards one by one."""
     count: Count = staticmethod(predicted)
     """What the parts are means over."""
@@ -80,7 +79,6 @@ class AlignObjective(Objective):
     """
 
     count = staticmethod(tokens)
-    _no_split_modules = ("Mamba1Mixer", "Mamba2Mixer")
 
     def __init__(
         self,
@@ -93,6 +91,8 @@ class AlignObjective(Objective):
     ) -> None:
         super().__init__(student)
         self.layers = sorted(pairs)
+        # Mixers are called alone here, not by their layers.
+        self._no_split_modules = (*{type(_mixer(student, i)).__name__ for i in self.layers},)
         self._teacher = [teacher]
         self._pairs, self._mixing = pairs, stage.mixing
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
@@ -109,7 +109,7 @@ class AlignObjective(Objective):
         return [group for group in groups if group]
 
     def units(self) -> Sequence[nn.Module]:
-        return [self.student.model.layers[i].mixer for i in self.layers]
+        return [_mixer(self.student, i) for i in self.layers]
 
     def forward(self, piece: Piece) -> Tensor:
         seen, their_tokens = self._read(piece)
@@ -117,12 +117,13 @@ class AlignObjective(Objective):
 
         def error(index: int) -> Tensor:
             inputs, outputs = seen[index]
-            mixer = self.student.model.layers[index].mixer
+            mixer = _mixer(self.student, index)
             wide = torch.promote_types(outputs.dtype, torch.float32)
             with computing(mixer, self._dtype, grad=True):
                 got = mixer(inputs, None, ours)
                 off = (got.to(wide) - outputs).square().sum(-1).mean() / self._scales[index]
                 if self._mixing:
+                    assert isinstance(mixer, Mamba2Mixer)
                     with torch.no_grad():
                         want = attention_matrix(self._attention(index), inputs, their_tokens)
                     gap = mixing_matrix(mixer, inputs, ours) - want
@@ -132,7 +133,7 @@ class AlignObjective(Objective):
         if self._pool is None or not torch.is_grad_enabled():
             return torch.stack([error(index) for index in self.layers])
         groups = [
-            [p for p in self.student.model.layers[i].mixer.parameters() if p.requires_grad]
+            [p for p in _mixer(self.student, i).parameters() if p.requires_grad]
             for i in self.layers
         ]
         work = [lambda i=i: error(i) for i in self.layers]
@@ -142,7 +143,7 @@ class AlignObjective(Objective):
         return parts
 
     def _attention(self, index: int) -> Attention:
-        mixer = self._teacher[0].model.layers[self._pairs[index]].mixer
+        mixer = _mixer(self._teacher[0], self._pairs[index])
         assert isinstance(mixer, Attention)
         return mixer
 
@@ -156,7 +157,7 @@ class AlignObjective(Objective):
                 def keep(_: nn.Module, args: Any, output: Tensor, index: int = index) -> None:
                     seen[index] = args[0], output
 
-                mixer = teacher.model.layers[self._pairs[index]].mixer
+                mixer = _mixer(teacher, self._pairs[index])
                 hooks.callback(mixer.register_forward_hook(keep).remove)
             hidden, where = enter(teacher, piece.batch)
             climb(teacher, hidden, where, 0, max(self._pairs.values()) + 1)
@@ -182,6 +183,10 @@ class AlignObjective(Objective):
             i: ((squares[i] - sums[i].square().sum() / count) / count).clamp_min(1e-30).to(wide)
             for i in self.layers
         }
+
+
+def _mixer(model: TambaForCausalLM, index: int) -> nn.Module:
+    return model.model.layers[index].get_submodule("mixer")
 
 
 def _mixer_name(index: int) -> str:
@@ -260,6 +265,10 @@ class LiveTeacher:
     def __init__(self, model: TambaForCausalLM, dtype: torch.dtype) -> None:
         self._model, self._dtype = model, dtype
 
+    def units(self) -> Sequence[nn.Module]:
+        """The modules that are compiled one by one."""
+        return list(self._model.model.layers)
+
     def __call__(self, piece: Piece) -> dict[str, Tensor]:
         with computing(self._model, self._dtype):
             hidden, where = enter(self._model, piece.batch)
@@ -296,6 +305,10 @@ class DistilObjective(Objective):
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
         self._weights = loss_weights(stage)
 
+    def units(self) -> Sequence[nn.Module]:
+        theirs = self._signal.units() if isinstance(self._signal, LiveTeacher) else ()
+        return [*super().units(), *theirs]
+
     def forward(self, piece: Piece) -> Tensor:
         wanted: Mapping[str, Any] = {}
         if self._signal is not None:
@@ -328,23 +341,18 @@ class DistilObjective(Objective):
         waiting = [index for index in self._pairs if index not in active]
         if not waiting:
             return {}, None
-        layers = teacher.model.layers
+        others = {i: _mixer(teacher, self._pairs[i]) for i in waiting}
         # The student may have no attention of its own, and then no angles or masks either.
-        return {i: layers[self._pairs[i]].mixer for i in waiting}, enter(teacher, piece.batch)[1]
+        return others, enter(teacher, piece.batch)[1]
 
 
 def loss_weights(stage: Distil) -> Weights:
-    """The loss of a stage, as `ops.losses` takes it.
-
-    Raises:
-        UserError: a divergence that the loss does not know.
-    """
-    known = {f.name for f in fields(Weights)}
-    told = {"kl": stage.kl, "ce": stage.ce, "temperature": stage.temperature}
-    for name, usual in (("divergence", "forward"), ("top_k", None)):
-        value = getattr(stage, name)
-        if name in known:
-            told[name] = value
-        elif value != usual:
-            raise UserError(f"train: distil.{name}", f"{value!r} is not known", "leave it out")
-    return Weights(**told)
+    """The loss of a stage, as `ops.losses` takes it."""
+    return Weights(
+        kl=stage.kl,
+        ce=stage.ce,
+        temperature=stage.temperature,
+        divergence=stage.divergence,
+        beta=stage.beta,
+        top_k=stage.top_k,
+    )

@@ -702,40 +702,6 @@ def _grad_C_kernel(
     _put(dC_tiles, part * rows + row, start_u, group * N, d_C, ROWS, N)
 
 
-@triton.jit
-def _into(
-    inside,
-    scores,
-    dy_tiles,
-    row,
-    start,
-    column,
-    first,
-    sums,
-    sum_ptr,
-    span_ptr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """`inside` [s, P] and what it gets from the outputs of tokens `first` and on of the chunk.
-
-    scores: [s, u] B Cᵀ. Transposed: a token's row is where paths begin, its columns where they end.
-    """
-    s = tl.arange(0, Q)
-    u = first + tl.arange(0, COLUMNS)
-    dy = _tile(dy_tiles, row, start + first, column, COLUMNS, P)
-    # Not by `_decays`: with its branch Triton 3.6 gave wrong results on an H100 where the heads of
-    # a program differ in their spans (docs/performance-ssd.md).
-    same = tl.load(span_ptr + s)[:, None] == tl.load(span_ptr + u)[None, :]
-    between = tl.load(sum_ptr + u)[None, :] - sums[:, None]
-    decays = tl.where((s[:, None] <= u[None, :]) & same, tl.exp2(between), 0.0)
-    weighted = (scores.to(tl.float32) * decays).to(DOT)
-    return tl.dot(weighted, dy.to(DOT), inside, input_precision=PRECISION)
-
-
 @triton.jit(
     do_not_specialize=["D_ptr", "heads", "groups", "share", "heads_each", "parts", "chunks"]
 )
@@ -745,7 +711,6 @@ def _grad_x_kernel(
     C_tiles,
     D_ptr,
     dy_tiles,
-    dy_column_tiles,
     step_ptr,
     sum_ptr,
     span_ptr,
@@ -768,7 +733,6 @@ def _grad_x_kernel(
     P: tl.constexpr,
     Q: tl.constexpr,
     SKIP: tl.constexpr,
-    COLUMNS: tl.constexpr,
     PITCH: tl.constexpr,
     FOLDED: tl.constexpr,
     DOT: tl.constexpr,
@@ -790,11 +754,9 @@ def _grad_x_kernel(
     q = tl.arange(0, Q)
     start = chunk * Q
     B = _tile(B_tiles, row, start, group * N, Q, N)
-    C = _tile(C_tiles, row, start, group * N, COLUMNS, N)
+    C = _tile(C_tiles, row, start, group * N, Q, N)
+    # Transposed: a token's row is where paths begin, its columns where they end.
     scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
-    if COLUMNS < Q:
-        C = _tile(C_tiles, row, start + COLUMNS, group * N, COLUMNS, N)
-        later_scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)
     d_B = tl.zeros([Q, N], tl.float32)
     for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
         head = group * share + part * heads_each + i
@@ -804,18 +766,18 @@ def _grad_x_kernel(
         sums = tl.load(sum_ptr + steps + q)
         sum_end = tl.load(sum_ptr + steps + Q - 1)
         span_end = tl.load(span_ptr + steps + Q - 1)
-        inside = tl.zeros([Q, P], tl.float32)
-        inside = _into(
-            *(inside, scores, dy_column_tiles, row, start, column, 0, sums),
-            *(sum_ptr + steps, span_ptr + steps),
-            *(P, Q, COLUMNS, DOT, PRECISION),
+        dy = _tile(dy_tiles, row, start, column, Q, P)
+        decays = _decays(
+            sums[None, :],
+            sums[:, None],
+            span_ptr + steps + q[None, :],
+            span_ptr + steps + q[:, None],
+            span_end == 0,
+            q[:, None] <= q[None, :],
         )
-        if COLUMNS < Q:
-            inside = _into(
-                *(inside, later_scores, dy_column_tiles, row, start, column),
-                *(COLUMNS, sums, sum_ptr + steps, span_ptr + steps),
-                *(P, Q, COLUMNS, DOT, PRECISION),
-            )
+        # The columns all at once. In two halves the compiler (Triton 3.6, sm90) got the last row
+        # wrong in every head of a program but the first.
+        inside = _dot(scores.to(tl.float32) * decays, dy, DOT, PRECISION)
 
         leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
         x = _tile(x_tiles, row, start, column, Q, P).to(tl.float32)
@@ -831,7 +793,7 @@ def _grad_x_kernel(
 
         dx = d_input * dt[:, None]
         if SKIP:
-            dy = _tile(dy_tiles, row, start, column, Q, P).to(tl.float32)
+            dy = dy.to(tl.float32)
             dx += tl.load(D_ptr + head).to(tl.float32) * dy
             tl.store(skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(x * dy, axis=1), axis=0))
         entering = _tile(entering_tiles, row, chunk * N, column, N, P)
@@ -840,13 +802,9 @@ def _grad_x_kernel(
         tl.store(through_ptr + lane * chunks + chunk, passing)
         _put(dx_tiles, row, start, column, dx, Q, P)
     tiles = tl.num_programs(0) // parts
-    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, COLUMNS, Q)  # [u, s]
-    C = _tile(C_tiles, row, start, group * N, COLUMNS, N)
+    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, Q, Q)  # [u, s]
+    C = _tile(C_tiles, row, start, group * N, Q, N)
     d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
-    if COLUMNS < Q:
-        d_scores = _tile(scores_tiles, part * tiles + tile_at, COLUMNS, 0, COLUMNS, Q)
-        C = _tile(C_tiles, row, start + COLUMNS, group * N, COLUMNS, N)
-        d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
     rows = tiles // (groups * chunks)
     _put(dB_tiles, part * rows + row, start, group * N, d_B, Q, N)
 
@@ -1212,9 +1170,10 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
 
     # The states before all chunks, and the gradients of those after them.
     entering = call.new(batch, chunks * n, heads, p, dtype=call.stored)
-    dx = call.new(batch, chunks * chunk, heads, p, dtype=x.dtype)
-    # A gradient of a state is no larger than that of x in its chunk, which comes later.
-    leaving = dx if dx.dtype == call.stored and n <= chunk else torch.empty_like(entering)
+    dx = call.new(*x.shape, dtype=x.dtype)
+    # A gradient of a state is no larger than that of x in a whole chunk, which comes later.
+    fits = dx.dtype == call.stored and n <= chunk and call.length % chunk == 0
+    leaving = dx if fits else torch.empty_like(entering)
     pitch = leaving.shape[1] // chunks
     d_first = call.new(batch, heads, p, n)
     walk = call.sizes("ssd_states")
@@ -1277,19 +1236,18 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     dC = _whole(dC, C)
     sizes = call.sizes("ssd_grad_x")
-    columns = max(min(sizes["columns"], chunk), chunk // 2)
     dB = _parts(B, parts)
     skips, through = call.new(batch, heads, chunks), call.new(batch, heads, chunks)
     _grad_x(
         (tiles * parts, 1, 1),
         (
-            *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, columns, n)),
-            *(x if D is None else D, _tiles(dy, chunk, p), _tiles(dy, columns, p)),
+            *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, chunk, n)),
+            *(x if D is None else D, _tiles(dy, chunk, p)),
             *(steps.step, steps.sums, steps.spans),
-            *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, columns, chunk)),
+            *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, chunk, chunk)),
             *(_tiles(dx, chunk, p), _tiles(dB, chunk, n), direct, leaves, through, skips, *counts),
         ),
-        {**constants, "SKIP": D is not None, "COLUMNS": columns, "PITCH": pitch},
+        {**constants, "SKIP": D is not None, "PITCH": pitch},
         sizes,
         (*key, dB.dtype),
     )
@@ -1312,7 +1270,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     shares = shares.sum(1)
     none = [call.new(0) for _ in range(4)]
     return (
-        dx[:, : call.length],
+        dx,
         ddt,
         shares[0],
         dB,
