@@ -29,9 +29,9 @@ from tamba.evaluate.measure import Measure, Models, Options, Request, Role, Subj
 from tamba.evaluate.memory import cache_bytes
 from tamba.evaluate.parts import layers_of, memory_of, perplexity_of
 from tamba.evaluate.perplexity import Comparison, PerplexityResult, compare, perplexity
-from tamba.evaluate.store import Store, digest
 from tamba.evaluate.suites import SETS, SUITES, Suite, assign_data, find_suites
 from tamba.evaluate.texts import check_sources
+from tamba.store import Store, digest
 
 __all__ = [
     "SETS",
