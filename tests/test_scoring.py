@@ -9,8 +9,9 @@ import torch
 
 from compare import assert_same
 from models import STACKS, VOCAB, tiny_model
-from tamba.evaluate import decoding, scoring
-from tamba.evaluate.decoding import decode
+from tamba import decoding
+from tamba.decoding import decode
+from tamba.evaluate import scoring
 from tamba.evaluate.scoring import loglikelihoods
 
 

@@ -14,11 +14,11 @@ from tamba.errors import UserError
 from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.memory import break_even
-from tamba.evaluate.store import Store
 from tamba.evaluate.suites import assign_data, find_suites
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.report import read_record
+from tamba.store import Store
 from texts import byte_tokenizer, document
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def by_hand(student, teacher, names, blocks, stage, seed: int, decayed: Callable
         kl = (p.exp() * (p - q)).sum(-1)[here].mean()
         ce = F.nll_loss(q[here], tokens[:, 1:][here])
         loss = stage.kl * kl + stage.ce * ce
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(moving.values()), stage.clip)
         warmup = math.ceil(stage.warmup * steps)
@@ -109,7 +110,7 @@ def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch)
     if fault == "mean":
         monkeypatch.setattr(Engine, "finish", lambda self: None)
     if fault == "decay":
-        monkeypatch.setattr(engine.RecurrentMixer, "FLOAT32", ("weight",))
+        monkeypatch.setattr(engine, "RecurrentMixer", SimpleNamespace(FLOAT32=("weight",)))
     with pytest.raises(AssertionError):
         check_by_hand(ema=0.5)
 
@@ -200,7 +201,7 @@ def check_replacement() -> None:
     assert got == pytest.approx(want, rel=1e-4)
     # With no attention of its own the student knows no angles; the teacher does.
     assert first_losses(
-        distil_stage(**told, replacement="progressive", shares=[0.5]), (0, 1, 2, 3), 1
+        distil_stage(**told, replacement="progressive", shares=(0.5,)), (0, 1, 2, 3), 1
     )[0] == pytest.approx(first_losses(at_once, (0, 2), 1)[0], rel=1e-4)
 
 

@@ -49,7 +49,7 @@ def test_progressive_replacement_follows_the_shares() -> None:
     assert counts(10, 16, 16, replacement="progressive") == [4, 4, 8, 8, 12, 12, 14, 14, 16, 16]
     # A plan that keeps a quarter ends there.
     assert counts(6, 12, 16, replacement="progressive") == [4, 4, 8, 8, 12, 12]
-    assert counts(4, 12, 16, replacement="progressive", shares=[0.5]) == [8, 8, 12, 12]
+    assert counts(4, 12, 16, replacement="progressive", shares=(0.5,)) == [8, 8, 12, 12]
     assert counts(6, 3, 8, replacement="one_by_one") == [1, 1, 2, 2, 3, 3]
     assert counts(2, 3, 8) == [3, 3]
     # More phases than steps: the last step has every layer.
@@ -64,7 +64,7 @@ def test_layers_stay_replaced() -> None:
             assert set(active(step)) <= set(active(step + 1))
     spread = replacement_order(distil(), range(8))
     assert spread == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert replacement_order(distil(order=[5, 2]), [2, 3, 5]) == [5, 2, 3]
+    assert replacement_order(distil(order=(5, 2)), [2, 3, 5]) == [5, 2, 3]
 
 
 def check_theseus(seed: int) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ def run_steps(
         folder = place.folder
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         engine = Engine(objective, stage, blocks, seed, fresh, folder, place, uneven=uneven)
         main = engine.is_world_process_zero()
         if main:
@@ -210,6 +212,16 @@ class Engine(Trainer):
         super().__init__(model=objective, args=args, callbacks=[_Watch(self)])
         self.remove_callback(PrinterCallback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if asked and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards over GPUs alone; here CPUs too, where sharding can be tried out.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+
     # What a step is made of.
 
     def get_train_dataloader(self) -> Any:
@@ -286,7 +298,8 @@ class Engine(Trainer):
         wants = self._keeps and time.monotonic() - self._kept >= KEEP_SECONDS
         told = torch.cat([total, total.new_tensor([float(wants)])])
         told = self.accelerator.reduce(told, "sum")
-        *parts, wanted, norm = torch.cat([told, told.new_tensor([float(grad_norm)])]).tolist()
+        norm_here = torch.as_tensor(grad_norm, dtype=told.dtype, device=told.device)
+        *parts, wanted, norm = torch.cat([told, norm_here.reshape(1)]).tolist()
         self._wants_to_keep = wanted > 0
         self.losses.append(parts)
         if all(map(math.isfinite, (*parts, norm))):

@@ -46,6 +46,11 @@ class Memory:
         """Where the checkpoints of stage `index` lie."""
         return self.folder / f"{self.digest[:16]}-{index}"
 
+    @property
+    def logs_folder(self) -> Path:
+        """Where loggers that write files write them."""
+        return self.folder / f"{self.digest[:16]}-logs"
+
     def restore(self, model: nn.Module) -> list[StageLog]:
         """Load what was kept of this run into a model; the logs of the stages that are whole."""
         try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import fields
 from threading import Barrier
 from typing import Any, Protocol
 
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from tamba.data import TokenBlocks
-from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.mamba2 import Mamba2Mixer
 from tamba.model.modeling import TambaForCausalLM
@@ -81,7 +79,6 @@ class AlignObjective(Objective):
     """
 
     count = staticmethod(tokens)
-    _no_split_modules = ("Mamba1Mixer", "Mamba2Mixer")
 
     def __init__(
         self,
@@ -94,6 +91,8 @@ class AlignObjective(Objective):
     ) -> None:
         super().__init__(student)
         self.layers = sorted(pairs)
+        # Mixers are called alone here, not by their layers.
+        self._no_split_modules = (*{type(_mixer(student, i)).__name__ for i in self.layers},)
         self._teacher = [teacher]
         self._pairs, self._mixing = pairs, stage.mixing
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
@@ -348,17 +347,12 @@ class DistilObjective(Objective):
 
 
 def loss_weights(stage: Distil) -> Weights:
-    """The loss of a stage, as `ops.losses` takes it.
-
-    Raises:
-        UserError: a divergence that the loss does not know.
-    """
-    known = {f.name for f in fields(Weights)}
-    told = {"kl": stage.kl, "ce": stage.ce, "temperature": stage.temperature}
-    for name, usual in (("divergence", "forward"), ("top_k", None)):
-        value = getattr(stage, name)
-        if name in known:
-            told[name] = value
-        elif value != usual:
-            raise UserError(f"train: distil.{name}", f"{value!r} is not known", "leave it out")
-    return Weights(**told)
+    """The loss of a stage, as `ops.losses` takes it."""
+    return Weights(
+        kl=stage.kl,
+        ce=stage.ce,
+        temperature=stage.temperature,
+        divergence=stage.divergence,
+        beta=stage.beta,
+        top_k=stage.top_k,
+    )
