@@ -168,12 +168,11 @@ def memory(rows: Mapping[str, Row]) -> str:
                 f"**{m['peak'] / MIB:,.0f}**",
                 f"{m['floor'] / MIB:,.0f}",
                 f"{m['over_floor']:.2f}",
-                f"{m['driver'] / MIB:,.0f}",
                 f"{PUBLISHED[system]:,}" if part == "shapes" and system in PUBLISHED else "",
             ]
         )
     head = ["row", "type", "weights", "KV", "state", "activations", "logits", "peak", "floor"]
-    return table([*head, "peak / floor", "driver", "published"], body)
+    return table([*head, "peak / floor", "published"], body)
 
 
 def tables(rows: Mapping[str, Row]) -> dict[str, str]:
