@@ -867,8 +867,8 @@ class Experiment:
         least_squares(student, self.load(self.work / "base"), converted, text, stage)
 
     def starts(self) -> None:
-        """What tuning begins from: each row of Table 1 on the text that choices are made on, and how
-        far its layers turn the stream."""
+        """What tuning begins from: each row of Table 1 on the text that choices are made on, and
+        how far its layers turn the stream."""
         for system in (*self.plans, "converted"):
 
             def make(system: str = system) -> Row:
