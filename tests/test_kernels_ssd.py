@@ -127,6 +127,45 @@ def test_small_decays_after_huge_ones_keep_their_digits() -> None:
     assert_same(y[:, 20:], want[:, 20:], "kernel")
 
 
+def small_steps_after_large_ones() -> Arguments:
+    """Decays of 2^-120 and then of 2^-0.03 in one chunk: sums of their logs beyond 2,000.
+
+    None vanishes, so that all are terms of one running sum.
+    """
+    made = arguments(32, gate=False)
+    dt = torch.full((1, 32, 2), 0.02)
+    dt[:, :18] = 85.0
+    made.tensors["dt"].data.copy_(dt)
+    made.tensors["dt_bias"].data.zero_()
+    made.tensors["A"].data.copy_(-torch.tensor([1.0, 0.97]))
+    return Arguments(made.tensors, {}, {"dt_softplus": False})
+
+
+def test_differences_of_large_sums_keep_their_digits() -> None:
+    agree(small_steps_after_large_ones())
+
+
+def test_sums_of_one_float_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = module.Call.steps
+
+    def rounded(call: module.Call, chunk: int) -> module.Steps:
+        steps = whole(call, chunk)
+        steps.low.zero_()
+        return steps
+
+    monkeypatch.setattr(module.Call, "steps", rounded)
+    made = small_steps_after_large_ones()
+    exact = made.to(torch.float64)
+    results = [
+        (*outputs, *torch.autograd.grad([t.sum() for t in outputs], [a.tensors[n] for n in "xBC"]))
+        for a, f in ((made, ssd), (exact, truth))
+        for outputs in [a.call(f)]
+    ]
+    for got, want in zip(*results, strict=True):
+        with pytest.raises(AssertionError, match="kernel"):
+            assert_same(got, want, "kernel")
+
+
 @pytest.mark.slow
 def test_limits_of_dt() -> None:
     made = arguments(20)

@@ -47,6 +47,8 @@ train = ["text.txt"]
 length = 16
 [build]
 plan = ["keep 0", "convert 1", "keep 2"]
+[output]
+report_to = []
 """
 MIXER = "model.layers.1.mixer."
 
@@ -427,7 +429,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         patch.setattr(engine, "save_file", full)
         with pytest.raises(UserError, match=r"No space left on device.*free some room on the disk"):
             run_training(tmp_path)
-    left = sorted(p.name for p in (tmp_path / ".student.stages").glob("*/*"))
+    left = [p.name for p in (tmp_path / ".student.stages").glob("*/*")]
     assert left == ["checkpoint-3"]
     assert_same_training(tmp_path, run_training(tmp_path), want)
 
@@ -639,7 +641,15 @@ def test_other_losses_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         check_golden(tmp_path)
 
 
-# Stages alone, rows of other lengths.
+# Loggers, stages alone, rows of other lengths.
+
+
+def test_curves_end_beside_the_weights(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    path = prepare(tmp_path, STAGES[: STAGES.index("[[train]]", 5)])
+    path.write_text(path.read_text().replace("report_to = []", 'report_to = ["tensorboard"]'))
+    run_training(tmp_path)
+    assert list((tmp_path / "student" / "logs" / "0-align").rglob("events.*"))
 
 
 def test_a_stage_alone(tmp_path: Path) -> None:

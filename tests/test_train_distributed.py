@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,6 @@ import tamba
 from test_train import prepare, run_training
 
 STAGES = """
-[output]
-report_to = []
 [[train]]
 stage = "align"
 tokens = 256
@@ -56,19 +55,31 @@ FSDP = {
 
 
 WORK = """
-import sys
+import os, signal, sys
 from pathlib import Path
 import torch
 import tamba
+from tamba.train import engine
 
-torch.use_deterministic_algorithms(True)
+torch.use_deterministic_algorithms(not torch.cuda.is_available())
+save = engine.Engine._save_checkpoint
+
+def and_die(self, *args):
+    save(self, *args)
+    if self.stage.stage == "distil" and self.state.global_step == 3:
+        self.accelerator.wait_for_everyone()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if "dies" in sys.argv:
+    engine.KEEP_SECONDS = 0.0
+    engine.Engine._save_checkpoint = and_die
 here = Path(sys.argv[1])
 tamba.train(here / "recipe.toml", here / sys.argv[2], student=here / "built", text=here / "text")
 """
 
 
-def launched(folder: Path, out: str, told: dict[str, str]) -> None:
-    """Training in two processes, told what `torchrun` tells."""
+def launched(folder: Path, out: str, told: dict[str, str], *, dies: bool = False) -> None:
+    """Training in two processes, told what `torchrun` tells; or until both are killed."""
     script = folder / "work.py"
     script.write_text(WORK)
     with socket.socket() as free:
@@ -78,7 +89,7 @@ def launched(folder: Path, out: str, told: dict[str, str]) -> None:
     told |= {"PYTHONPATH": str(Path(tamba.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder), out],
+            [sys.executable, str(script), str(folder), out, *(["dies"] if dies else [])],
             env={**os.environ, **told, "RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             text=True,
@@ -86,11 +97,15 @@ def launched(folder: Path, out: str, told: dict[str, str]) -> None:
         for rank in ("0", "1")
     ]
     said = [process.communicate()[1] for process in running]
-    assert not any(process.returncode for process in running), "\n\n".join(said)
+    want = -signal.SIGKILL if dies else 0
+    assert all(process.returncode == want for process in running), "\n\n".join(said)
 
 
-def check_processes(folder: Path, told: dict[str, str]) -> None:
+def check_processes(folder: Path, told: dict[str, str], *, dies: bool = False) -> None:
     prepare(folder, STAGES)
+    if dies:
+        launched(folder, "two", told, dies=True)
+        assert list((folder / ".two.stages").glob("*-1/checkpoint-3"))
     launched(folder, "two", told)
     run_training(folder, "one")
     curves = [
@@ -106,6 +121,18 @@ def check_processes(folder: Path, told: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    check_processes(tmp_path, {})
+
+
+@pytest.mark.slow
+def test_shared_out_and_killed_they_train_as_one(tmp_path: Path) -> None:
+    check_processes(tmp_path, FSDP, dies=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("told", [{}, FSDP], ids=["replicated", "sharded"])
-def test_two_processes_train_as_one(tmp_path: Path, told: dict[str, str]) -> None:
+def test_two_devices_train_as_one(tmp_path: Path, told: dict[str, str]) -> None:
+    torch.use_deterministic_algorithms(False)
     check_processes(tmp_path, told)

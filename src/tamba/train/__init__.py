@@ -2,8 +2,8 @@
 
 A recipe's stages run in its order; `kinds` says what each is. `least_squares` and `align` look at
 one converted layer at a time and ask that it do what the teacher's attention does; `distil` runs
-the student end to end. The functions of those names work on models in memory; `train` reads and
-writes folders around them.
+the student end to end; `sft`, `dpo` and `on_policy` teach it to converse. The functions of those
+names work on models in memory; `train` reads and writes folders around them.
 
 Weights that move are float32 masters whatever the student is stored in; all others, and the
 teacher, are held once, in the type that the recipe gives them. Matrix products run in the type that
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 import tamba
 from tamba import progress
 from tamba.artefact import versions
+from tamba.chats import sources_digest
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -40,8 +41,9 @@ from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import WRITTEN, Distil, Recipe, Stage, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Distil, Recipe, Stage, as_recipe
 from tamba.text import Side, prepare_text, read_text
+from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
 from tamba.train.kinds import KINDS, Case, Job
@@ -57,7 +59,10 @@ __all__ = [
     "align",
     "check_stages",
     "distil",
+    "dpo",
     "least_squares",
+    "on_policy",
+    "sft",
     "train",
     "trained_parameters",
 ]
@@ -111,13 +116,15 @@ def train(
     writes = processes.is_main_process
     prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
-    if blocks is None:
+    talks = any(isinstance(stage, ChatStage) for stage in recipe.train)
+    if blocks is None and not all(isinstance(stage, ChatStage) for stage in recipe.train):
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
     teachers = _Teachers(recipe, giver, processes)
-    texts = [_of_length(blocks, stage.length, recipe) for stage in recipe.train]
+    texts = [_text_of(stage, blocks, recipe) for stage in recipe.train]
     teachers.check(texts)
     model = _load_student(recipe, checkpoint, moves, processes.device)
     folder = out.absolute().parent / f".{out.absolute().name}.stages"
+    tokenizer = load_tokenizer(checkpoint) if talks else None
     memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
     done = len(memory.restore(model))
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
@@ -127,7 +134,7 @@ def train(
             _loggers(recipe),
         )
         signal, teacher = teachers.of(stage, texts[index])
-        job = Job(case, model, teacher, texts[index], moved, place, signal)
+        job = Job(case, model, teacher, texts[index], moved, place, tokenizer, signal)
         log = KINDS[type(stage)].run(job, stage)
         del job, signal, teacher  # the next stage's may not fit beside it
         if any(isinstance(p, DTensor) for p in model.parameters()):
@@ -174,7 +181,7 @@ class _Teachers:
         self._recipe, self._giver, self._processes = recipe, giver, processes
         self._held: tuple[str, TambaForCausalLM] | None = None
 
-    def check(self, texts: Sequence[TokenBlocks]) -> None:
+    def check(self, texts: Sequence[TokenBlocks | None]) -> None:
         """Refuse what was stored of something else, before any stage runs.
 
         Raises:
@@ -182,16 +189,16 @@ class _Teachers:
         """
         for stage, rows in zip(self._recipe.train, texts, strict=True):
             folder = self._folder(stage)
-            if folder is not None and folder.exists():
+            if rows is not None and folder is not None and folder.exists():
                 self._open(folder, stage, rows)
 
     def of(
-        self, stage: Stage, rows: TokenBlocks
+        self, stage: Stage, rows: TokenBlocks | None
     ) -> tuple[StoredTop | None, TambaForCausalLM | None]:
         """What is stored for a stage, and the teacher if it asks one."""
         folder = self._folder(stage)
         stored = None
-        if folder is not None:
+        if folder is not None and rows is not None:
             assert isinstance(stage, Distil) and stage.top_k is not None
             with self._processes.main_process_first():
                 if not folder.exists():
@@ -275,14 +282,23 @@ def _held(asked: torch.dtype | str | None, recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks) -> str:
+def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks | None) -> str:
     """Of everything that the trained weights depend on."""
-    raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    raw = b""
+    if blocks is not None:
+        raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    chats = [
+        s
+        for stage in recipe.train
+        if isinstance(stage, ChatStage)
+        for s in recipe.chat_sources(stage)
+    ]
     return text_digest(
         [
             recipe.digest("seed", "teacher", "train"),
             student.digest(),
             hashlib.sha256(raw).hexdigest(),
+            *sources_digest(chats),
             tamba.__version__,
         ]
     )
@@ -312,7 +328,8 @@ def check_stages(
     case = Case(recipe, student, teacher, plan, list(names))
     moves = []
     for index, stage in enumerate(recipe.train):
-        _check_length(stage.length, recipe.data.length, recipe)
+        if not isinstance(stage, ChatStage):
+            _check_length(stage.length, recipe.data.length, recipe)
         where = recipe.where(f"train.{index} ({stage.stage})")
         moves.append(KINDS[type(stage)].check(case, stage, where))
     return moves
@@ -353,6 +370,13 @@ def _check_length(length: int | None, of: int, recipe: Recipe) -> None:
             f"the {of} tokens of a row",
             f"choose a {'divisor' if length < of else 'multiple'} of data.length",
         )
+
+
+def _text_of(stage: Stage, blocks: TokenBlocks | None, recipe: Recipe) -> TokenBlocks | None:
+    """Rows that a stage reads; None for one on conversations."""
+    if blocks is None or isinstance(stage, ChatStage):
+        return None
+    return _of_length(blocks, stage.length, recipe)
 
 
 def _of_length(blocks: TokenBlocks, length: int | None, recipe: Recipe) -> TokenBlocks:
