@@ -686,3 +686,50 @@ def test_longer_rows_are_packed_anew(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="length = 7 does not divide the 16 tokens of a row"):
         train_module._of_length(short, 7, recipe)
+
+
+# What a teacher says: in process, on disk, in 8 bits.
+
+TOP = """
+[[train]]
+stage = "distil"
+tokens = 640
+batch = 4
+lr = 1e-2
+top_k = 9
+"""
+
+
+def test_a_stored_teacher_teaches_as_the_live_one(tmp_path, monkeypatch):
+    path = prepare(tmp_path, TOP)
+    live = run_training(tmp_path, "live")
+    path.write_text(RECIPE + TOP + 'stored = "top"\n')
+    first = run_training(tmp_path, "first")
+    before, asked = load_file(tmp_path / "built" / "model.safetensors"), []
+    load = tamba.train.load_model
+    monkeypatch.setattr(
+        tamba.train, "load_model", lambda *a, **k: asked.append(a[0].location) or load(*a, **k)
+    )
+    again = run_training(tmp_path, "again")
+    assert len(asked) == 1  # the student
+    for name, want in live.items():
+        assert_same(again[name], first[name], "exact", name)
+        # The words' probabilities are rounded to 11 bits, and steps of Adam follow signs.
+        assert_same(first[name], want, "half_gradient", name)
+    assert any(not torch.equal(live[name], before[name]) for name in live)
+    path.write_text(RECIPE + TOP.replace("top_k = 9", "top_k = 8") + 'stored = "top"\n')
+    with pytest.raises(UserError, match="words of a place: it was made for 9, not 8"):
+        run_training(tmp_path, "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_teacher_in_8_bits(tmp_path):
+    pytest.importorskip("torchao")
+    path = prepare(tmp_path, TOP)
+    live = run_training(tmp_path, "live")
+    path.write_text(RECIPE + TOP + 'teacher = "int8"\n')
+    short = run_training(tmp_path, "short")
+    assert any(not torch.equal(short[name], live[name]) for name in live)
+    logs = [json.loads((tmp_path / n / "train.json").read_text()) for n in ("live", "short")]
+    losses = [log["stages"][0]["losses"][0][1] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)
