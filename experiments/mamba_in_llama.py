@@ -130,13 +130,13 @@ def run_row(name: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
         "plan": [p.origin for p in record.plan],
         "answer": (record.answer or "")[:200],
     }
-    if asked.lambada or asked.phonebook:
-        row |= beyond_perplexity(recipe.model_path("teacher"), out / "student", asked)
     return row
 
 
-def beyond_perplexity(teacher: str, student: Path, asked: argparse.Namespace) -> dict[str, Any]:
+def beyond_perplexity(name: str, seed: int, asked: argparse.Namespace) -> dict[str, Any]:
     """LAMBADA (last word by greedy choice) and the phone book, of both."""
+    recipe = read_recipe(RECIPE, overrides(ROWS[name], asked, seed))
+    teacher, student = recipe.model_path("teacher"), Path(asked.out) / f"{name}-{seed}" / "student"
     found: dict[str, Any] = {}
     if asked.lambada:
         lines = Path(asked.lambada).read_text(encoding="utf-8").splitlines()
@@ -212,10 +212,18 @@ def main() -> None:
                 "date": datetime.now(UTC).date().isoformat(),
             }
             print(f"{name}: ratio {row['ratio']:.4f}, {row['tokens_per_second']:,.0f} tokens/s")
-            if asked.record:
-                rows = json.loads(asked.record.read_text()) if asked.record.exists() else []
-                rows = [r for r in rows if (r["row"], r["seed"]) != (name, seed)] + [row]
-                write_file(asked.record, json.dumps(rows, indent=1) + "\n")
+            keep(row, asked.record)
+            if asked.lambada or asked.phonebook:
+                keep(row | beyond_perplexity(name, seed, asked), asked.record)
+
+
+def keep(row: dict[str, Any], record: Path | None) -> None:
+    """Add a row to the record, in place of an older one."""
+    if record is None:
+        return
+    rows = json.loads(record.read_text()) if record.exists() else []
+    rows = [r for r in rows if (r["row"], r["seed"]) != (row["row"], row["seed"])] + [row]
+    write_file(record, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
