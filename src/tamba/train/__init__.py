@@ -46,7 +46,7 @@ from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
-from tamba.train.kinds import KINDS, Case, Job
+from tamba.train.kinds import KINDS, Case, Job, frame_all
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
 from tamba.train.objectives import Pairs
@@ -127,14 +127,22 @@ def train(
     tokenizer = load_tokenizer(checkpoint) if talks else None
     memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
     done = len(memory.restore(model))
+    framed = frame_all(recipe, model, tokenizer, done)
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
         place = Place(
             memory.stage_folder(index),
             memory.logs_folder / f"{index}-{stage.stage}",
             _loggers(recipe),
         )
+<<<<<<< HEAD
         signal, teacher = teachers.of(stage, texts[index])
         job = Job(case, model, teacher, texts[index], moved, place, tokenizer, signal)
+=======
+        rows = None
+        if blocks is not None and not isinstance(stage, ChatStage):
+            rows = _of_length(blocks, stage.length, recipe)
+        job = Job(case, model, teacher, rows, moved, place, tokenizer, framed.get(index))
+>>>>>>> chat
         log = KINDS[type(stage)].run(job, stage)
         del job, signal, teacher  # the next stage's may not fit beside it
         if any(isinstance(p, DTensor) for p in model.parameters()):
