@@ -102,7 +102,8 @@ def measure(case: dict[str, Any], seed: int = 0) -> dict[str, float]:
         results.append({"y": y[real], "state": last, **named})
     got, want = results
     return {
-        k: float((got[k].double() - want[k]).norm() / want[k].norm().clamp_min(1e-30)) for k in got
+        k: float(((got[k] - want[k]).norm() / want[k].norm().clamp_min(1e-30)).detach())
+        for k in got
     }
 
 

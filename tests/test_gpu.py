@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+import tamba
 from compare import assert_same
+from hf_models import tiny_hf_model
 from models import STACKS, random_ids, tiny_model
 from tamba.model.cache import TambaCache
+from tamba.report import read_record
+from tokens import character_tokenizer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,3 +81,54 @@ def test_generation_on_the_device():
     want = model.generate(ids, **options)
     got = model.cuda().generate(ids.cuda(), **options)
     assert torch.equal(got.cpu(), want)
+
+
+def test_the_whole_way_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of stage, on tensors that all have to be where the model is."""
+    tiny_hf_model("llama").save_pretrained(tmp_path / "teacher")
+    character_tokenizer().save_pretrained(tmp_path / "teacher")
+    nouns = ["cat", "dog", "owl", "fox", "elk", "bee", "ant", "hen", "ram", "cow", "pig", "yak"]
+    paragraphs = [f"the {a} is in the house of the {b}. " * 4 for a in nouns for b in nouns]
+    lines = [json.dumps({"text": text}) for text in paragraphs]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    (tmp_path / "recipe.toml").write_text(WHOLE_WAY)
+    on_device = read_record(tamba.run(tmp_path / "recipe.toml", tmp_path / "out")).perplexity
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    on_cpu = read_record(tamba.run(tmp_path / "recipe.toml", tmp_path / "cpu")).perplexity
+    assert on_device and on_cpu and on_device.student is not None
+    assert on_device.student == pytest.approx(on_cpu.student, rel=0.02)
+
+
+WHOLE_WAY = """
+name = "small"
+[teacher]
+path = "teacher"
+[data]
+train = ["text.jsonl"]
+heldout = ["text.jsonl"]
+length = 32
+[analyze]
+convert = 1
+tokens = 256
+[build.convert]
+mixer = "mamba2"
+conv_activation = "silu"
+gate = "random"
+norm = "head"
+[[train]]
+stage = "least_squares"
+fit = "mixer"
+tokens = 512
+[[train]]
+stage = "align"
+tokens = 512
+lr = 1e-3
+[[train]]
+stage = "distil"
+tokens = 512
+lr = 1e-4
+[evaluate]
+tokens = 512
+prompts = ["The"]
+new_tokens = 4
+"""

@@ -1,95 +1,151 @@
-"""The loss on next-token distributions, against probabilities written out word by word."""
+"""The loss on next-token distributions, against probabilities as they are defined."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from compare import assert_same
+from loss_cases import WEIGHTS, arguments, ours, wanted
 from tamba.ops import losses
-from tamba.ops.losses import Weights, next_token_loss
+from tamba.ops.losses import Weights, most_likely, next_token_loss
 
 
-def brute_force(
-    student: list[list[float]], teacher: list[list[float]], temperature: float
-) -> float:
-    """KL(teacher, student), mean over rows, from the definition and nothing else."""
+def check(w: Weights) -> None:
+    got, want = ours(w, arguments()), wanted(w, arguments())
+    for name in want:
+        assert_same(got[name], want[name], "fp64", name)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_loss_and_gradients_are_those_of_the_definition(weights: Weights) -> None:
+    check(weights)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_a_divergence_the_other_way_round_is_seen(
+    divergence: losses.Divergence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = losses._between
+
+    def wrong(log_p: Tensor, log_q: Tensor, weights: Weights) -> tuple[Tensor, Tensor]:
+        other = {"forward": "reverse", "reverse": "forward"}[weights.divergence]
+        return right(log_p, log_q, replace(weights, divergence=other))
+
+    monkeypatch.setattr(losses, "_between", wrong)
+    with pytest.raises(AssertionError, match="loss"):
+        check(Weights(divergence=divergence))
+
+
+def test_a_rest_that_is_left_out_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = losses._over_top
+
+    def wrong(student: Tensor, top: losses.Top, weights: Weights) -> tuple[Tensor, Tensor]:
+        return right(student, top._replace(log_rest=torch.full_like(top.log_rest, -40)), weights)
+
+    monkeypatch.setattr(losses, "_over_top", wrong)
+    with pytest.raises(AssertionError, match="loss"):
+        check(Weights(top_k=4))
+
+
+@pytest.mark.parametrize("at_once", [(2, 1), (4, 3)])
+@pytest.mark.parametrize("weights", [WEIGHTS[0], WEIGHTS[-2]], ids=str)
+def test_slices_of_any_size(
+    weights: Weights, at_once: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = len(arguments()["head"])
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", at_once[0] * words)
+    monkeypatch.setattr(losses, "_WIDE_AT_ONCE", at_once[1] * words)
+    check(weights)
+
+
+def test_the_words_by_hand() -> None:
+    """Two positions and three words, with nothing but the calculator's functions."""
+    student, teacher = [[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]], [[0.0, 1.0, 0.0], [2.0, 2.0, -2.0]]
     total = 0.0
     for s, t in zip(student, teacher, strict=True):
-        q = [math.exp(x / temperature) for x in s]
-        p = [math.exp(x / temperature) for x in t]
-        q, p = [x / sum(q) for x in q], [x / sum(p) for x in p]
+        q = [math.exp(x) / sum(map(math.exp, s)) for x in s]
+        p = [math.exp(x) / sum(map(math.exp, t)) for x in t]
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    return temperature**2 * total / len(student)
-
-
-def case(n: int = 7, d: int = 3, words: int = 5) -> dict[str, Tensor]:
-    make = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=make)
-
-    return {
-        "hidden": draw(n, d).requires_grad_(),
-        "head": draw(words, d).requires_grad_(),
-        "targets": torch.randint(words, (n,), generator=make),
-        "teacher_hidden": draw(n, d + 1),
-        "teacher_head": draw(words, d + 1),
-    }
-
-
-def check_kl(temperature: float) -> None:
-    c = case()
-    got = next_token_loss(**c, weights=Weights(temperature=temperature))
-    ours = (c["hidden"] @ c["head"].mT).tolist()
-    theirs = (c["teacher_hidden"] @ c["teacher_head"].mT).tolist()
-    want = torch.tensor(brute_force(ours, theirs, temperature), dtype=torch.float64)
-    assert_same(got.detach(), want, "fp64")
+    eye = torch.eye(3, dtype=torch.float64)
+    got = next_token_loss(
+        torch.tensor(student, dtype=torch.float64),
+        eye,
+        teacher_hidden=torch.tensor(teacher, dtype=torch.float64),
+        teacher_head=eye,
+    )
+    assert float(got) == pytest.approx(total / 2, rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_kl_over_five_words(temperature: float) -> None:
-    check_kl(temperature)
-
-
-def test_a_kl_the_other_way_round_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = losses._some
-
-    def wrong(student: Tensor, teacher: Tensor, *rest: object) -> object:
-        return right(teacher, student, *rest)
-
-    monkeypatch.setattr(losses, "_some", wrong)
-    with pytest.raises(AssertionError):
-        check_kl(1.0)
-
-
-@pytest.mark.parametrize("at_once", [(2, 1), (4, 3), (1 << 20, 1 << 20)])
-@pytest.mark.parametrize("weights", [Weights(), Weights(0.5, 2.0, 3.0), Weights(0.0, 1.0)])
-def test_gradients_in_slices_of_any_size(
-    weights: Weights, at_once: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_a_teacher_known_by_its_top_is_the_live_one(
+    divergence: losses.Divergence, temperature: float
 ) -> None:
-    c = case()
-    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", at_once[0] * 5)
-    monkeypatch.setattr(losses, "_WIDE_AT_ONCE", at_once[1] * 5)
+    w = Weights(0.5, 2.0, temperature, divergence, top_k=4)
+    c = arguments()
+    top = most_likely(c["teacher_hidden"], c["teacher_head"], 4, temperature)
+    assert top.indices.dtype == torch.int32
+    total = torch.cat([top.log_probs, top.log_rest[:, None]], -1).exp().sum(-1)
+    assert_same(total, torch.ones_like(total), "fp64", "total probability")
+    got, want = ours(w, arguments(), top), ours(w, arguments())
+    for name in want:
+        assert_same(got[name], want[name], "fp64", name)
 
-    def loss(hidden: Tensor, head: Tensor) -> Tensor:
-        return next_token_loss(**(c | {"hidden": hidden, "head": head}), weights=weights)
 
-    assert torch.autograd.gradcheck(loss, (c["hidden"], c["head"]))
+def test_all_tokens_but_one_are_all_tokens() -> None:
+    c = arguments()
+    words = len(c["head"])
+    few, full = ours(Weights(top_k=words - 1), c), ours(Weights(), arguments())
+    more = ours(Weights(top_k=words + 5), arguments())
+    for name in full:
+        assert_same(few[name], full[name], "fp64", name)
+        assert_same(more[name], full[name], "exact", name)
+    coarser = [float(ours(Weights(top_k=k), arguments())["loss"]) for k in range(1, words)]
+    assert coarser == sorted(coarser)  # merging outcomes never adds divergence
+
+
+def test_a_sure_student_keeps_the_digits_of_the_rest() -> None:
+    """Where the rest of the student's mass is e^-30, it is not 1 minus the others'."""
+    logits = torch.full((1, 6), -30.0)
+    logits[0, 0] = 0.0
+    c = {"hidden": logits.requires_grad_(), "head": torch.eye(6)}
+    teacher = torch.tensor([[1.0, 0.5, 0.0, 0.0, 0.0, 0.0]])
+    top = most_likely(teacher, torch.eye(6), 2)
+
+    def found(dtype: torch.dtype) -> Tensor:
+        hidden = c["hidden"].detach().to(dtype).requires_grad_()
+        given = losses.Top(top.indices, top.log_probs.to(dtype), top.log_rest.to(dtype))
+        loss = next_token_loss(hidden, c["head"].to(dtype), teacher_top=given)
+        return torch.cat([loss.detach()[None], torch.autograd.grad(loss, hidden)[0][0]])
+
+    assert_same(found(torch.float32), found(torch.float64), "fp32")
 
 
 def test_ce_is_torchs() -> None:
-    c = case()
+    c = arguments()
     got = next_token_loss(c["hidden"], c["head"], c["targets"], weights=Weights(0.0, 1.0))
     want = torch.nn.functional.cross_entropy(c["hidden"] @ c["head"].mT, c["targets"])
     assert_same(got.detach(), want.detach(), "fp64")
 
 
+def test_only_what_learns_has_a_gradient() -> None:
+    want = wanted(Weights(), arguments())
+    for frozen, learns in (("head", "hidden"), ("hidden", "head")):
+        c = arguments()
+        c[frozen] = c[frozen].detach()
+        (got,) = torch.autograd.grad(next_token_loss(**c) * 3, c[learns])
+        assert_same(got, 3 * want[f"gradient of {learns}"], "fp64")
+    with torch.no_grad():
+        assert not next_token_loss(**arguments()).requires_grad
+
+
 def test_half_precision_products() -> None:
-    c = case(n=50, words=40)
+    c = arguments(n=50, words=40)
     c = {k: v.detach().float() if v.is_floating_point() else v for k, v in c.items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = next_token_loss(**c)
@@ -97,3 +153,65 @@ def test_half_precision_products() -> None:
     assert got.dtype == torch.float32
     # Sums and softmax are wide: what is off are the products' 8 bits alone.
     assert 0 < float((got - want).abs() / want) < 0.02
+
+
+def test_no_positions_give_nothing() -> None:
+    c = arguments(n=0)
+    got = ours(Weights(1.0, 1.0), c)
+    assert float(got["loss"]) == 0
+    assert got["gradient of hidden"].shape == c["hidden"].shape
+    assert not got["gradient of head"].any()
+    assert most_likely(c["teacher_hidden"], c["teacher_head"], 2).indices.shape == (0, 2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_compiled_without_a_graph_break() -> None:
+    c, w = arguments(), Weights(1.0, 1.0, top_k=3)
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        return next_token_loss(**(c | {"hidden": hidden, "head": head}), weights=w) * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(c["hidden"], c["head"]), (c["hidden"], c["head"]))
+    want = torch.autograd.grad(loss(c["hidden"], c["head"]), (c["hidden"], c["head"]))
+    for a, b in zip(got, want, strict=True):
+        assert_same(a, b, "exact")
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": None}, "give targets"),
+        ({"teacher_head": None}, "give teacher_hidden and teacher_head"),
+        ({"targets": torch.zeros(3, dtype=torch.long)}, "targets"),
+        ({"teacher_head": torch.zeros(12, 4)}, "11 and 12 words"),
+        ({"teacher_top": (torch.zeros(5, 4), torch.zeros(5, 4), torch.zeros(5))}, "or teacher_top"),
+        (
+            {
+                "teacher_hidden": None,
+                "teacher_top": losses.Top(torch.zeros(5, 4), torch.zeros(5, 3), torch.zeros(5)),
+            },
+            "expected teacher_top",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_that_do_not_fit(change: dict[str, Tensor | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        next_token_loss(**(arguments() | change), weights=Weights(1.0, 1.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "given", [{"temperature": 0.0}, {"divergence": "left"}, {"beta": 1.0}, {"top_k": 0}], ids=str
+)
+def test_weights_out_of_range(given: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(given))):
+        Weights(**given)  # type: ignore[arg-type]
+
+
+def test_more_most_likely_tokens_than_words() -> None:
+    c = arguments()
+    with pytest.raises(ValueError, match="1 to 10"):
+        most_likely(c["teacher_hidden"], c["teacher_head"], 11)

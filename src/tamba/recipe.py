@@ -156,53 +156,200 @@ class _GradientStage(_Stage):
 
     Args:
         tokens: text to train on, in all.
-        length: tokens of a row, which divides ``data.length``; None for all of it.
-        batch: rows of a step.
-        micro_batch: rows that go through at a time where a step's activations do not fit at once;
-            gradients add up to the same step. None for all.
+        length: tokens of a row, shorter or longer than ``data.length``; None for that.
+        batch: rows of a step, over all processes.
+        micro_batch: rows that go through a process at a time where a step's activations do not fit
+            at once; gradients add up to the same step. None for all.
         lr: highest learning rate.
-        schedule: of the learning rate after warm-up.
+        lr_pretrained: the same of parameters that the teacher gave and no one converted; None for
+            `lr`.
+        schedule: of the learning rate after warm-up; ``wsd`` stays and then falls to 0 (Hu et al.
+            2024, arXiv 2404.06395, section 4).
         warmup: share of the steps over which it rises.
-        weight_decay: of AdamW.
+        cooldown: share of the steps over which ``wsd`` falls.
+        weight_decay: of AdamW, on matrices alone.
         betas: of AdamW.
         clip: largest gradient norm; 0 for no clipping.
+        ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
+            for the parameters themselves.
+        checkpointing: keep a layer's input alone and compute the layer again for its gradient.
+        compile: compile layers one by one; ``auto`` does on a GPU.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
     batch: Count = 8
     micro_batch: Count | None = None
     lr: float = Field(gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    lr_pretrained: float | None = Field(default=None, gt=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, lt=1)
+    cooldown: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    checkpointing: bool = False
+    compile: Literal["auto"] | bool = "auto"
 
 
 class Align(_GradientStage):
-    """Every converted mixer learns the teacher mixer's output on the teacher's own input, apart."""
+    """Every converted mixer learns the teacher mixer's output on the teacher's own input, apart.
+
+    Args:
+        mixing: weight of the distance between the attention's matrix and the one that the mixer
+            applies to its values (Bick et al. 2024, arXiv 2408.10189, section 4.1), relative to the
+            former's size. Takes Mamba-2 mixers with the attention's heads, and memory for a matrix
+            a head.
+    """
 
     stage: Literal["align"]
+    mixing: float = Field(default=0.0, ge=0)
 
 
 class Distil(_GradientStage):
     """The student's next-token distribution learns the teacher's, the text, or both.
 
+    With ``kl = 0``, ``ce = 1`` and ``train = "all"`` this is plain fine-tuning; at another `length`
+    it is the long stage.
+
     Args:
-        kl: weight of KL(teacher, student), a mean over tokens.
+        kl: weight of the divergence from the teacher, a mean over tokens.
         ce: weight of cross-entropy with the text.
-        temperature: of both distributions in the KL.
-        train: what moves: the mixers that the build made, these and the norms, or everything.
+        temperature: of both distributions in the divergence.
+        divergence: KL(teacher, student), KL(student, teacher), or Jensen and Shannon's.
+        beta: of ``js``, the teacher's share in the mean of both (Agarwal et al. 2024, arXiv
+            2306.13649, section 2).
+        top_k: compare the teacher's so many likeliest words, and all others as one; None for all.
+        stored: folder of the teacher's `top_k` likeliest words at every place of the text, counted
+            from the recipe's; the stage learns from it without the teacher, which is asked first
+            where there is no such folder.
+        teacher: how it is held where it is asked: ``live``, as it is; ``int8``, its projections in
+            8 bits.
+        train: what moves: the mixers that the build made; these and all norms; these and all MLPs;
+            everything but the MLPs; or everything.
+        replacement: when converted layers take the place of the teacher's attention: all from the
+            first step; ``progressive``, by the `shares` of attention left; one more at a time; or
+            ``theseus``, each at random, likelier with every step (Xu et al. 2020, arXiv
+            2002.02925).
+        shares: of the teacher's attention layers that are still attention, phase by phase; the
+            plan's own share is the last in any case.
+        order: in which layers are replaced: spread over the depth, from the bottom, from the top,
+            or these student layers.
+        chance: at which ``theseus`` begins; it reaches 1 after three quarters of the steps.
     """
 
     stage: Literal["distil"]
     kl: float = Field(default=1.0, ge=0)
     ce: float = Field(default=0.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
-    train: Literal["mixers", "mixers+norms", "all"] = "mixers"
+    divergence: Literal["forward", "reverse", "js"] = "forward"
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    top_k: Count | None = None
+    stored: str | None = None
+    teacher: Literal["live", "int8"] = "live"
+    train: Literal["mixers", "mixers+norms", "mixers+mlp", "all-but-mlp", "all"] = "mixers"
+    replacement: Literal["at_once", "progressive", "one_by_one", "theseus"] = "at_once"
+    shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.75, 0.5, 0.25, 0.125, 0.0)
+    order: Literal["spread", "bottom_up", "top_down"] | tuple[int, ...] = "spread"
+    chance: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Distil:
+        if self.kl == 0 and self.ce == 0:
+            raise ValueError("kl and ce are both 0; give one of them weight")
+        if self.stored is not None and (self.top_k is None or self.kl == 0):
+            raise ValueError("stored holds the likeliest words; give top_k, and kl some weight")
+        return self
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether the loss compares with the teacher."""
+        return self.kl > 0
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher has to be at hand."""
+        asked = self.asks_teacher and self.stored is None
+        return asked or self.replacement != "at_once"
+
+
+class ChatStage(Section):
+    """What every stage on conversations is told. It runs until `steps`, `tokens` or `epochs`.
+
+    Args:
+        data: sources of rows, as `tamba.chats` describes them; files relative to the recipe.
+        rows: most rows that are read of each source.
+        tokens: text to train on, prompts and answers; or
+        steps: gradient steps; or
+        epochs: passes over the rows; one where none of the three is given.
+        length: most tokens of a conversation. What is longer is cut there.
+        too_long: what becomes of a prompt that leaves no room for an answer: ``refuse`` the stage,
+            or ``skip`` the row.
+        batch: rows of a step, over all processes.
+        micro_batch: rows that go through a process at a time. None for all of them.
+        lr: highest learning rate.
+        schedule, warmup, cooldown: of the learning rate, as for ``distil``.
+        weight_decay: of AdamW, on matrices alone.
+        betas: of AdamW.
+        clip: largest gradient norm; 0 for no clipping.
+        checkpointing: keep a layer's input alone and compute the layer again for its gradient.
+        dtype: of matrix products; what moves, and its optimiser, stay float32.
+        train: what moves: the mixers that the build made, these and the norms, or everything.
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    rows: Count | None = None
+    tokens: Count | None = None
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    length: Annotated[int, Field(ge=2)] = 1024
+    too_long: Literal["refuse", "skip"] = "refuse"
+    batch: Count = 8
+    micro_batch: Count | None = None
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    cooldown: float = Field(default=0.2, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(default=1.0, ge=0)
+    checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    train: Literal["mixers", "mixers+norms", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> ChatStage:
+        given = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; keep one")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch = {self.micro_batch} does not divide {self.batch} rows")
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher has to be at hand."""
+        raise NotImplementedError
+
+
+class Sft(ChatStage):
+    """Supervised fine-tuning: the student learns the answers of conversations, not their prompts.
+
+    Args:
+        ce: weight of cross-entropy with the answers, a mean over their tokens.
+        kl: weight of KL(teacher, student) on them, a mean over the same tokens.
+        temperature: of both distributions in the KL.
+        packed: fill rows of `length` with several conversations, which see nothing of one another.
+    """
+
+    stage: Literal["sft"]
+    ce: float = Field(default=1.0, ge=0)
+    kl: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    packed: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Sft:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
         return self
@@ -212,7 +359,55 @@ class Distil(_GradientStage):
         return self.kl > 0
 
 
-Stage = Annotated[LeastSquares | Align | Distil, Field(discriminator="stage")]
+class Dpo(ChatStage):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+
+    Args:
+        beta: how dear it is to leave the reference.
+        reference: the ``teacher`` (*The Mamba in the Llama*, equation 4), or the ``student`` as the
+            stage finds it (the same paper's code).
+    """
+
+    stage: Literal["dpo"]
+    beta: float = Field(default=0.1, gt=0)
+    reference: Literal["teacher", "student"] = "teacher"
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.reference == "teacher"
+
+
+class OnPolicy(ChatStage):
+    """The student answers prompts, and learns the teacher's distribution along its own answers.
+
+    Generalised knowledge distillation with all text the student's (Agarwal et al. 2024, arXiv
+    2306.13649, section 3).
+
+    Args:
+        new_tokens: longest answer; `length` holds prompt and answer.
+        temperature: at which the student writes, and of both distributions.
+        divergence: KL(teacher, student), KL(student, teacher), or Jensen and Shannon's.
+    """
+
+    stage: Literal["on_policy"]
+    new_tokens: Count = 256
+    temperature: float = Field(default=1.0, gt=0)
+    divergence: Literal["forward", "reverse", "js"] = "reverse"
+
+    @model_validator(mode="after")
+    def _has_room(self) -> OnPolicy:
+        if self.new_tokens >= self.length:
+            raise ValueError(f"new_tokens leave no room for a prompt in length = {self.length}")
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        return True
+
+
+Stage = Annotated[
+    LeastSquares | Align | Distil | Sft | Dpo | OnPolicy, Field(discriminator="stage")
+]
 
 
 class Evaluate(Section):
@@ -241,10 +436,13 @@ class Output(Section):
     Args:
         shard_bytes: largest weight file.
         html: write ``report.html`` beside ``report.json``.
+        report_to: who hears of training as it goes, in transformers' words (``tensorboard``,
+            ``wandb``, ``mlflow``, ...); None for TensorBoard where it is installed.
     """
 
     shard_bytes: Count = 2 * 1024**3
     html: bool = True
+    report_to: tuple[str, ...] | None = None
 
 
 class Recipe(Section):
@@ -267,7 +465,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        if self.train and not self.data.train:
+        if any(not isinstance(s, ChatStage) for s in self.train) and not self.data.train:
             raise ValueError("[[train]] has stages but data.train names no text")
         if self.build.plan == "analyze" and not (self.analyze.convert or self.analyze.choose):
             raise ValueError(
@@ -346,6 +544,24 @@ class Recipe(Section):
             self._text_source(name, f"{section}.{key}[{i}]") for i, name in enumerate(names)
         )
 
+    def chat_sources(self, stage: ChatStage) -> tuple[str, ...]:
+        """Sources of a stage's conversations, files as absolute paths; names of the hub as is.
+
+        Raises:
+            UserError: a source that is neither there nor a name on the hub.
+        """
+        key = f"train.{self.train.index(stage)}.data"
+        return tuple(
+            name
+            if name.startswith("hf://")
+            or (
+                re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%:-]+)?", name)
+                and not (self._file.parent / name).exists()
+            )
+            else str(self.locate(name, f"{key}[{i}]").resolve())
+            for i, name in enumerate(stage.data)
+        )
+
     def _text_source(self, name: str, key: str) -> str:
         if name in TEXT_SOURCES or name.startswith("package-docs:"):
             return name
@@ -404,6 +620,9 @@ class Recipe(Section):
             self.model_path("donor")
         for key in ("train", "heldout", "texts"):
             self.text_sources(key)
+        for stage in self.train:
+            if isinstance(stage, ChatStage):
+                self.chat_sources(stage)
         if self.data.written_openings:
             self.locate(self.data.written_openings, "data.written_openings")
         if self.build.plan == "analyze":

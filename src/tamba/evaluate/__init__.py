@@ -36,9 +36,9 @@ from tamba.evaluate.parts import (
     recipe_of,
 )
 from tamba.evaluate.perplexity import Comparison, PerplexityResult, compare, perplexity
-from tamba.evaluate.store import Store, digest
 from tamba.evaluate.suites import SETS, SUITES, Suite, assign_data, find_suites
 from tamba.evaluate.texts import check_sources
+from tamba.store import Store, digest
 
 __all__ = [
     "SETS",

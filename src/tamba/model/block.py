@@ -30,17 +30,26 @@ class Block(GradientCheckpointingLayer):
         self.mlp = MLP(spec.mlp, config.d_model) if spec.mlp else None
 
     def forward(
-        self, hidden: Tensor, past_key_values: Cache | None, tokens: Tokens, **kwargs: Any
+        self,
+        hidden: Tensor,
+        past_key_values: Cache | None,
+        tokens: Tokens,
+        mixer: nn.Module | None = None,
+        **kwargs: Any,
     ) -> Tensor:
-        """hidden [B, T, D] -> [B, T, D]; the state is read from and written to the cache."""
+        """hidden [B, T, D] -> [B, T, D]; the state is read from and written to the cache.
+
+        `mixer` stands in for the layer's own, where a student is trained by parts.
+        """
+        mixer = self.mixer if mixer is None else mixer
         residual = hidden
         if self.residual_in_fp32:  # the stream is wide, the layers compute in the weights' type
             residual = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
             hidden = hidden.to(self._dtype)
-        if isinstance(self.mixer, Attention):
-            mixed = self.mixer(self.norm(hidden), past_key_values, tokens, **kwargs)
+        if isinstance(mixer, Attention):
+            mixed = mixer(self.norm(hidden), past_key_values, tokens, **kwargs)
         else:
-            mixed = self.mixer(self.norm(hidden), past_key_values, tokens)
+            mixed = mixer(self.norm(hidden), past_key_values, tokens)
         if self.mlp is None or self.mlp_norm is None:
             return residual + mixed
         if self.spec.residual == "parallel":

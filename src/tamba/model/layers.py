@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from tamba.model.config import MLPSpec, NormSpec
@@ -37,6 +38,26 @@ def make_norm(spec: NormSpec, size: int) -> nn.Module:
     if spec.kind == "rms":
         return RMSNorm(size, spec.eps)
     return nn.LayerNorm(size, eps=spec.eps)
+
+
+class PaddedLinear(nn.Linear):
+    """A linear layer whose outputs are as many as a projection into heads happens to need.
+
+    Where rows of the output begin at odd addresses, CUDA's matrix products fall back to a kernel
+    that is three times slower, and everything that reads the output loads it in small pieces. There
+    the weight gets rows of zeros up to a multiple of 16 for the time of a product of many tokens.
+    """
+
+    _MANY = 256
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., out_features]."""
+        spare = -self.out_features % 16
+        if not spare or not x.is_cuda or x.numel() < self._MANY * x.shape[-1]:
+            return super().forward(x)
+        weight = F.pad(self.weight, (0, 0, 0, spare))
+        bias = None if self.bias is None else F.pad(self.bias, (0, spare))
+        return F.linear(x, weight, bias)[..., : self.out_features]
 
 
 class MLP(nn.Module):

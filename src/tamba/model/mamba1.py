@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import Cache, initialization
 
 from tamba.model.config import Mamba1Spec, TambaConfig
+from tamba.model.layers import PaddedLinear
 from tamba.model.recurrent import RecurrentMixer, inverse_softplus_of_dt, no_autocast
 from tamba.model.tokens import Tokens
 from tamba.ops import causal_conv1d, selective_scan
@@ -27,12 +28,12 @@ class Mamba1Mixer(RecurrentMixer):
         self.spec = spec
         self.slices = mamba1_in_proj_slices(spec)
         rows = max(s.stop for s in self.slices.values())
-        self.in_proj = nn.Linear(config.d_model, rows, bias=spec.proj_bias)
+        self.in_proj = PaddedLinear(config.d_model, rows, bias=spec.proj_bias)
         self.conv1d = nn.Conv1d(
             spec.d_inner, spec.d_inner, spec.d_conv, groups=spec.d_inner, bias=spec.conv_bias
         )
         self.x_proj = (
-            nn.Linear(spec.d_inner, spec.dt_rank + 2 * spec.n_groups * spec.d_state, bias=False)
+            PaddedLinear(spec.d_inner, spec.dt_rank + 2 * spec.n_groups * spec.d_state, bias=False)
             if spec.dt_from == "inner"
             else None
         )
@@ -57,9 +58,11 @@ class Mamba1Mixer(RecurrentMixer):
 
     def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
-        spec, s = self.spec, self.slices
-        projected = self.in_proj(hidden)
-        x = projected[..., s["x"]]
+        spec = self.spec
+        sizes = [s.stop - s.start for s in self.slices.values()]
+        # One split, not slices: its gradient is put together, not a sum of padded ones.
+        parts = dict(zip(self.slices, self.in_proj(hidden).split(sizes, dim=-1), strict=True))
+        x = parts["x"]
         if spec.dt_from == "inner":
             inputs: tuple[Tensor, ...] = (x,)
         else:
@@ -67,13 +70,13 @@ class Mamba1Mixer(RecurrentMixer):
             # every channel.
             inputs = (
                 self._repeat(x, spec.d_inner // spec.n_groups).flatten(-2),
-                projected[..., s["B"]],
-                projected[..., s["C"]],
-                self.dt_proj(projected[..., s["dt"]]),
+                parts["B"],
+                parts["C"],
+                self.dt_proj(parts["dt"]),
             )
         y = self.run(inputs, state, tokens)
         if spec.gate:
-            z = projected[..., s["z"]]
+            z = parts["z"]
             y = (y * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))).to(z.dtype)
         return self.out_proj(y)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import Cache, initialization
 
 from tamba.model.config import Mamba2Spec, TambaConfig
-from tamba.model.layers import RMSNorm
+from tamba.model.layers import PaddedLinear, RMSNorm
 from tamba.model.recurrent import RecurrentMixer, inverse_softplus_of_dt, no_autocast
 from tamba.model.tokens import Tokens
 from tamba.ops import causal_conv1d, ssd
@@ -27,7 +27,7 @@ class Mamba2Mixer(RecurrentMixer):
         super().__init__(layer_idx)
         self.spec = spec
         self.slices = spec.in_proj_slices
-        self.in_proj = nn.Linear(config.d_model, self.slices["dt"].stop, bias=spec.proj_bias)
+        self.in_proj = PaddedLinear(config.d_model, self.slices["dt"].stop, bias=spec.proj_bias)
         channels = spec.d_conv_channels
         self.conv1d = nn.Conv1d(
             channels, channels, spec.d_conv, groups=channels, bias=spec.conv_bias
@@ -54,14 +54,13 @@ class Mamba2Mixer(RecurrentMixer):
     def forward(self, hidden: Tensor, state: Cache | None, tokens: Tokens) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]."""
         s = self.slices
-        projected = self.in_proj(hidden)
-        inputs = [projected[..., s["x"].start : s["C"].stop], projected[..., s["dt"]]]
+        sizes = [s["z"].stop, s["C"].stop - s["x"].start, s["dt"].stop - s["dt"].start]
+        # One split, not slices: its gradient is put together, not a sum of padded ones.
+        z, xBC, dt = self.in_proj(hidden).split(sizes, dim=-1)
         # Without a cache the gate goes into the scan; a cache would keep it for rolling back.
         inside = self.spec.gate and state is None and not self._norm_first
-        if inside:
-            inputs.append(projected[..., s["z"]])
-        y = self.run(inputs, state, tokens)
-        return self.out_proj(self.gate_and_norm(y, None if inside else projected[..., s["z"]]))
+        y = self.run([xBC, dt, z] if inside else [xBC, dt], state, tokens)
+        return self.out_proj(self.gate_and_norm(y, None if inside else z))
 
     @property
     def _norm_first(self) -> bool:
@@ -121,8 +120,7 @@ class Mamba2Mixer(RecurrentMixer):
     def split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, channels] -> x [B, T, H, P], B and C [B, T, G, N], shared heads repeated."""
         spec, s = self.spec, self.slices
-        first = s["x"].start
-        x, B, C = (xBC[..., s[k].start - first : s[k].stop - first] for k in ("x", "B", "C"))
+        x, B, C = xBC.split([s[k].stop - s[k].start for k in ("x", "B", "C")], dim=-1)
         x, B, C = (
             x.unflatten(-1, (-1, spec.head_dim)),
             B.unflatten(-1, (-1, spec.d_state)),

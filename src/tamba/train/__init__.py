@@ -1,34 +1,32 @@
 """Repair a student: fit its converted layers in closed form, align them, distil the whole.
 
-A recipe's stages run in its order. `least_squares` and `align` look at one converted layer at a
-time and ask that it do what the teacher's attention does; `distil` runs the student end to end. The
-functions of those names work on models in memory; `train` reads and writes folders around them.
+A recipe's stages run in its order; `kinds` says what each is. `least_squares` and `align` look at
+one converted layer at a time and ask that it do what the teacher's attention does; `distil` runs
+the student end to end; `sft`, `dpo` and `on_policy` teach it to converse. The functions of those
+names work on models in memory; `train` reads and writes folders around them.
 
 Weights that move are float32 masters whatever the student is stored in; all others, and the
 teacher, are held once, in the type that the recipe gives them. Matrix products run in the type that
-the stage names. Text is gone over in pools of rows, as many as memory is set aside
-for: what the frozen parts of teacher and student compute is computed once a pool and then trained
-on, as often as the stage's tokens ask for.
-
-Shape letters: `n` rows, `B` rows of a batch, `T` tokens of a row, `D` d_model.
+the stage names.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 
 import tamba
 from tamba import progress
 from tamba.artefact import versions
-from tamba.calibrate import calibrate, can_calibrate, fit_output
+from tamba.chats import sources_digest
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -38,362 +36,38 @@ from tamba.checkpoint import (
     open_model,
     parameter_specs,
 )
-from tamba.data import Batch, TokenBlocks, text_digest
-from tamba.errors import UserError
-from tamba.model.attention import Attention
+from tamba.data import TokenBlocks, text_digest
+from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
-from tamba.model.recurrent import RecurrentMixer
-from tamba.ops.losses import Weights, next_token_loss
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import Align, Distil, LeastSquares, Recipe, as_recipe
-from tamba.text import prepare_text, read_text
-from tamba.trace import climb, computing, each, enter, finish, places, trace
-from tamba.train.steps import Curve, Learner, Memory, Schedule, StageLog, orders, pools
+from tamba.recipe import WRITTEN, ChatStage, Distil, Recipe, Stage, as_recipe
+from tamba.text import Side, prepare_text, read_text
+from tamba.train.chat import dpo, on_policy, sft
+from tamba.train.closed_form import least_squares
+from tamba.train.engine import Place, full
+from tamba.train.kinds import KINDS, Case, Job
+from tamba.train.log import StageLog
+from tamba.train.memory import Memory
+from tamba.train.objectives import Pairs
+from tamba.train.steps import align, distil, trained_parameters
+from tamba.train.teacher import StoredTop, shorten, write_top
 
-_POOL_BYTES = 4 << 30
-"""Activations held at once."""
-_STEPS_APART = 64
-"""Steps of `align` after which layers wait for one another, so that a whole state can be kept."""
+__all__ = [
+    "Place",
+    "StageLog",
+    "align",
+    "check_stages",
+    "distil",
+    "dpo",
+    "least_squares",
+    "on_policy",
+    "sft",
+    "train",
+    "trained_parameters",
+]
 
-Pairs = Mapping[int, int]
-"""Student layer -> the teacher's attention layer that it was made of."""
-
-
-# Closed form.
-
-
-def least_squares(
-    student: TambaForCausalLM,
-    teacher: TambaForCausalLM,
-    pairs: Pairs,
-    blocks: TokenBlocks,
-    stage: LeastSquares,
-) -> StageLog:
-    """Fit each converted layer to what the teacher's attention does, in closed form.
-
-    Args:
-        student: changed in place.
-        pairs: which layers.
-        blocks: text; as many rows as the stage has tokens are used.
-
-    Raises:
-        UserError: a mixer that `calibrate` cannot set, or too little text.
-    """
-    dtype = getattr(torch, stage.dtype)
-    rows = blocks.take(max(1, stage.tokens // blocks.length))
-    whole = stage.fit == "mixer"
-    left: dict[int, float] = {}
-    width = 2 * teacher.config.hidden_size + (_widest_heads(teacher, pairs) if whole else 0)
-    for some in _groups(sorted(pairs), len(rows) * rows.length * width * dtype.itemsize):
-        watched = [pairs[i] for i in some]
-        seen = trace(teacher, rows, mixers=watched, heads=whole, dtype=dtype).mixers
-
-        def fit(index: int, _: Any, seen: Any = seen) -> float:
-            mixer, attention = _mixer(student, index), teacher.model.layers[pairs[index]].mixer
-            assert isinstance(attention, Attention)
-            if not whole:
-                return fit_output(mixer, seen[pairs[index]], ridge=stage.ridge, dtype=dtype)
-            key = attention.rotary_key
-            angles = None if key is None else teacher.model._rotary[key]
-            return calibrate(
-                mixer, attention, angles, seen[pairs[index]], ridge=stage.ridge, dtype=dtype
-            )
-
-        if whole or stage.inputs == "teacher":
-            found = each(fit, some, device=student.device, label="least squares")
-            left |= dict(zip(some, found, strict=True))
-        if stage.inputs == "student":
-            wanted = {i: seen[pairs[i]].outputs for i in some}
-            left |= _fit_upwards(student, wanted, rows, stage.ridge, dtype)
-    tokens = len(rows) * rows.length
-    return StageLog(stage.stage, tokens, [(tokens, _mean(left.values()))], left)
-
-
-def _fit_upwards(
-    student: TambaForCausalLM,
-    wanted: Mapping[int, Tensor],
-    rows: TokenBlocks,
-    ridge: float,
-    dtype: torch.dtype,
-) -> dict[int, float]:
-    """Fit output projections from the bottom, each layer given what those below it now give."""
-    left = {}
-    for index in progress.track(sorted(wanted), "least squares"):
-        label = f"student reads up to layer {index}"
-        seen = trace(student, rows, mixers=[index], dtype=dtype, label=label).mixers[index]
-        seen.outputs.copy_(wanted[index])
-        left[index] = fit_output(_mixer(student, index), seen, ridge=ridge, dtype=dtype)
-    return left
-
-
-def _widest_heads(teacher: TambaForCausalLM, pairs: Pairs) -> int:
-    specs = [teacher.config.block_specs[i].mixer for i in pairs.values()]
-    return max(s.n_heads * s.head_dim for s in specs if isinstance(s, AttentionSpec))
-
-
-def _groups(layers: Sequence[int], bytes_each: int) -> Iterator[Sequence[int]]:
-    size = max(1, _POOL_BYTES // max(1, bytes_each))
-    for first in range(0, len(layers), size):
-        yield layers[first : first + size]
-
-
-def _mixer(student: TambaForCausalLM, index: int) -> RecurrentMixer:
-    mixer = student.model.layers[index].mixer
-    assert isinstance(mixer, RecurrentMixer)
-    return mixer
-
-
-# Layer by layer.
-
-
-def align(
-    student: TambaForCausalLM,
-    teacher: TambaForCausalLM,
-    pairs: Pairs,
-    blocks: TokenBlocks,
-    stage: Align,
-    seed: int = 0,
-    memory: Memory | None = None,
-) -> StageLog:
-    """Train every converted mixer, apart, to give what the teacher's does on the teacher's input.
-
-    The loss is the squared error relative to the variance of the teacher's output. Layers know
-    nothing of one another, so on a CPU several are trained at a time.
-
-    Args:
-        student: changed in place, in the mixers of `pairs` alone, which are float32 at least.
-        seed: of the order of rows.
-        memory: keeps the stage while it runs, and knows how far it came before.
-
-    Raises:
-        UserError: the loss is no longer a number.
-    """
-    dtype = _gradient_dtype(stage)
-    schedule = Schedule(stage, blocks.length)
-    learners = {i: Learner(_named_mixer(student, i), stage, schedule) for i in pairs}
-    curve = Curve(stage.stage, schedule.tokens)
-    taken = 0 if memory is None else memory.resume(learners, curve)
-    bytes_each = 2 * len(pairs) * teacher.config.hidden_size * dtype.itemsize * blocks.length
-    for pool, whole in pools(blocks, bytes_each, stage.batch, schedule.steps, _POOL_BYTES):
-        steps = whole.after(taken)
-        if not steps.count:
-            continue
-        seen = trace(teacher, pool, mixers=pairs.values(), dtype=dtype).mixers
-        for part in steps.parts(_STEPS_APART):
-
-            def train_one(
-                index: int, advance: Any, seen: Any = seen, part: Any = part, whole: Any = whole
-            ) -> None:
-                mixer, learner, this = _mixer(student, index), learners[index], seen[pairs[index]]
-                variance = _variance(this.outputs)
-                for rows in orders(len(this.inputs), stage.batch, whole, part, seed):
-                    total = torch.zeros((), device=variance.device, dtype=variance.dtype)
-                    for some in _at_once(rows, stage):
-                        with computing(mixer, dtype, grad=True):
-                            got = mixer(this.inputs[some], None, places(this.starts[some]))
-                        error = got.to(variance.dtype) - this.outputs[some]
-                        loss = error.square().sum(-1).mean() / variance
-                        loss = loss * (len(some) / len(rows))
-                        loss.backward()
-                        total += loss.detach()
-                    learner.step()
-                    curve.add(index, learner.taken, total)
-                    advance(1 / len(pairs))
-
-            each(train_one, list(pairs), device=student.device, label="align", total=part.count)
-            curve.check()
-            if memory is not None:
-                memory.offer(learners, curve, part.stop)
-    return curve.log(by_layer=True)
-
-
-def _named_mixer(student: TambaForCausalLM, index: int) -> dict[str, torch.nn.Parameter]:
-    """The parameters of a layer's mixer, by their names in the student."""
-    prefix = f"model.layers.{index}.mixer."
-    return {prefix + name: p for name, p in _mixer(student, index).named_parameters()}
-
-
-def _at_once(rows: Tensor, stage: Align | Distil) -> Sequence[Tensor]:
-    """The rows of a step in groups that go through together."""
-    return rows.split(stage.micro_batch or len(rows))
-
-
-def _variance(outputs: Tensor) -> Tensor:
-    """Mean over tokens of the squared distance from the mean output."""
-    count = outputs.shape[0] * outputs.shape[1]
-    wide = torch.promote_types(outputs.dtype, torch.float32)
-    total, square = torch.zeros(()), torch.zeros(())
-    for part in outputs.flatten(0, 1).split(8192):
-        x = part.to(wide)
-        total, square = total + x.double().sum(0), square + x.square().sum().double()
-    return ((square - total.square().sum() / count) / count).clamp_min(1e-30).to(wide)
-
-
-# End to end.
-
-
-def distil(
-    student: TambaForCausalLM,
-    teacher: TambaForCausalLM | None,
-    trained: Iterable[str],
-    blocks: TokenBlocks,
-    stage: Distil,
-    seed: int = 0,
-    memory: Memory | None = None,
-) -> StageLog:
-    """Train parameters of the student on the teacher's next-token distribution, the text, or both.
-
-    Layers below the first that moves are run once a pool, and so is the teacher.
-
-    Args:
-        student: changed in place.
-        teacher: None where the stage has no use for it.
-        trained: names of the parameters that move, which are float32 at least.
-        seed: of the order of rows.
-        memory: keeps the stage while it runs, and knows how far it came before.
-
-    Raises:
-        UserError: teacher and student have other vocabularies, or the loss is no longer a number.
-    """
-    if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
-        raise UserError(
-            "train: distil",
-            f"teacher and student have {teacher.config.vocab_size} and "
-            f"{student.config.vocab_size} tokens",
-            "distil between models that share a tokenizer",
-        )
-    dtype = _gradient_dtype(stage)
-    weights = Weights(kl=stage.kl, ce=stage.ce, temperature=stage.temperature)
-    names = set(trained)
-    moving = {n: p for n, p in student.named_parameters() if n in names}
-    first = _first_layer(moving)
-    schedule = Schedule(stage, blocks.length)
-    curve = Curve(stage.stage, schedule.tokens)
-    for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name in names)
-    learner = Learner(moving, stage, schedule)
-    taken = 0 if memory is None else memory.resume({0: learner}, curve)
-    top = len(student.model.layers)
-    bytes_each = blocks.length * student.config.hidden_size * 8
-
-    def loss_of(rows: Tensor, pool: TokenBlocks, below: Tensor | None, above: Tensor | None) -> Any:
-        batch = Batch(pool.tokens[rows].long(), pool.starts[rows]).to(student.device)
-        at = rows.to(student.device)
-        with computing(student, dtype, grad=True):
-            hidden, tokens = enter(student, batch)
-            if below is not None:
-                hidden = below[at]
-            hidden = finish(student, climb(student, hidden, tokens, first or 0, top))
-            wanted = None
-            if teacher is not None and above is not None:
-                with torch.no_grad():
-                    wanted = finish(teacher, above[at])
-            return _loss(student, hidden, teacher, wanted, batch, weights)
-
-    try:
-        for pool, whole in pools(blocks, bytes_each, stage.batch, schedule.steps, _POOL_BYTES):
-            steps = whole.after(taken)
-            if not steps.count:
-                continue
-            below = above = None
-            if first is not None:
-                label = "student's frozen layers read"
-                frozen = trace(student, pool, streams=[first], dtype=dtype, label=label)
-                below = frozen.streams[first]
-            if teacher is not None:
-                last = len(teacher.model.layers)
-                above = trace(teacher, pool, streams=[last], dtype=dtype).streams[last]
-            with progress.task("distil", steps.count) as advance:
-                for rows in orders(len(pool), stage.batch, whole, steps, seed):
-                    # A mean over predicted tokens, however rows are divided.
-                    predicted = _predicted(pool, rows)
-                    total = torch.zeros((), dtype=torch.float64, device=student.device)
-                    for some in _at_once(rows, stage):
-                        loss = loss_of(some, pool, below, above)
-                        loss = loss * (_predicted(pool, some) / max(1, predicted))
-                        loss.backward()
-                        total += loss.detach()
-                    learner.step()
-                    curve.add(0, learner.taken, total)
-                    curve.check()
-                    if memory is not None:
-                        memory.offer({0: learner}, curve, learner.taken)
-                    advance(1, note=f"{float(total):.3f} nats")
-    finally:
-        for parameter in student.parameters():
-            parameter.requires_grad_(True)
-    return curve.log()
-
-
-def _predicted(pool: TokenBlocks, rows: Tensor) -> int:
-    return int(Batch(pool.tokens[rows], pool.starts[rows]).predicted.sum())
-
-
-def _loss(
-    student: TambaForCausalLM,
-    hidden: Tensor,
-    teacher: TambaForCausalLM | None,
-    wanted: Tensor | None,
-    batch: Batch,
-    weights: Weights,
-) -> Tensor:
-    """The loss of a batch from what the heads are given, [B, T, D] each, over predicted tokens."""
-    here = batch.predicted
-    return next_token_loss(
-        hidden[:, :-1][here],
-        student.lm_head.weight,
-        batch.tokens[:, 1:][here],
-        teacher_hidden=None if wanted is None else wanted[:, :-1][here],
-        teacher_head=None if teacher is None else teacher.lm_head.weight,
-        weights=weights,
-    )
-
-
-def _first_layer(names: Iterable[str]) -> int | None:
-    """The lowest layer that holds one of these parameters; None if something below layers does."""
-    layers = []
-    for name in names:
-        if name.startswith("model.embed_tokens"):
-            return None
-        if name.startswith("model.layers."):
-            layers.append(int(name.split(".")[2]))
-    return min(layers, default=None)
-
-
-def trained_parameters(names: Iterable[str], made: Iterable[int], what: str) -> list[str]:
-    """Names of what a `Distil` stage moves.
-
-    Args:
-        names: of all parameters of the student.
-        made: student layers whose mixers the build made.
-        what: ``mixers``, ``mixers+norms`` or ``all``.
-    """
-    if what == "all":
-        return list(names)
-    mixers = tuple(f"model.layers.{i}.mixer." for i in made)
-    return [
-        name
-        for name in names
-        if name.startswith(mixers) or (what == "mixers+norms" and "norm." in name)
-    ]
-
-
-def _gradient_dtype(stage: Align | Distil) -> torch.dtype:
-    if stage.dtype == "float16":
-        raise UserError(
-            f"train: {stage.stage}", "float16 gradients vanish without scaling", "use bfloat16"
-        )
-    dtype: torch.dtype = getattr(torch, stage.dtype)
-    return dtype
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return math.fsum(known) / len(known) if known else 0.0
-
-
-# Folders.
+_TRAIN: tuple[Side, ...] = ("train",)
 
 
 def train(
@@ -402,18 +76,21 @@ def train(
     *,
     student: str | Path,
     text: str | Path | None = None,
+    stages: Sequence[str | int] = (),
 ) -> list[StageLog]:
     """Repair a student by the stages of a recipe.
 
     What has changed is kept beside `out`, in a hidden folder, after each stage and every few
-    minutes of gradient steps; a run that was cut off goes on from there, to the same weights.
+    minutes of gradient steps; a run that was cut off goes on from there, to the same weights. Under
+    ``accelerate launch`` or ``torchrun`` all processes call this, and the first one writes.
 
     Args:
         recipe: the recipe or its file.
         out: the checkpoint folder to make: weights, tokenizer, `train.json` (losses, inputs,
             versions), `record.json` for the report, and what the build left.
-        student: the checkpoint that `build` wrote.
+        student: the checkpoint that `build` wrote, or one that `train` did.
         text: the folder of prepared text; None to prepare it here.
+        stages: which of the recipe's stages to run, by kind or by number from 0; all if empty.
 
     Returns:
         What each stage did.
@@ -422,64 +99,179 @@ def train(
         UserError: no stages, a student without a plan, a model or text that cannot be; `out` is not
             made.
     """
-    recipe = as_recipe(recipe)
-    source = Path(student)
+    recipe = _with_stages(as_recipe(recipe), stages)
+    source, out = Path(student), Path(out)
     if not recipe.train:
         raise UserError(recipe.where("train"), "has no stages", "add a [[train]] section")
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "already exists", "choose another folder or remove it")
     checkpoint, giver = open_checkpoint(source), open_model(recipe)
     plan = _plan_of(source)
-    pairs = {i: plan.entries[i].index for i in plan.converted}
-    _check_pairs(giver.tamba_config, checkpoint.tamba_config, pairs, source)
+    case = Case(recipe, checkpoint.tamba_config, giver.tamba_config, plan, [*checkpoint.parameters])
+    _check_pairs(giver.tamba_config, checkpoint.tamba_config, case.pairs, source)
     moves = check_stages(
         recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prepared = prepare_text(recipe) if text is None else read_text(text)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    writes = processes.is_main_process
+    prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
-    if blocks is None:
+    talks = any(isinstance(stage, ChatStage) for stage in recipe.train)
+    if blocks is None and not all(isinstance(stage, ChatStage) for stage in recipe.train):
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
-    model, teacher = _load(recipe, checkpoint, giver, moves, device)
-    folder = Path(out).absolute().parent / f".{Path(out).absolute().name}.stages"
-    memory = Memory(folder, _digest(recipe, checkpoint, blocks), model)
-    logs = memory.restore()
-    for stage, moved in list(zip(recipe.train, moves, strict=True))[len(logs) :]:
-        rows = _of_length(blocks, stage.length, recipe)
-        memory.moves(moved)
-        if isinstance(stage, Distil):
-            guide = teacher if stage.uses_teacher else None
-            log = distil(model, guide, moved, rows, stage, recipe.seed, memory)
-        else:
-            assert teacher is not None
-            if isinstance(stage, LeastSquares):
-                log = least_squares(model, teacher, pairs, rows, stage)
-            else:
-                log = align(model, teacher, pairs, rows, stage, recipe.seed, memory)
-        logs.append(log)
-        memory.keep(log)
-    _write(Path(out), recipe, checkpoint, model, logs, memory.digest)
+    teachers = _Teachers(recipe, giver, processes)
+    texts = [_text_of(stage, blocks, recipe) for stage in recipe.train]
+    teachers.check(texts)
+    model = _load_student(recipe, checkpoint, moves, processes.device)
+    folder = out.absolute().parent / f".{out.absolute().name}.stages"
+    tokenizer = load_tokenizer(checkpoint) if talks else None
+    memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
+    done = len(memory.restore(model))
+    for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
+        place = Place(
+            memory.stage_folder(index),
+            memory.logs_folder / f"{index}-{stage.stage}",
+            _loggers(recipe),
+        )
+        signal, teacher = teachers.of(stage, texts[index])
+        job = Job(case, model, teacher, texts[index], moved, place, tokenizer, signal)
+        log = KINDS[type(stage)].run(job, stage)
+        del job, signal, teacher  # the next stage's may not fit beside it
+        if any(isinstance(p, DTensor) for p in model.parameters()):
+            model = _whole(model, recipe, checkpoint, moves, processes.device)
+        memory.keep(log, model, moved)
+    if writes:
+        _write(out, recipe, checkpoint, model, memory)
+    processes.wait_for_everyone()
     memory.forget()
-    return logs
+    return memory.logs
 
 
-def _load(
+def _with_stages(recipe: Recipe, chosen: Sequence[str | int]) -> Recipe:
+    """The recipe with some of its stages, in its order."""
+    if not chosen:
+        return recipe
+    kinds = [stage.stage for stage in recipe.train]
+    wanted: set[int] = set()
+    for one in map(str, chosen):
+        found = [i for i, kind in enumerate(kinds) if one in (kind, str(i))]
+        if not found:
+            names = [*dict.fromkeys(kinds), *map(str, range(len(kinds)))]
+            raise UserError(recipe.where("train"), f"has no stage '{one}'", nearest(one, names))
+        wanted.update(found)
+    return recipe.model_copy(update={"train": tuple(recipe.train[i] for i in sorted(wanted))})
+
+
+def _loggers(recipe: Recipe) -> tuple[str, ...]:
+    asked = recipe.output.report_to
+    if asked is not None:
+        return asked
+    return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+
+
+class _Teachers:
+    """The teacher as each stage wants it, one at a time: whole, in 8 bits, on disk, or not at all.
+
+    Args:
+        giver: its checkpoint.
+        processes: each holds a teacher of its own; the first one writes what is stored.
+    """
+
+    def __init__(self, recipe: Recipe, giver: Checkpoint, processes: PartialState) -> None:
+        self._recipe, self._giver, self._processes = recipe, giver, processes
+        self._held: tuple[str, TambaForCausalLM] | None = None
+
+    def check(self, texts: Sequence[TokenBlocks | None]) -> None:
+        """Refuse what was stored of something else, before any stage runs.
+
+        Raises:
+            UserError: which folder, and what is not the same.
+        """
+        for stage, rows in zip(self._recipe.train, texts, strict=True):
+            folder = self._folder(stage)
+            if rows is not None and folder is not None and folder.exists():
+                self._open(folder, stage, rows)
+
+    def of(
+        self, stage: Stage, rows: TokenBlocks | None
+    ) -> tuple[StoredTop | None, TambaForCausalLM | None]:
+        """What is stored for a stage, and the teacher if it asks one."""
+        folder = self._folder(stage)
+        stored = None
+        if folder is not None and rows is not None:
+            assert isinstance(stage, Distil) and stage.top_k is not None
+            with self._processes.main_process_first():
+                if not folder.exists():
+                    write_top(
+                        self._load(stage.teacher),
+                        rows,
+                        folder,
+                        digest=self._name(stage),
+                        k=stage.top_k,
+                        temperature=stage.temperature,
+                        dtype=getattr(torch, stage.dtype),
+                        batch_size=stage.micro_batch or stage.batch,
+                    )
+                stored = self._open(folder, stage, rows)
+        if not KINDS[type(stage)].uses_teacher(stage):
+            self._held = None
+            return stored, None
+        return stored, self._load(stage.teacher if isinstance(stage, Distil) else "live")
+
+    def _folder(self, stage: Stage) -> Path | None:
+        if not isinstance(stage, Distil) or stage.stored is None:
+            return None
+        return self._recipe.file.parent / Path(stage.stored).expanduser()
+
+    def _open(self, folder: Path, stage: Stage, rows: TokenBlocks) -> StoredTop:
+        assert isinstance(stage, Distil) and stage.top_k is not None
+        stored = StoredTop(folder)
+        stored.check(rows, digest=self._name(stage), k=stage.top_k, temperature=stage.temperature)
+        return stored
+
+    def _name(self, stage: Distil) -> str:
+        return self._giver.digest() + (" in 8 bits" if stage.teacher == "int8" else "")
+
+    def _load(self, how: str) -> TambaForCausalLM:
+        if self._held is None or self._held[0] != how:
+            self._held = None
+            asked = self._recipe.teacher.dtype or self._giver.tamba_config.dtype
+            held = _held(asked, self._recipe)
+            model = load_model(self._giver, held, str(self._processes.device))
+            self._held = how, shorten(model) if how == "int8" else model
+        return self._held[1]
+
+
+def _load_student(
     recipe: Recipe,
     student: Checkpoint,
-    teacher: Checkpoint,
     moves: Iterable[Collection[str]],
-    device: str,
-) -> tuple[TambaForCausalLM, TambaForCausalLM | None]:
-    """Both models, each weight once: masters in float32, the rest in the type of the recipe.
-
-    The teacher is None where no stage asks it.
-    """
+    device: torch.device,
+) -> TambaForCausalLM:
     masters = {name for names in moves for name in names}
-    model = load_model(student, _held(student.tamba_config.dtype, recipe), device, wide=masters)
-    if not any(not isinstance(s, Distil) or s.uses_teacher for s in recipe.train):
-        return model, None
-    asked = recipe.teacher.dtype or teacher.tamba_config.dtype
-    return model, load_model(teacher, _held(asked, recipe), device)
+    held = _held(student.tamba_config.dtype, recipe)
+    return load_model(student, held, str(device), wide=masters)
+
+
+def _whole(
+    sharded: TambaForCausalLM,
+    recipe: Recipe,
+    source: Checkpoint,
+    moves: Sequence[Collection[str]],
+    device: torch.device,
+) -> TambaForCausalLM:
+    """A student as it was before a stage shared its weights out, with what the stage made of it."""
+    masters = {name for names in moves for name in names}
+    kept = {}
+    for name, parameter in sharded.named_parameters():
+        if name in masters:
+            kept[name] = full(parameter.detach()).cpu()
+    del sharded, parameter
+    model = _load_student(recipe, source, moves, device)
+    with torch.no_grad():
+        for name, tensor in kept.items():
+            model.get_parameter(name).copy_(tensor)
+    return model
 
 
 def _held(asked: torch.dtype | str | None, recipe: Recipe) -> torch.dtype:
@@ -490,14 +282,23 @@ def _held(asked: torch.dtype | str | None, recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks) -> str:
+def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks | None) -> str:
     """Of everything that the trained weights depend on."""
-    raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    raw = b""
+    if blocks is not None:
+        raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    chats = [
+        s
+        for stage in recipe.train
+        if isinstance(stage, ChatStage)
+        for s in recipe.chat_sources(stage)
+    ]
     return text_digest(
         [
             recipe.digest("seed", "teacher", "train"),
             student.digest(),
             hashlib.sha256(raw).hexdigest(),
+            *sources_digest(chats),
             tamba.__version__,
         ]
     )
@@ -524,45 +325,13 @@ def check_stages(
         UserError: a stage with nothing to move, rows that cannot be cut, other vocabularies, a type
             or a fit that cannot be.
     """
-    names = list(names)
-    pairs = {i: plan.entries[i].index for i in plan.converted}
-    # Converted, transplanted or fresh: whatever is not the teacher's own.
-    made = [i for i, entry in enumerate(plan.entries) if entry.action != "keep"]
+    case = Case(recipe, student, teacher, plan, list(names))
     moves = []
     for index, stage in enumerate(recipe.train):
+        if not isinstance(stage, ChatStage):
+            _check_length(stage.length, recipe.data.length, recipe)
         where = recipe.where(f"train.{index} ({stage.stage})")
-        _check_length(stage.length, recipe.data.length, recipe)
-        if isinstance(stage, Distil):
-            _gradient_dtype(stage)
-            moved = trained_parameters(names, made, stage.train)
-            if not moved:
-                raise UserError(
-                    where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
-                )
-            if stage.uses_teacher and student.vocab_size != teacher.vocab_size:
-                raise UserError(
-                    where,
-                    f"the teacher has {teacher.vocab_size} words and the student "
-                    f"{student.vocab_size}",
-                    "set kl = 0 and ce = 1",
-                )
-            moves.append(moved)
-            continue
-        if isinstance(stage, Align):
-            _gradient_dtype(stage)
-        if not pairs:
-            raise UserError(where, "the plan converts no layer", "leave this stage out")
-        if isinstance(stage, LeastSquares) and stage.fit == "mixer":
-            for ours, theirs in pairs.items():
-                heads = teacher.block_specs[theirs].mixer
-                assert isinstance(heads, AttentionSpec)
-                if not can_calibrate(student.block_specs[ours].mixer, heads):
-                    raise UserError(
-                        where,
-                        f"fit = 'mixer' cannot set the mixer of layer {ours}",
-                        "use fit = 'output'",
-                    )
-        moves.append(trained_parameters(names, pairs, "mixers"))
+        moves.append(KINDS[type(stage)].check(case, stage, where))
     return moves
 
 
@@ -591,23 +360,49 @@ def _check_pairs(teacher: TambaConfig, student: TambaConfig, pairs: Pairs, sourc
 
 
 def _check_length(length: int | None, of: int, recipe: Recipe) -> None:
-    if length is not None and (length < 2 or of % length):
+    if length is None:
+        return
+    joined = length > of and WRITTEN in recipe.data.train
+    if length < 2 or (length < of and of % length) or (joined and length % of):
         raise UserError(
             recipe.where("train"),
-            f"length = {length} does not divide the {of} tokens of a row",
-            "choose a divisor of data.length",
+            f"length = {length} {'does not divide' if length < of else 'is no multiple of'} "
+            f"the {of} tokens of a row",
+            f"choose a {'divisor' if length < of else 'multiple'} of data.length",
         )
 
 
+def _text_of(stage: Stage, blocks: TokenBlocks | None, recipe: Recipe) -> TokenBlocks | None:
+    """Rows that a stage reads; None for one on conversations."""
+    if blocks is None or isinstance(stage, ChatStage):
+        return None
+    return _of_length(blocks, stage.length, recipe)
+
+
 def _of_length(blocks: TokenBlocks, length: int | None, recipe: Recipe) -> TokenBlocks:
-    """The same text in rows of another length; where a row is cut, a document begins."""
+    """The same text in rows of another length.
+
+    Where a row is cut, a document begins. Longer rows are packed anew from the text, so that long
+    documents stay whole; what the teacher wrote is short, and its rows are joined.
+    """
     if length is None or length == blocks.length:
         return blocks
     _check_length(length, blocks.length, recipe)
-    starts = blocks.starts.reshape(-1, length).clone()
+    if length > blocks.length and WRITTEN not in recipe.data.train:
+        data = recipe.data.model_copy(update={"length": length})
+        longer = prepare_text(recipe.model_copy(update={"data": data}), sides=_TRAIN).train
+        assert longer is not None
+        return longer
+    joined = max(1, length // blocks.length)
+    whole = blocks.take(len(blocks) // joined * joined)
+    if not len(whole):
+        raise UserError(
+            recipe.where("train"), f"the text fills no row of {length} tokens", "give more"
+        )
+    starts = whole.starts.reshape(-1, length).clone()
     starts[:, 0] = True
-    tokens = blocks.tokens.reshape(-1, length)
-    return TokenBlocks(tokens, starts, blocks.n_tokens, blocks.bytes_per_token)
+    tokens = whole.tokens.reshape(-1, length)
+    return TokenBlocks(tokens, starts, whole.n_tokens, blocks.bytes_per_token)
 
 
 def _write(
@@ -615,10 +410,10 @@ def _write(
     recipe: Recipe,
     source: Checkpoint,
     model: TambaForCausalLM,
-    logs: Sequence[StageLog],
-    digest: str,
+    memory: Memory,
 ) -> None:
     """The trained checkpoint, in the types that the student was stored in."""
+    logs = memory.logs
     specs = parameter_specs(source.tamba_config)
     parameters = dict(model.named_parameters())
     config = json.loads(source.tamba_config.to_json_string())
@@ -642,10 +437,12 @@ def _write(
             for name in ("plan.toml", "build.json"):
                 if (folder / name).is_file():
                     writer.add_file(name, folder / name)
+        if memory.logs_folder.is_dir():
+            shutil.copytree(memory.logs_folder, writer.folder / "logs")
         writer.add_file("recipe.toml", recipe.text)
         record = {
             "stages": [log.to_dict() for log in logs],
-            "inputs": digest,
+            "inputs": memory.digest,
             "versions": versions(),
         }
         writer.add_file("train.json", json.dumps(record, indent=1) + "\n")

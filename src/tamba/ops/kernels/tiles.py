@@ -32,8 +32,8 @@ TILES: dict[str, dict[str, Tile]] = {
         "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_grad_C": {"chunk": 64, "rows": 64, "per_sm": 2, "warps": 8, "stages": 1},
         "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 1},
-        "ssd_grad_x wide": {"columns": 32, "warps": 4, "stages": 1},
+        "ssd_grad_x": {"warps": 8, "stages": 1},
+        "ssd_grad_x wide": {"warps": 4, "stages": 1},
         # The forward pass keeps a state for every tile of the backward pass.
         "scan_forward": {
             "tokens": 8,
@@ -55,6 +55,9 @@ TILES: dict[str, dict[str, Tile]] = {
         },
         "conv_forward": {"tokens": 8, "channels": 64, "per_sm": 128, "least_tiles": 4, "warps": 1},
         "conv_backward": {"tokens": 4, "channels": 256, "per_sm": 16, "least_tiles": 4, "warps": 1},
+        # `block` logits of a row at a time, `stages` of them in flight.
+        "loss_dense": {"block": 4096, "warps": 16, "stages": 1},
+        "loss_top": {"block": 4096, "warps": 16, "stages": 1},
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
@@ -65,9 +68,6 @@ TILES: dict[str, dict[str, Tile]] = {
             "stages": 3,
         },
         "ssd_grad_C": {"chunk": 128, "rows": 64, "per_sm": 2, "warps": 8, "stages": 2},
-        # Two stages are a quarter faster, but with several heads a program gave wrong dx where
-        # spans differ between heads (Triton 3.6): see docs/performance-ssd.md.
-        "ssd_grad_x": {"columns": 64, "warps": 8, "stages": 1},
     },
 }
 _overrides: dict[str, Tile] = {}

@@ -1,0 +1,1092 @@
+"""The E-Tamba experiment on one GPU in minutes: pretrain a pair, transplant, tune, compare.
+
+    python experiments/e_tamba_mini.py --tokens tokens --out runs/e-tamba-mini --seconds 490
+    python experiments/e_tamba_mini.py --tokens tokens --out runs/smoke --smoke        # on a CPU
+
+`tokens` is the folder that `e_tamba_text.py` makes. What is done, in order of importance:
+
+    shapes     memory of the paper's models, random weights in their true shapes
+    pretrain   a GPT-NeoX Transformer and a Mamba on the same text in the same order
+    analysis   equation 1 over both; which base layers go, which groups of the donor may come
+    search     the learning rate of each kind of row
+    grid       Table 1: deleted, fresh, every group of the donor, attention turned into Mamba-2
+    final      Table 2: base, donor and hybrids tuned on the same tokens
+    recall     copying and phone book at growing lengths
+    memory     of the small models
+
+Every row of the record is a file in ``OUT/rows``, written when it is done; the same call goes on
+where it stopped. A row that does not fit in ``--seconds`` any more is left out and listed under
+`not_run`. The record, `e-tamba-mini.json`, is written anew after each row; `e_tamba_figures.py`
+draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from tamba.analyze import StateScores, state_scores
+from tamba.analyze.choice import (
+    Budget,
+    Facts,
+    Group,
+    choose,
+    donor_groups,
+    rank_correlations,
+    transplant_plans,
+)
+from tamba.analyze.distances import Estimate
+from tamba.artefact import new_folder, versions, write_file
+from tamba.build import build_student
+from tamba.checkpoint import load_model, open_checkpoint, parameter_specs
+from tamba.data import TokenBlocks
+from tamba.errors import UserError
+from tamba.evaluate import SUITES, Options, perplexity
+from tamba.evaluate.measure import Models, Request, Subject
+from tamba.evaluate.recall import RecallMeasure
+from tamba.evaluate.statistics import mean_score
+from tamba.evaluate.store import Store
+from tamba.families.gpt_neox import GPT_NEOX
+from tamba.families.mamba import STATE_SPACES_MAMBA
+from tamba.model.config import TambaConfig
+from tamba.model.modeling import TambaForCausalLM
+from tamba.model.recurrent import RecurrentMixer
+from tamba.ops.losses import Weights, next_token_loss
+from tamba.plan import ConvertOptions, LayerPlan, PlanEntry, e_tamba_plan
+from tamba.sections import Section, read_toml, validate
+
+RECIPES = Path(__file__).parents[1] / "recipes" / "e-tamba-mini"
+RECORD = "e-tamba-mini.json"
+Row = dict[str, Any]
+_SAID_EVERY = 15.0
+"""Seconds between lines of a long training."""
+
+
+class Shape(Section):
+    d_model: int
+    heads: int
+    base_layers: int
+    donor_layers: int
+    d_state: int
+    vocabulary: int
+    positions: int
+
+
+class Text(Section):
+    length: int
+    rows: int
+    measured: int
+
+
+class Pretrain(Section):
+    steps: int
+    seconds: float
+    lr: float
+    warmup: float
+
+
+class Transplant(Section):
+    replaced: int
+    group: int
+    choose: str
+
+
+class Finetune(Section):
+    rates: tuple[float, ...]
+    warmup: float
+    seeds: tuple[int, ...]
+    search_steps: int
+    grid_steps: int
+    final_steps: int
+
+
+class Optimizer(Section):
+    betas: tuple[float, float]
+    weight_decay: float
+    clip: float
+
+
+class Recall(Section):
+    cases: int
+    few: int
+    copy_lengths: tuple[int, ...]
+    phonebook: tuple[int, ...]
+    places: int
+
+
+class Memory(Section):
+    contexts: tuple[int, ...]
+
+
+class Settings(Section):
+    """What `recipes/e-tamba-mini/experiment.toml` says; each table is explained there."""
+
+    models: Shape
+    text: Text
+    pretrain: Pretrain
+    transplant: Transplant
+    finetune: Finetune
+    optimizer: Optimizer
+    recall: Recall
+    memory: Memory
+    shapes: Shape
+
+
+def check(settings: Settings, where: str) -> None:
+    """Refuse what could not be, before hours of work. Raises UserError."""
+    models, wanted = settings.models, settings.transplant
+    # Something below the layers that go, and the last one, must stay.
+    if not 1 <= wanted.replaced <= models.base_layers - 2:
+        raise UserError(
+            f"{where}: transplant.replaced",
+            f"{wanted.replaced} of {models.base_layers} layers cannot go",
+            "the first and the last stay: name 1 or more, and 2 fewer than there are",
+        )
+    if not 2 <= wanted.group <= models.donor_layers:
+        raise UserError(
+            f"{where}: transplant.group",
+            f"the donor has {models.donor_layers} layers, no groups of {wanted.group}",
+            "name 2 or more, and no more than it has",
+        )
+    for name in ("models", "shapes"):
+        shape: Shape = getattr(settings, name)
+        if shape.d_model % shape.heads:
+            raise UserError(
+                f"{where}: {name}.heads", f"{shape.heads} do not divide {shape.d_model}"
+            )
+        longest = max(settings.memory.contexts)
+        if longest > shape.positions:
+            raise UserError(
+                f"{where}: {name}.positions", f"{shape.positions} are fewer than {longest}",
+                "memory.contexts asks for more",
+            )  # fmt: skip
+    if len(settings.memory.contexts) < 2:
+        raise UserError(
+            f"{where}: memory.contexts", "the first is a warm-up and not kept", "name two or more"
+        )
+    if not settings.finetune.seeds or not settings.finetune.rates:
+        raise UserError(f"{where}: finetune", "names no seed or no rate", "name one at least")
+
+
+# The record.
+
+
+class Rows:
+    """Finished rows, each a file of its own, and the record made of them.
+
+    Args:
+        folder: of the rows; those that lie there are taken as they are.
+        record: the file.
+        header: what the record says beside its rows.
+        seconds: from now on; a row that is expected not to fit is left out.
+
+    Raises:
+        UserError: rows that were made with other settings or of another text.
+    """
+
+    def __init__(self, folder: Path, record: Path, header: Row, seconds: float) -> None:
+        self.folder, self.record, self.header, self.seconds = folder, record, header, seconds
+        self.begun = time.monotonic()
+        self.not_run: dict[str, str] = {}
+        self.failed = False
+        self.rows: dict[str, Row] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        made_of = json.dumps([header["settings"], header["text"]], indent=1)
+        mark = folder / "made-of.txt"
+        if mark.is_file() and mark.read_text(encoding="utf-8") != made_of:
+            raise UserError(
+                str(folder), "holds rows of other settings or text", "choose another --out"
+            )
+        write_file(mark, made_of)
+        for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
+            row = json.loads(path.read_text(encoding="utf-8"))
+            self.rows[row.pop("name")] = row
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.begun
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+    def __getitem__(self, name: str) -> Row | None:
+        return self.rows.get(name)
+
+    def do(self, name: str, expected: float, make: Callable[[], Row]) -> Row | None:
+        """The row of this name: as it was found, or made now, or None where that cannot be.
+
+        Args:
+            expected: seconds that making it will take.
+        """
+        if name in self.rows:
+            return self.rows[name]
+        if self.left < expected:
+            self.skip(name, f"{expected:.0f} s were expected and {self.left:.0f} s left")
+            return None
+        begun = time.monotonic()
+        try:
+            row = make()
+        except UserError as error:
+            self.skip(name, str(error))
+            return None
+        except Exception as error:  # one bad row must not take a machine's hour with it
+            traceback.print_exc()
+            self.failed = True
+            self.skip(name, f"{type(error).__name__}: {error}")
+            return None
+        finally:
+            free()
+        row["wall_seconds"] = round(time.monotonic() - begun, 2)
+        self.rows[name] = row
+        path = self.folder / f"{name.replace('/', '__').replace(' ', '_')}.json"
+        write_file(path, json.dumps({"name": name, **row}))
+        self.write()
+        print(f"[{self.spent:5.0f} s] {name}: {_short(row)}", flush=True)
+        return row
+
+    def skip(self, name: str, why: str) -> None:
+        """Say that a row is left out."""
+        self.not_run[name] = why
+        self.write()
+        print(f"[{self.spent:5.0f} s] {name}: not run, {why}", flush=True)
+
+    def write(self) -> None:
+        """The record as far as it has come."""
+        record = {**self.header, "rows": self.rows, "not_run": self.not_run}
+        lines = json.dumps(_rounded(record), separators=(",", ":"))
+        # About a row a line: small, and still readable as a difference.
+        write_file(self.record, lines.replace('},"', '},\n"') + "\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def _short(row: Row) -> str:
+    """What the log says of a row."""
+    said = [f"{row['wall_seconds']} s"]
+    for key in ("report", "choice"):
+        if key in row:
+            said.append(f"{key} ppl {row[key]['ppl']:.2f}")
+    said += [f"{k} {row[k]}" for k in ("tokens_per_second", "steps", "layers") if k in row]
+    return ", ".join(said)
+
+
+def free() -> None:
+    """Give back what no row holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# Models.
+
+
+def base_config(shape: Shape) -> TambaConfig:
+    """A Transformer as Pythia is made: parallel residual, a quarter of each head rotated."""
+    config = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.d_model,
+        "intermediate_size": 4 * shape.d_model,
+        "num_hidden_layers": shape.base_layers,
+        "num_attention_heads": shape.heads,
+        "rotary_pct": 0.25,
+        "max_position_embeddings": shape.positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "dtype": "float32",
+    }
+    return GPT_NEOX.to_tamba_config(config, {}, "base")
+
+
+def donor_config(shape: Shape, rows: int) -> TambaConfig:
+    """A Mamba as state-spaces makes them, with so many rows in its tied table."""
+    config = {
+        "d_model": shape.d_model,
+        "n_layer": shape.donor_layers,
+        "vocab_size": rows,
+        "ssm_cfg": {"d_state": shape.d_state},
+    }
+    return STATE_SPACES_MAMBA.to_tamba_config(config, {}, "donor")
+
+
+def spliced_config(plan: LayerPlan, base: TambaConfig, donor: TambaConfig) -> TambaConfig:
+    """What `build` would make of this plan, for models that are not on disk."""
+    layers = [(base if e.source == "teacher" else donor).layers[e.index] for e in plan.entries]
+    return TambaConfig(
+        vocab_size=base.vocab_size,
+        hidden_size=base.hidden_size,
+        blocks={**base.blocks, **donor.blocks},
+        layers=layers,
+        final_norm=asdict(base.final_norm_spec),
+        residual_in_fp32=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=base.max_position_embeddings,
+    )
+
+
+def parameters(config: TambaConfig) -> Row:
+    """How many numbers a model learns, and how many of them are not in its tables."""
+    sizes = {name: math.prod(spec.shape) for name, spec in parameter_specs(config).items()}
+    total = sum(sizes.values())
+    tables = sum(sizes.get(n, 0) for n in ("model.embed_tokens.weight", "lm_head.weight"))
+    return {"total": total, "outside_tables": total - tables}
+
+
+def new_model(
+    config: TambaConfig, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> TambaForCausalLM:
+    """A model with the weights that it begins with."""
+    torch.manual_seed(seed)
+    with device:
+        return TambaForCausalLM._from_config(config, dtype=dtype)
+
+
+# Text and training.
+
+
+def windows(folder: Path, stream: str, length: int, device: torch.device) -> TokenBlocks:
+    """A stream cut into rows, on the device: a copy of each batch would hold up the next step.
+
+    As for Pythia and Mamba, a document sees what stands before it in its row.
+    """
+    path = folder / f"{stream}.npy.xz"
+    if not path.is_file():
+        raise UserError(str(path), "no such file", "make it with e_tamba_text.py")
+    with lzma.open(path, "rb") as file:
+        flat = torch.from_numpy(np.load(file).astype(np.int32))
+    n = len(flat) // length
+    if n == 0:
+        raise UserError(str(path), f"{len(flat)} tokens do not fill a row of {length}")
+    starts = torch.zeros(n, length, dtype=torch.bool, device=device)
+    starts[:, 0] = True
+    return TokenBlocks(flat[: n * length].view(n, length).to(device), starts, n * length)
+
+
+def _plain_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, head).float(), targets)
+
+
+def _fused_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return next_token_loss(hidden, head, targets, weights=Weights(kl=0.0, ce=1.0))
+
+
+class Loss:
+    """Mean cross-entropy of the next token. Over a large vocabulary it is half of a small model's
+    step, so on a GPU the fused one is taken where it gives what plain torch gives."""
+
+    def __init__(self, device: torch.device, positions: int, shape: Shape) -> None:
+        self.how, self.function = "plain", _plain_loss
+        if device.type != "cuda":
+            return
+        hidden = torch.randn(positions, shape.d_model, device=device)
+        head = 0.05 * torch.randn(shape.vocabulary, shape.d_model, device=device)
+        targets = torch.randint(shape.vocabulary, (positions,), device=device)
+        try:
+            plain, fused = (
+                self._values(f, hidden, head, targets) for f in (_plain_loss, _fused_loss)
+            )
+            worst = max(float((b - a).norm() / a.norm()) for a, b in zip(plain, fused, strict=True))
+            if not worst < 1e-2:
+                raise ValueError(f"they differ by {worst:.2g}")
+        except Exception as error:  # the experiment can go on without it
+            print(f"not the fused loss: {type(error).__name__}: {error}"[:400], flush=True)
+        else:
+            self.how, self.function = f"fused, {worst:.1e} from plain", _fused_loss
+
+    @staticmethod
+    def _values(
+        function: Callable[[Tensor, Tensor, Tensor], Tensor],
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+    ) -> list[Tensor]:
+        """Loss and both gradients."""
+        leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+            loss = function(leaves[0], leaves[1], targets)
+        loss.backward()
+        return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    def __call__(self, model: TambaForCausalLM, ids: Tensor) -> Tensor:
+        """ids [B, T] -> a scalar."""
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            before = hidden[:, :-1].flatten(0, 1)
+            return self.function(before, model.lm_head.weight, ids[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """One training run.
+
+    Args:
+        lr: its highest rate.
+        cosine: down to a tenth at the end; else constant after the warm-up.
+        warmup: share of the steps.
+        seed: of the order of the rows.
+    """
+
+    steps: int
+    lr: float
+    warmup: float
+    seed: int
+    cosine: bool = False
+
+    def rate(self, step: int) -> float:
+        """Of a step, counted from 0."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        if not self.cosine:
+            return self.lr
+        done = (step - warm) / max(1, self.steps - warm)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def train(
+    model: TambaForCausalLM,
+    blocks: TokenBlocks,
+    run: Budgeted,
+    settings: Settings,
+    loss_of: Loss,
+    label: str,
+) -> Row:
+    """Tune every parameter: AdamW on float32 weights, products in bfloat16."""
+    device = model.device
+    plain, decayed = [], []
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        small = parameter.dim() < 2 or leaf in RecurrentMixer.FLOAT32
+        (plain if small else decayed).append(parameter)
+    wanted = settings.optimizer
+    groups = [
+        {"params": decayed, "weight_decay": wanted.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=wanted.betas, fused=fused)
+    model.train()
+    losses = []
+    batches = blocks.batches(settings.text.rows, shuffle_seed=run.seed, epochs=None)
+    wait(device)
+    begun = said = time.monotonic()
+    for step, batch in zip(range(run.steps), batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate(step)
+        loss = loss_of(model, batch.tokens)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), wanted.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+        if time.monotonic() - said > _SAID_EVERY:
+            said = time.monotonic()
+            print(f"  {label}: step {step + 1} of {run.steps}, loss {loss.item():.3f}", flush=True)
+    wait(device)
+    seconds = time.monotonic() - begun
+    model.eval()
+    curve = torch.stack(losses).float().cpu()
+    if not bool(torch.isfinite(curve).all()):
+        raise UserError(label, f"the loss is not finite at a rate of {run.lr:g}", "lower it")
+    tokens = run.steps * settings.text.rows * blocks.length
+    parts = torch.tensor_split(curve, min(20, len(curve)))
+    return {
+        **asdict(run),
+        "tokens": tokens,
+        "epochs": tokens / (len(blocks) * blocks.length),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds),
+        "loss": [round(part.mean().item(), 4) for part in parts],
+    }
+
+
+def score(model: TambaForCausalLM, blocks: TokenBlocks, settings: Settings) -> Row:
+    """Perplexity of at most `text.measured` rows."""
+    autocast = torch.bfloat16 if model.device.type == "cuda" else None
+    some = blocks.take(settings.text.measured)
+    found = perplexity(model, some, batch_size=settings.text.rows, autocast=autocast)
+    error = found.standard_error
+    return {
+        "ppl": found.ppl,
+        "ppl_error": None if error is None else error * found.ppl,
+        "nll": found.nll,
+        "tokens": found.tokens,
+    }
+
+
+# The experiment.
+
+
+class Experiment:
+    """All parts, on one device. `work` holds checkpoints, which are no part of the record."""
+
+    def __init__(self, settings: Settings, tokens: Path, work: Path, rows: Rows, device: str):
+        self.settings, self.rows, self.work = settings, rows, work
+        self.device = torch.device(device)
+        self.plans: dict[str, LayerPlan] = {}
+        self.groups: list[Group] = []
+        self.leader = ""
+        self.streams = {
+            name: windows(tokens, name, settings.text.length, self.device)
+            for name in ("pretrain", "finetune", "analysis", "general", "choice", "report")
+        }
+        self.tokenizer = _tokenizer(tokens / "tokenizer.json")
+        if len(self.tokenizer) > settings.models.vocabulary:
+            raise UserError(
+                "models.vocabulary",
+                f"{settings.models.vocabulary} rows are too few for {len(self.tokenizer)} tokens",
+            )
+        self.configs = {
+            "base": base_config(settings.models),
+            "donor": donor_config(settings.models, settings.models.vocabulary),
+        }
+        self.loss: Loss | None = None
+        self.measures: dict[str, RecallMeasure] = {}
+
+    def run(self) -> None:
+        """Everything, the most important first."""
+        self.shapes()
+        if not self.speed() or not self.pretrain() or not self.analysis():
+            for part in ("untuned", "search", "grid", "final", "recall", "memory"):
+                self.rows.skip(part, "the pair or its analysis is not there")
+            return
+        self.untuned()
+        self.search()
+        for seed in self.settings.finetune.seeds:
+            self.grid(seed, list(self.plans))
+        first = self.settings.finetune.seeds[0]
+        self.final(first, self.systems[:4])
+        main = ["base", "donor", *(f"final/{s}/{first}" for s in self.systems[:4])]
+        self.recall(main[:3])
+        self.memory(main)
+        self.final(first, self.systems[4:])
+        self.recall(main[3:])
+        for seed in self.settings.finetune.seeds[1:]:
+            self.final(seed, self.systems[:4])
+        for seed in self.settings.finetune.seeds:
+            self.grid(seed, ["shuffled"])
+        for seed in self.settings.finetune.seeds[1:]:
+            self.final(seed, self.systems[4:])
+
+    # Sizes and speeds.
+
+    def shapes(self) -> None:
+        """The paper's three models, and Pythia as it is without a fused attention."""
+        shape = self.settings.shapes
+        pythia = base_config(shape)
+        mamba = donor_config(shape, shape.vocabulary - 27)
+        models = {
+            "pythia-1.4b": (pythia, torch.bfloat16, "sdpa"),
+            "mamba-1.4b": (mamba, torch.bfloat16, "sdpa"),
+            **{
+                f"e-tamba {reading}": (
+                    spliced_config(e_tamba_plan(reading), pythia, mamba),
+                    torch.bfloat16,
+                    "sdpa",
+                )
+                for reading in ("12+12+1", "11+12+1")
+            },
+            "pythia-1.4b, eager": (pythia, torch.bfloat16, "eager"),
+            "pythia-1.4b, eager, float32": (pythia, torch.float32, "eager"),
+        }
+        for name, (config, dtype, attention) in models.items():
+
+            def make(config: Any = config, dtype: Any = dtype, attention: str = attention) -> Row:
+                model = new_model(config, 0, self.device, dtype).eval()
+                if attention != "sdpa":
+                    model.set_attn_implementation(attention)
+                return {
+                    "parameters": parameters(config),
+                    "layers": config.num_hidden_layers,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "attention": attention,
+                    "memory": self.memory_of(model),
+                }
+
+            self.rows.do(f"shapes/{name}", 6, make)
+
+    def speed(self) -> Row | None:
+        """Seconds of a step of either model, which all budgets go by."""
+        text = self.settings.text
+        self.loss = Loss(self.device, text.rows * (text.length - 1), self.settings.models)
+
+        def make() -> Row:
+            found: Row = {"loss": self.loss.how if self.loss else ""}
+            for role in ("base", "donor"):
+                model = new_model(self.configs[role], 0, self.device)
+                for steps in (3, 8):  # what is compiled is compiled in the first
+                    run = Budgeted(steps, 1e-4, 0.5, 0)
+                    row = self.train(model, "pretrain", run, f"speed of {role}")
+                found[role] = row["seconds"] / steps
+            wanted = self.settings.pretrain
+            found["scale"] = min(
+                1.0, wanted.seconds / wanted.steps / (found["base"] + found["donor"])
+            )
+            return found
+
+        return self.rows.do("speed", 20, make)
+
+    def steps(self, wanted: int) -> int:
+        """Steps of a run, fewer where the machine is slower than the experiment was made for."""
+        row = self.rows["speed"]
+        assert row is not None
+        return max(1, round(wanted * row["scale"]))
+
+    def train(self, model: TambaForCausalLM, stream: str, run: Budgeted, label: str) -> Row:
+        assert self.loss is not None
+        return train(model, self.streams[stream], run, self.settings, self.loss, label)
+
+    # The pair.
+
+    def pretrain(self) -> bool:
+        """Both models from nothing; whether both are there."""
+        wanted, speed = self.settings.pretrain, self.rows["speed"]
+        assert speed is not None
+        for k, role in enumerate(("base", "donor")):
+            folder = self.work / role
+
+            def make(k: int = k, role: str = role, folder: Path = folder) -> Row:
+                model = new_model(self.configs[role], k, self.device)
+                run = Budgeted(self.steps(wanted.steps), wanted.lr, wanted.warmup, 0, cosine=True)
+                row = self.train(model, "pretrain", run, f"pretrain {role}")
+                self.save(model, folder)
+                return row | {"parameters": parameters(model.config), "init_seed": k}
+
+            expected = self.steps(wanted.steps) * speed[role] + 3
+            if self.rows.do(f"pretrain/{role}", expected, make) is None:
+                return False
+            if not folder.is_dir():
+                raise UserError(
+                    str(folder),
+                    "the checkpoint of a finished row is gone",
+                    "keep OUT/work, or begin with another OUT",
+                )
+        return True
+
+    def save(self, model: TambaForCausalLM, folder: Path) -> None:
+        """A checkpoint as every verb reads it."""
+        with new_folder(folder) as partial:
+            model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> TambaForCausalLM:
+        return load_model(open_checkpoint(folder), dtype, self.device)
+
+    def untuned(self) -> None:
+        """The pair on the target's text and on its own kind, before any tuning."""
+        for role in ("base", "donor"):
+            self.rows.do(
+                f"untuned/{role}", 4, lambda role=role: self.scores(self.load(self.work / role))
+            )
+
+    def scores(
+        self, model: TambaForCausalLM, streams: Sequence[str] = ("report", "general")
+    ) -> Row:
+        return {name: score(model, self.streams[name], self.settings) for name in streams}
+
+    # Which layers.
+
+    def analysis(self) -> bool:
+        """Distances of both, the layers that go, the groups that may come; sets `plans`."""
+        row = self.rows.do("analysis", 15, self._analyse)
+        if row is None:
+            return False
+        n, replaced = self.settings.models.base_layers, row["replaced"]
+        self.groups = [Group(*g) for g in row["groups"]]
+        self.plans = transplant_plans(n, replaced, self.groups)
+        # In the order of the paper's table.
+        order = ["none", "fresh", *map(str, self.groups)]
+        self.plans = {name: self.plans[name] for name in order}
+        self.plans["converted"] = LayerPlan(
+            tuple(PlanEntry("convert" if i in replaced else "keep", i) for i in range(n)),
+            ConvertOptions(),
+            name="converted",
+        )
+        self.leader = str(max(self.groups, key=lambda g: g.turn))
+        return True
+
+    def _analyse(self) -> Row:
+        some = self.streams["analysis"].take(self.settings.text.measured)
+        half = max(1, len(some) // 2)
+        parts = [some.take(half), TokenBlocks(some.tokens[half:], some.starts[half:], 0)]
+        out: Row = {"rows": len(some), "length": some.length}
+        measured = {}
+        for role in ("base", "donor"):
+            model = self.load(self.work / role)
+            whole = state_scores(model, some, label=f"states of {role}")
+            halves = [state_scores(model, part, label=f"half of {role}") for part in parts]
+            measured[role] = whole
+            per_layer = _layer_scores(whole)
+            dropped = self._drop(model, some.take(self.settings.text.rows))
+            again = [_layer_scores(part) for part in halves]
+            out[role] = {
+                "all_tokens": _rows_of(whole.all_tokens.mean),
+                "last_token": _rows_of(whole.last_token.mean),
+                "largest_error": float(np.nanmax(whole.all_tokens.error.numpy())),
+                "largest_error_last": float(np.nanmax(whole.last_token.error.numpy())),
+                "scores": {name: e.mean.tolist() for name, e in per_layer.items()},
+                "errors": {name: e.error.tolist() for name, e in per_layer.items()},
+                "drop_loss": dropped,
+                "after_final_norm": whole.after_norm.mean.tolist(),
+                "agreement": rank_correlations(
+                    {n: e.mean.tolist() for n, e in per_layer.items()} | {"drop_loss": dropped}
+                )["spearman"],
+                "halves_agree": {
+                    name: rank_correlations(
+                        {str(k): part[name].mean.tolist() for k, part in enumerate(again)}
+                    )["spearman"]["0"]["1"]
+                    for name in per_layer
+                },
+                "tokens": whole.tokens,
+            }
+        wanted = self.settings.transplant
+        scores = {name: e.mean.tolist() for name, e in _layer_scores(measured["base"]).items()}
+        distances = {"all_tokens": _rows_of(measured["base"].all_tokens.mean)}
+        facts = Facts.of(self.configs["base"], ConvertOptions())
+        budget = Budget(layers=wanted.replaced)
+        choice = choose(wanted.choose, facts, budget, scores, distances)
+        groups = donor_groups(_rows_of(measured["donor"].all_tokens.mean), wanted.group)
+        other = {
+            name: list(choose(name, facts, budget, scores, distances).layers)
+            for name in ("e-tamba own_turn", "gromov all_tokens", "lowest block_influence")
+        }
+        return out | {
+            "replaced": list(choice.layers),
+            "chosen_by": choice.strategy,
+            "other_choices": other,
+            "groups": [[g.first, g.last, g.turn] for g in groups],
+        }
+
+    def _drop(self, model: TambaForCausalLM, blocks: TokenBlocks) -> list[float]:
+        """Nats a token that leaving out each layer costs."""
+        layers = model.model.layers
+        whole = score(model, blocks, self.settings)["nll"]
+        costs = []
+        try:
+            for layer in range(len(layers)):
+                model.model.layers = nn.ModuleList(b for i, b in enumerate(layers) if i != layer)
+                costs.append(score(model, blocks, self.settings)["nll"] - whole)
+        finally:
+            model.model.layers = layers
+        return costs
+
+    # Tuning.
+
+    @property
+    def systems(self) -> list[str]:
+        """Of Table 2: the best group of the donor, the pair itself, and the controls."""
+        return [self.best_group(), "base", "converted", "donor", "fresh", "none"]
+
+    def best_group(self) -> str:
+        """By the mean perplexity on the text that is kept for choices."""
+        means = {}
+        for group in map(str, self.groups):
+            found = self.of_grid(group)
+            if found:
+                means[group] = sum(r["choice"]["nll"] for r in found) / len(found)
+        return min(means, key=lambda g: means[g]) if means else self.leader
+
+    def of_grid(self, system: str) -> list[Row]:
+        """Its finished rows, a seed each."""
+        rows = (self.rows[f"grid/{system}/{seed}"] for seed in self.settings.finetune.seeds)
+        return [row for row in rows if row is not None]
+
+    def student(self, system: str, seed: int) -> Path:
+        """The checkpoint that a row begins from."""
+        if system in ("base", "donor"):
+            return self.work / system
+        drawn = system in ("fresh", "converted")
+        folder = self.work / "students" / (f"{system}-{seed}" if drawn else system)
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            base, donor = (open_checkpoint(self.work / role) for role in ("base", "donor"))
+            plan = self.plan(system)
+            build_student(base, plan, folder, donor=donor if plan.needs_donor else None, seed=seed)
+        return folder
+
+    def plan(self, system: str) -> LayerPlan:
+        if system != "shuffled":
+            return self.plans[system]
+        # The best group's own layers in another order: do they only lend the scale of their
+        # weights?
+        entries = list(self.plans[self.best_group()].entries)
+        places = [i for i, entry in enumerate(entries) if entry.action == "transplant"]
+        moved = list(places)
+        while moved == places and len(places) > 1:
+            random.Random("shuffled").shuffle(moved)
+            moved = moved if moved != places else moved[::-1]
+        for place, origin in zip(places, moved, strict=True):
+            entries[place] = self.plans[self.best_group()].entries[origin]
+        return LayerPlan(tuple(entries), name="shuffled")
+
+    def tune(self, system: str, seed: int, steps: int, rate: float, label: str) -> tuple[Any, Row]:
+        """A trained model and what its row says."""
+        folder = self.student(system, seed)
+        model = self.load(folder)
+        run = Budgeted(self.steps(steps), rate, self.settings.finetune.warmup, seed)
+        row = self.train(model, "finetune", run, label)
+        layers = [] if system in ("base", "donor") else [str(e) for e in self.plan(system).entries]
+        return model, row | {"parameters": parameters(model.config), "plan": layers}
+
+    def expected(self, system: str, steps: int) -> float:
+        """Seconds that a row of tuning takes, from what was seen of the pair."""
+        speed = self.rows["speed"]
+        assert speed is not None
+        share = self.settings.transplant.group / self.settings.models.donor_layers
+        a_step = {"base": speed["base"], "donor": speed["donor"]}.get(
+            system, speed["base"] + share * speed["donor"]
+        )
+        return self.steps(steps) * a_step + 3
+
+    def search(self) -> None:
+        """Short runs at each rate: of the group that turns its stream most, and of the others."""
+        wanted = self.settings.finetune
+        for system in (self.leader, "base", "fresh", "converted", "none", "donor"):
+            for rate in wanted.rates:
+
+                def make(system: str = system, rate: float = rate) -> Row:
+                    name = f"search {system} {rate:g}"
+                    model, row = self.tune(system, wanted.seeds[0], wanted.search_steps, rate, name)
+                    return row | self.scores(model, ("choice",))
+
+                expected = self.expected(system, wanted.search_steps)
+                self.rows.do(f"search/{system}/{rate:g}", expected, make)
+
+    def rate(self, system: str) -> float:
+        """The best of the rates that were tried for this system, or for groups of the donor."""
+        kind = system if system in ("base", "donor", "fresh", "converted", "none") else self.leader
+        rates = self.settings.finetune.rates
+        found = {r: row for r in rates if (row := self.rows[f"search/{kind}/{r:g}"]) is not None}
+        if not found:
+            return rates[len(rates) // 2]
+        return min(found, key=lambda r: found[r]["choice"]["nll"])
+
+    def grid(self, seed: int, systems: Sequence[str]) -> None:
+        """Rows of Table 1."""
+        wanted = self.settings.finetune
+        for system in systems:
+
+            def make(system: str = system) -> Row:
+                label = f"grid {system} {seed}"
+                model, row = self.tune(system, seed, wanted.grid_steps, self.rate(system), label)
+                return row | self.scores(model, ("choice", "report"))
+
+            expected = self.expected(system, wanted.grid_steps)
+            self.rows.do(f"grid/{system}/{seed}", expected, make)
+
+    def final(self, seed: int, systems: Sequence[str]) -> None:
+        """Rows of Table 2; those of the first seed are kept for recall."""
+        wanted = self.settings.finetune
+        for system in systems:
+
+            def make(system: str = system) -> Row:
+                label = f"final {system} {seed}"
+                model, row = self.tune(system, seed, wanted.final_steps, self.rate(system), label)
+                if seed == wanted.seeds[0]:
+                    self.save(model, self.work / f"final/{system}/{seed}")
+                return row | self.scores(model)
+
+            (self.work / "final" / system).mkdir(parents=True, exist_ok=True)
+            expected = self.expected(system, wanted.final_steps)
+            self.rows.do(f"final/{system}/{seed}", expected, make)
+
+    # What the tuned models can do.
+
+    def recall(self, names: Sequence[str]) -> None:
+        """Copying and phone book, of checkpoints by their place in `work`."""
+        wanted = self.settings.recall
+        for name in names:
+            if not (self.work / name).is_dir():
+                self.rows.skip(f"recall/{name}", "there is no such model")
+                continue
+
+            def make(name: str = name) -> Row:
+                model = self.load(self.work / name, torch.bfloat16)
+                out: Row = {"dtype": "bfloat16", "cases": wanted.cases, "few": wanted.few}
+                for task in ("copy", "phonebook"):
+                    out[task] = self._recall(model, task)
+                return out
+
+            self.rows.do(f"recall/{name}", 20, make)
+
+    def _recall(self, model: TambaForCausalLM, task: str) -> list[Row]:
+        """A point a size: all cases, and the first few as the paper has them."""
+        wanted = self.settings.recall
+        subject = self.subject(model, wanted.places // 4)
+        if task not in self.measures:
+            sizes = wanted.copy_lengths if task == "copy" else wanted.phonebook
+            request = Request(
+                suite=task,
+                data=(),
+                configs={"student": self.configs["base"]},
+                tokenizer=self.tokenizer,
+                options=Options(lengths={task: sizes}, cases=wanted.cases),
+            )
+            measure = SUITES[task].prepare(request)
+            assert isinstance(measure, RecallMeasure)
+            self.measures[task] = measure
+        measure = self.measures[task]
+        items = measure.answer(subject, Store())
+        by_size: dict[int, list[Row]] = {}
+        for name, (size, _) in measure.cases.items():
+            by_size.setdefault(size, []).append(items[name])
+        points = []
+        for size, found in sorted(by_size.items()):
+            right = [float(item["acc"]) for item in found]
+            few = mean_score(right[: wanted.few])
+            all_of_them = mean_score(right)
+            point: Row = {
+                "size": size,
+                "longest_prompt": max(item["prompt"] for item in found),
+                "acc": all_of_them.value,
+                "low": all_of_them.low,
+                "high": all_of_them.high,
+                "n": len(right),
+                "few": few.value,
+                "few_low": few.low,
+                "few_high": few.high,
+            }
+            if task == "copy":
+                point["right_before_error"] = mean_score(
+                    [float(item["right_before_error"]) for item in found]
+                ).value
+            points.append(point)
+        return points
+
+    def memory(self, names: Sequence[str]) -> None:
+        """What small models take at the contexts asked for."""
+        for name in names:
+            if not (self.work / name).is_dir():
+                self.rows.skip(f"memory/{name}", "there is no such model")
+                continue
+
+            def make(name: str = name) -> Row:
+                model = self.load(self.work / name, torch.bfloat16)
+                return {"dtype": "bfloat16", "memory": self.memory_of(model)}
+
+            self.rows.do(f"memory/{name}", 4, make)
+
+    def memory_of(self, model: TambaForCausalLM) -> list[Row]:
+        """Bytes by cause at batch 1. The first, short context is there to warm up."""
+        request = Request(
+            suite="memory",
+            data=(),
+            configs={"student": model.config},
+            tokenizer=self.tokenizer,
+            options=Options(contexts=self.settings.memory.contexts),
+        )
+        models = Models(self.subject(model, 1))
+        rows = SUITES["memory"].prepare(request).run(models, lambda _: Store()).rows
+        return [dict(row) for row in rows[1:]]
+
+    def subject(self, model: TambaForCausalLM, tokens_at_once: int) -> Subject:
+        return Subject("student", "", model, self.tokenizer, "", tokens_at_once)
+
+
+def _layer_scores(found: StateScores) -> dict[str, Estimate]:
+    return {
+        "own_turn": found.own_turn,
+        "column_mean": found.column_mean,
+        "block_influence": found.block_influence,
+        "last_turn": found.last_turn,
+    }
+
+
+def _rows_of(table: Tensor) -> list[list[float]]:
+    """[L, L] as rows [l][n-1] of falling length."""
+    n = len(table)
+    return [[round(v, 5) for v in table[low, : n - low].tolist()] for low in range(n)]
+
+
+def _tokenizer(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(str(path), "no such file", "make it with e_tamba_text.py")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), eos_token="<|endoftext|>", pad_token="<|padding|>"
+    )
+
+
+def header(settings: Settings, tokens: Path, arguments: Sequence[str], device: str) -> Row:
+    """What the record says beside its rows."""
+    gpu = torch.cuda.get_device_name() if device == "cuda" else None
+    named = [Path(a).name if os.sep in a else a for a in arguments]
+    return {
+        "experiment": "e-tamba-mini",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python experiments/e_tamba_mini.py", *named]),
+        "machine": {"device": gpu or platform.processor() or "cpu", "cores": os.cpu_count()},
+        "versions": versions(),
+        "settings": settings.model_dump(),
+        "text": json.loads((tokens / "tokens.json").read_text(encoding="utf-8")),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not done yet; 1 where a row failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=Path, required=True, help="made by e_tamba_text.py")
+    parser.add_argument("--out", type=Path, required=True, help="rows and checkpoints")
+    parser.add_argument("--record", type=Path, help=f"the record; OUT/{RECORD} by default")
+    parser.add_argument("--settings", type=Path, help="instead of recipes/e-tamba-mini's")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="to leave rows out after")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU")
+    args = parser.parse_args(arguments)
+    path = args.settings or RECIPES / ("smoke.toml" if args.smoke else "experiment.toml")
+    settings = validate(Settings, read_toml(path)[1], str(path))
+    check(settings, str(path))
+    device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
+    if not (args.tokens / "tokens.json").is_file():
+        raise UserError(str(args.tokens), "holds no tokens.json", "make it with e_tamba_text.py")
+    about = header(settings, args.tokens, sys.argv[1:] if arguments is None else arguments, device)
+    disable_progress_bar()
+    record = args.record or args.out / RECORD
+    rows = Rows(args.out / "rows", record, about, args.seconds)
+    Experiment(settings, args.tokens, args.out / "work", rows, device).run()
+    rows.write()
+    print(f"{len(rows.rows)} rows, {len(rows.not_run)} not run: {record}")
+    return int(rows.failed)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
