@@ -134,15 +134,11 @@ def train(
             memory.logs_folder / f"{index}-{stage.stage}",
             _loggers(recipe),
         )
-<<<<<<< HEAD
         signal, teacher = teachers.of(stage, texts[index])
-        job = Job(case, model, teacher, texts[index], moved, place, tokenizer, signal)
-=======
-        rows = None
-        if blocks is not None and not isinstance(stage, ChatStage):
-            rows = _of_length(blocks, stage.length, recipe)
-        job = Job(case, model, teacher, rows, moved, place, tokenizer, framed.get(index))
->>>>>>> chat
+        job = Job(
+            *(case, model, teacher, texts[index], moved, place, tokenizer, signal),
+            framed.get(index),
+        )
         log = KINDS[type(stage)].run(job, stage)
         del job, signal, teacher  # the next stage's may not fit beside it
         if any(isinstance(p, DTensor) for p in model.parameters()):
