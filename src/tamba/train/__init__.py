@@ -46,7 +46,7 @@ from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
-from tamba.train.kinds import KINDS, Case, Job
+from tamba.train.kinds import KINDS, Case, Job, frame_all
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
 from tamba.train.objectives import Pairs
@@ -127,6 +127,7 @@ def train(
     tokenizer = load_tokenizer(checkpoint) if talks else None
     memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
     done = len(memory.restore(model))
+    framed = frame_all(recipe, model, tokenizer, done)
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
         place = Place(
             memory.stage_folder(index),
@@ -134,7 +135,10 @@ def train(
             _loggers(recipe),
         )
         signal, teacher = teachers.of(stage, texts[index])
-        job = Job(case, model, teacher, texts[index], moved, place, tokenizer, signal)
+        job = Job(
+            *(case, model, teacher, texts[index], moved, place, tokenizer, signal),
+            framed.get(index),
+        )
         log = KINDS[type(stage)].run(job, stage)
         del job, signal, teacher  # the next stage's may not fit beside it
         if any(isinstance(p, DTensor) for p in model.parameters()):

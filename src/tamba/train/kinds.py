@@ -15,11 +15,12 @@ from tamba.calibrate import can_calibrate
 from tamba.chats import check_chats, read_rows
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
+from tamba.generate import end_tokens
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan
 from tamba.recipe import Align, ChatStage, Distil, Dpo, LeastSquares, OnPolicy, Recipe, Sft
-from tamba.train.chat import dpo, on_policy, sft
+from tamba.train.chat import Framed, dpo, frame, on_policy, sft
 from tamba.train.chat_steps import check_library
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place
@@ -66,7 +67,7 @@ class Job:
         rows: the stage's text, at its length.
         moved: names of the parameters that move.
         place: where checkpoints are kept, and who hears of the steps.
-        tokenizer: the student's, for stages on conversations.
+        tokenizer: the student's, for stages on conversations, and their rows, framed.
         signal: what the teacher says of a piece, where it is not `teacher` that says it.
     """
 
@@ -78,6 +79,7 @@ class Job:
     place: Place
     tokenizer: Any = None
     signal: TeacherSignal | None = None
+    framed: Framed | None = None
 
 
 @dataclass(frozen=True)
@@ -211,13 +213,36 @@ def _check_chat(case: Case, stage: ChatStage, where: str) -> list[str]:
     return moved
 
 
+def frame_all(
+    recipe: Recipe, student: TambaForCausalLM, tokenizer: Any, done: int
+) -> dict[int, Framed]:
+    """The rows of every stage on conversations after the first `done`, before any of them runs.
+
+    Raises:
+        UserError: no tokenizer, or a row that cannot be used, by its place.
+    """
+    framed = {}
+    for index, stage in list(enumerate(recipe.train))[done:]:
+        if isinstance(stage, Sft | Dpo | OnPolicy):
+            if tokenizer is None:
+                raise UserError(
+                    recipe.where(f"train.{index} ({stage.stage})"),
+                    "the student has no tokenizer",
+                    "put tokenizer.json beside its weights",
+                )
+            rows = read_rows(recipe.chat_sources(stage), limit=stage.rows)
+            ends = end_tokens(student, tokenizer)
+            framed[index] = frame(stage, tokenizer, rows, ends, recipe.seed)
+    return framed
+
+
 def _run_chat(job: Job, stage: Sft | Dpo | OnPolicy) -> StageLog:
     runs: dict[type, Callable[..., StageLog]] = {Sft: sft, Dpo: dpo, OnPolicy: on_policy}
     return runs[type(stage)](
         job.student,
         job.tokenizer,
         stage,
-        read_rows(job.case.recipe.chat_sources(stage), limit=stage.rows),
+        job.framed,
         teacher=job.teacher,
         moving=job.moved,
         seed=job.case.recipe.seed,
