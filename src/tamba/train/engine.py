@@ -105,6 +105,7 @@ def run_steps(
         main = engine.is_world_process_zero()
         if main:
             engine.advance = stack.enter_context(progress.task(stage.stage, engine.steps))
+        stack.callback(engine.release)
         engine.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         engine.finish()
         tokens = engine.steps * stage.batch * blocks.length
@@ -114,11 +115,13 @@ def run_steps(
 @contextmanager
 def _moving(objective: Objective, names: Collection[str]) -> Iterator[None]:
     """Inside, these parameters of the student take gradients and no others."""
-    before = {p: p.requires_grad for p in objective.student.parameters()}
-    for name, parameter in objective.student.named_parameters():
+    named = dict(objective.student.named_parameters())
+    for name in named.keys() & set(names):
+        if named[name].dtype.itemsize < 4:
+            raise TypeError(f"{name} is {named[name].dtype}; steps need a float32 master")
+    before = {p: p.requires_grad for p in named.values()}
+    for name, parameter in named.items():
         parameter.requires_grad_(name in names)
-        if name in names and parameter.dtype.itemsize < 4:
-            raise TypeError(f"{name} is {parameter.dtype}; steps need a float32 master")
     try:
         yield
     finally:
@@ -374,6 +377,13 @@ class Engine(Trainer):
             for name, mean in self._mean.items():
                 named[name].copy_(mean)
 
+    def release(self) -> None:
+        """Let gradients' moments go: the next stage needs the room, and cycles hold the engine."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self._mean.clear()
+        self.accelerator.free_memory()
+
     # Checkpoints.
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -436,6 +446,10 @@ class Engine(Trainer):
         if self._resumed:
             path = Path(self._resumed) / _CURVE
             self.losses = json.loads(path.read_text())
+            for parts in reversed(self.losses):
+                if all(map(math.isfinite, parts)):
+                    break
+                self._skipped_running += 1
         self._start_mean()
         self._kept = time.monotonic()
         if self.advance is not None and self.state.global_step:

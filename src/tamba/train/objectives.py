@@ -306,6 +306,8 @@ class DistilObjective(Objective):
         self._weights = loss_weights(stage)
 
     def units(self) -> Sequence[nn.Module]:
+        if self._active is not None:
+            return []  # a graph for each mixer that stands in, and then too many of them
         theirs = self._signal.units() if isinstance(self._signal, LiveTeacher) else ()
         return [*super().units(), *theirs]
 
