@@ -93,7 +93,7 @@ def tiny_model(
     """A random model in eval mode, with weights large enough for every part to matter."""
     layers = STACKS[stack] if isinstance(stack, str) else stack
     config = TambaConfig(
-        vocab_size=VOCAB,
+        vocab_size=options.pop("vocab_size", VOCAB),
         hidden_size=D_MODEL,
         blocks={name: BLOCKS[name] for name in sorted(set(layers))},
         layers=layers,

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import tamba
-from tamba.bench import ceilings, cold_start, kernels, measure, model, peers, tables
+from tamba.bench import ceilings, cold_start, kernels, loss, measure, model, peers, tables
 from tamba.bench.ceilings import H100, Ceilings, Cost
 from tamba.bench.kernels import OURS, Row, run_row
 from tamba.bench.measure import Bar, Times, relative_rms, take_turns
 from tamba.bench.peers import Peers, Refusal, Side
 from tamba.errors import UserError
 from tamba.ops import reference, ssd
+from tamba.ops.losses import Weights
 
 CPU = torch.device("cpu")
 SLOW_MACHINE = Ceilings(copy=1e10, flops=1e11, exponentials=1e9)
@@ -314,7 +315,6 @@ def test_an_error_in_one_row_leaves_the_others(monkeypatch):
         ({"rows": ["sdd_fwd"]}, "no row begins with 'sdd_fwd'"),
         ({"rounds": 0}, "use 1 or more"),
         ({"peers_folder": "/no/such/folder"}, "no such folder"),
-        ({"suite": "model"}, "use cuda"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(given, said):
@@ -323,7 +323,9 @@ def test_mistakes_are_said_before_anything_runs(given, said):
 
 
 def test_ids_are_unique_and_every_bar_names_a_peer_of_its_row():
-    for rows in (kernels.gpu_rows(Peers()), kernels.cpu_rows(Peers())):
+    device = torch.device("cuda")
+    of_gpu = [*kernels.gpu_rows(Peers()), *loss.rows(device, Peers())]
+    for rows in (of_gpu, kernels.cpu_rows(Peers())):
         assert len({row.id for row in rows}) == len(rows)
         for row in rows:
             asked = {bar.what.partition(":")[2] for bar in row.bars if ":" in bar.what}
@@ -466,6 +468,18 @@ def test_a_side_that_does_not_fit_takes_smaller_batches(stock, monkeypatch):
     assert "out of memory" in small.run(stock)["void"]
 
 
+def test_a_training_row_of_a_cpu(monkeypatch):
+    (row,) = model.rows(CPU, Peers())
+    assert model.our_model(row.sizes, torch.device("meta"), torch.float32).num_parameters() > 130e6
+    monkeypatch.setattr(model, "_bfloat16_products", lambda: 1e12)
+    found = replace(row, sizes=TINY_HYBRID, batch=2, length=17, rounds=1).run({})
+    json.dumps(found, allow_nan=False)
+    assert found["void"] is None
+    assert found["ratios"].keys() == {model.PEER_WIDE, model.PEER_SHORT}
+    assert len(found["bars"]) == 3 and all(bar["met"] is not None for bar in found["bars"])
+    assert tables.line(found)
+
+
 def test_work_of_the_models():
     """A forward pass is two operations a weight and token, and what attention and SSD add."""
     sizes, tokens = model.MAMBA2_2_7B, 8192
@@ -504,3 +518,45 @@ def test_cold_start_asks_a_process(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(RuntimeError, match="ValueError: no kernel"):
         cold_start.rows(CPU)[0].run()
+
+
+# The loss of distillation
+
+
+def loss_row(what: str, **changes) -> loss.LossRow:
+    """A row of the GPU's at the size of nothing, on this machine."""
+    row = next(
+        r for r in loss.rows(torch.device("cuda"), Peers()) if r.id == f"distill_loss/{what}"
+    )
+    return replace(row, device=CPU, shape={"n": 16, "D": 24, "V": 90}, **changes)
+
+
+@pytest.mark.parametrize("what", ["kl", "kl+ce", "kl-head", "js", "stored64", "ce"])
+def test_a_row_of_the_loss(what):
+    row = loss_row(what)
+    found = row.run(rounds=2, seed=1)
+    json.dumps(found, allow_nan=False)
+    assert found["void"] is None
+    assert found["error"] < found["error_bound"]
+    assert found["floor_us"] > 0 and found["floor_of"] == "products"
+    assert found["peers"].keys() == row.peers.keys()
+    if "torch" in row.peers:
+        assert found["ratios"]["torch"] > 0
+    assert tables.line(found) and tables.render({**a_record(), "rows": [found]})
+
+
+def test_another_loss_voids_its_row():
+    row = loss_row("kl", peers={"is another": Peers().torch_loss(ce=0.5)})
+    found = row.run(rounds=1, seed=1)
+    assert found["void"] is None
+    assert "wrong result" in found["peers"]["is another"]
+    wrong = replace(row, peers={}, weights=Weights(temperature=1.5))
+    wrong.__dict__["truth"] = row.truth
+    assert "wrong result" in wrong.run(rounds=1, seed=1)["void"]
+
+
+def test_memory_of_a_loss_is_held_to_its_bar():
+    bar = Bar("extra_mib", 400)
+    assert bar.judge({"extra_mib": 399.0})["met"]
+    assert not bar.judge({"extra_mib": 401.0})["met"]
+    assert "400 MiB" in tables._bar(bar.judge({"extra_mib": None}))

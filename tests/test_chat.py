@@ -15,7 +15,7 @@ from tamba.evaluate import chat, judge
 from tamba.evaluate.chat import prepare_alpaca, prepare_mt_bench, prepare_preference
 from tamba.evaluate.judge import Judge, Verdicts, judge_from
 from tamba.evaluate.measure import Models, Options, Request, Subject
-from tamba.evaluate.store import Store
+from tamba.store import Store
 from texts import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(chat=True)

@@ -27,7 +27,7 @@ from tamba.checkpoint import load
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import cache_bytes, compare, evaluate, perplexity
-from tamba.evaluate.parts import layers_of
+from tamba.evaluate.parts import built_entries, layers_of, plan_of, recipe_of
 from tamba.model.cache import TambaCache
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
@@ -432,6 +432,17 @@ def test_converted_layers_are_those_of_the_plan_the_build_or_the_teacher(folder,
     built = {"layers": ["convert 0", "keep 1", "transplant 0"]}
     (tmp_path / "build.json").write_text(json.dumps(built))
     assert layers_of(student, folder=tmp_path) == Layers(total=3, converted=1)
+    entries = built_entries(tmp_path)
+    layers = plan_of(student, entries)
+    assert [(p.mixer, p.origin, p.source_layer) for p in layers] == [
+        ("mamba2", "converted", 0),
+        ("attention", "kept", 1),
+        ("mamba1", "transplanted", 0),
+    ]
+    assert plan_of(student, entries[:2]) == plan_of(student, None) == []
+    assert built_entries(folder / "student") is None and recipe_of(tmp_path) is None
+    (tmp_path / "recipe.toml").write_text("name = 'x'")
+    assert recipe_of(tmp_path) == "name = 'x'"
     (tmp_path / "build.json").write_text("{}")
     with pytest.raises(UserError, match="is not a record of a build"):
         layers_of(student, folder=tmp_path)

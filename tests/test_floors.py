@@ -15,15 +15,15 @@ ROOT = Path(tamba.__file__).parent
 # A module imports only from floors below its own; rooms of several files are one place.
 FLOORS = [
     ["errors"],
-    ["sections", "progress", "ops", "artefact"],
+    ["sections", "progress", "ops", "artefact", "store"],
     ["plan", "model"],
     ["recipe", "families", "surgery"],
     ["formats"],
     ["checkpoint"],
-    ["data", "plots"],
-    ["report", "teacher_text", "trace", "steps"],
+    ["data", "plots", "decoding"],
+    ["report", "teacher_text", "trace", "steps", "chats"],
     ["card", "text", "generate", "calibrate"],
-    ["analyze", "bench", "build", "train", "evaluate", "inspect"],
+    ["analyze", "bench", "build", "train", "evaluate", "inspect", "generate_data"],
     ["run"],
     ["cli"],
     ["__main__"],
@@ -37,7 +37,7 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 # What an extra brings, and the room (or file, or rooms) that imports it.
 OPTIONAL = {
     "causal_conv1d": "bench",
-    "datasets": "evaluate",
+    "datasets": "chats evaluate train",
     "fla": "bench",
     "gguf": "formats",
     "llvmlite": "ops",
@@ -46,7 +46,9 @@ OPTIONAL = {
     "mambapy": "bench",
     "matplotlib": "plots",
     "numba": "ops",
+    "torchao": "train",
     "triton": "bench ops",
+    "trl": "train",
 }
 
 

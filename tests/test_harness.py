@@ -13,7 +13,7 @@ from tamba.errors import UserError
 from tamba.evaluate import harness
 from tamba.evaluate.harness import SETS, TASKS, HarnessLM, prepare
 from tamba.evaluate.measure import Models, Options, Request, Subject
-from tamba.evaluate.store import Store
+from tamba.store import Store
 from texts import byte_tokenizer
 
 pytest.importorskip("lm_eval")

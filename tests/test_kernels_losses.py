@@ -121,3 +121,32 @@ def test_the_operator_is_known_to_the_compiler() -> None:
         ),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("weights", [WEIGHTS[-2], WEIGHTS[-4]], ids=str)
+def test_float32_weights_under_autocast(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bfloat16, the head's gradient summed over slices in float32; compiled or not."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(losses, "_rows", lambda words: (64, 32))
+    c = arguments(n=150, d=64, words=331)
+    with torch.no_grad():
+        for name in ("head", "teacher_head"):
+            c[name] *= 64**-0.5
+    want = wanted(weights, c)
+    given = cast(c, torch.float32, "cuda")
+    del given["hidden"], given["head"]
+    plain = cast(c, torch.float32, "cuda")
+
+    def loss(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return losses.next_token_loss(hidden, head, **given, weights=weights)
+
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        with torch.autocast("cuda", torch.bfloat16):
+            got = call(plain["hidden"], plain["head"])
+        gradients = torch.autograd.grad(got, (plain["hidden"], plain["head"]))
+        assert_same(got, want["loss"], "half", "loss")
+        assert all(g.dtype == torch.float32 for g in gradients)
+        for gradient, name in zip(gradients, ("hidden", "head"), strict=True):
+            assert_same(gradient, want[f"gradient of {name}"], "half_gradient", name)

@@ -13,7 +13,7 @@ from tamba.errors import UserError
 from tamba.evaluate import recall
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.recall import TASKS, prepare, whole_words
-from tamba.evaluate.store import Store
+from tamba.store import Store
 from texts import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

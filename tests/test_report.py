@@ -433,7 +433,7 @@ def test_a_record_knows_where_it_was_made():
         (41203, 3, "41,203"),
         (0.0041, 2, "0.0041"),
         (0, 3, "0.00"),
-        (-1.2345, 3, "-1.23"),
+        (-1.2345, 3, "−1.23"),
         (1234.5, 3, "1,234"),
         (0.991, 3, "0.991"),
         (5, 4, "5.000"),
@@ -459,13 +459,15 @@ CHROMIUM = next(
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1180])
 def test_a_browser_shows_the_page_within_its_width(tmp_path, width):
-    write_report(full_record(), tmp_path)
+    write_report(full_record(suites=suites()), tmp_path)
     probe = tmp_path / "probe.html"
     # The page holds no scripts, so another page measures it from outside.
     probe.write_text(
         f"<body><iframe src='report.html' width='{width}' height='4000'></iframe><script>"
         "onload = () => { const d = frames[0].document.documentElement;"
-        "document.title = d.scrollWidth + ' ' + d.querySelectorAll('svg').length }</script>"
+        "const names = [...d.querySelectorAll('.scores tbody tr:not(.suite) th')];"
+        "document.title = [d.scrollWidth, d.querySelectorAll('svg').length,"
+        "Math.max(...names.map(n => n.offsetHeight))].join(' ') }</script>"
     )
     command = [
         CHROMIUM,
@@ -477,10 +479,28 @@ def test_a_browser_shows_the_page_within_its_width(tmp_path, width):
     command += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path}/profile"]
     command += ["--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ})
-    found = re.search(r"<title>(\d+) (\d+)</title>", shown.stdout)
+    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", shown.stdout)
     assert found is not None, shown.stderr[-500:]
-    assert int(found.group(1)) <= width
-    assert int(found.group(2)) == 5
+    wide, figures, highest = map(int, found.groups())
+    assert wide <= width and figures == 7
+    # Names of metrics keep their words whole, and are not set letter under letter.
+    assert highest < 120
+
+
+def test_rows_of_a_table_may_lack_cells():
+    """Of two rows, the first has no peak, and the second ran out of memory."""
+    rows = [
+        {"role": "student", "context": 8, "floor": 2**20},
+        {"role": "teacher", "context": 8, "floor": 2**21, "peak": 3 * 2**20, "note": "full"},
+    ]
+    page = render(full_record(suites={"memory": Measured(rows=rows)}))
+    table = page[page.index("memory, row by row") :]
+    heads = re.findall(r"<th[^>]*>([^<]*)</th>", table[: table.index("</thead>")])
+    assert heads == ["role", "context", "floor", "peak", "note"]
+    body = table[: table.index("</tbody>")].split("<tbody>")[1].split("</tr>")[:2]
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in body]
+    assert cells[0] == ["student", "8", "1 MiB", "–", "–"]
+    assert cells[1] == ["teacher", "8", "2 MiB", "3 MiB", "full"]
 
 
 @pytest.mark.parametrize("program", ["/somewhere/bin/tamba", "/somewhere/tamba/__main__.py"])

@@ -14,11 +14,11 @@ from tamba.errors import UserError
 from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.memory import break_even
-from tamba.evaluate.store import Store
 from tamba.evaluate.suites import assign_data, find_suites
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.report import read_record
+from tamba.store import Store
 from texts import byte_tokenizer, document
 
 
@@ -83,8 +83,8 @@ def test_one_run_of_several_suites_goes_on_where_it_stopped(folder, tmp_path, mo
     assert set(first.suites["copy"].scores) == {"student", "teacher"}
     assert first.perplexity.kl == first.suites["kl"].scores["student"]["kl"].value
     assert read_record(tmp_path / "out" / "report.json") == first
-    for name in ("scoring", "decoding"):
-        monkeypatch.setattr(sys.modules[f"tamba.evaluate.{name}"], "TambaCache", None)
+    for name in ("evaluate.scoring", "decoding"):
+        monkeypatch.setattr(sys.modules[f"tamba.{name}"], "TambaCache", None)
     again = call()  # nothing is left to compute
     assert again.suites["copy"].scores == first.suites["copy"].scores
     assert again.suites["preference"].scores == first.suites["preference"].scores

@@ -6,29 +6,17 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from compare import assert_same
+from models import tiny_model
 from tamba.errors import UserError
 from tamba.teacher_text import REQUESTS, TOPICS, write_blocks
-from texts import END, byte_tokenizer
+from texts import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.5,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model(["mamba2_gqa", "attention"], vocab_size=257)
 
 
 def write(model, **options):

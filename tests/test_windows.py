@@ -12,9 +12,9 @@ from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import compare, perplexity, texts, windows
 from tamba.evaluate.measure import Models, Subject
-from tamba.evaluate.store import Store
 from tamba.evaluate.texts import read_enough
 from tamba.evaluate.windows import Windows, joined, sliding
+from tamba.store import Store
 from texts import byte_tokenizer
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tamba.errors import UserError
     from tamba.evaluate import evaluate
     from tamba.generate import generate
+    from tamba.generate_data import generate_data
     from tamba.inspect import inspect
     from tamba.model.cache import TambaCache
     from tamba.model.config import TambaConfig
@@ -45,6 +46,7 @@ __all__ = [
     "build",
     "evaluate",
     "generate",
+    "generate_data",
     "inspect",
     "load",
     "read_plan",
@@ -67,7 +69,18 @@ _HOME = {
 }
 # Each lives in the module of its own name.
 _VERBS = frozenset(
-    {"analyze", "bench", "build", "evaluate", "generate", "inspect", "report", "run", "train"}
+    {
+        "analyze",
+        "bench",
+        "build",
+        "evaluate",
+        "generate",
+        "generate_data",
+        "inspect",
+        "report",
+        "run",
+        "train",
+    }
 )
 
 

@@ -409,6 +409,58 @@ def generate(
     )
 
 
+@app.command("generate-data")
+def generate_data(
+    model: ModelName,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSON lines to write.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompts: .jsonl, .txt, .parquet, a folder, OWNER/NAME[:SPLIT] (hub)."),
+    ] = None,
+    magpie: Annotated[
+        int, typer.Option(metavar="N", help="Prompts that the model writes itself.", min=0)
+    ] = 0,
+    limit: Annotated[int | None, typer.Option(help="Most prompts of a source.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among this share of probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of sampling.", min=0)] = 0,
+    tokens_at_once: Annotated[
+        int, typer.Option(help="Places of a batch, prompts and answers.", min=1)
+    ] = 16_384,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model answer prompts: training data for its student. Goes on where it was cut off."""
+    with _step():
+        from tamba.generate_data import generate_data as step
+
+        written = step(
+            model,
+            out,
+            prompts=prompts or (),
+            magpie=magpie,
+            limit=limit,
+            new_tokens=new_tokens,
+            prompt_tokens=prompt_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            tokens_at_once=tokens_at_once,
+            dtype=dtype,
+            device=device,
+        )
+    if as_json:
+        print(json.dumps(written.to_dict(), indent=2))
+    else:
+        print(written)
+    stderr.print(f"wrote {out}")
+
+
 @app.command()
 def run(
     recipe: RecipeFile,

@@ -105,14 +105,14 @@ def check_sources(sources: Iterable[Source]) -> None:
             hint = nearest(name, ["python-docs"])
             raise UserError(name, "no such file or folder", hint if hint.startswith("did") else "")
         if path.is_dir():
-            _files_of(path)
-        elif _kind(path) is None:
+            files_of(path)
+        elif not is_text(path):
             raise UserError(
                 name, "not a kind of text file that is read", f"known: {', '.join(_KINDS)}"
             )
 
 
-def _files_of(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Path]:
     """Text files in a folder, sorted by path; UserError if there are none."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and _kind(p) is not None)
     if not files:
@@ -128,15 +128,16 @@ def _documents(source: Source, key: str) -> Iterator[str]:
     if name.startswith(_PACKAGE):
         yield from _modules(_package_folder(name.removeprefix(_PACKAGE)), set())
         return
-    path = _from_hub(name) if name.startswith("hf://") else Path(name)
+    path = from_hub(name) if name.startswith("hf://") else Path(name)
     if path.is_dir():
-        for file in _files_of(path):
+        for file in files_of(path):
             yield from _file(file, key)
         return
     yield from _file(path, key)
 
 
-def _from_hub(address: str) -> Path:
+def from_hub(address: str) -> Path:
+    """A file of a data set on the hub, fetched to this machine. Raises UserError."""
     found = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)", address)
     if found is None:
         raise UserError(address, "not an address of a file", "write hf://datasets/OWNER/NAME/FILE")
@@ -146,6 +147,11 @@ def _from_hub(address: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         problem = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(address, problem, "check the address and the network") from error
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file's name is one of a kind that `read_texts` reads."""
+    return _kind(path) is not None
 
 
 def _kind(path: Path) -> tuple[str, str] | None:
@@ -161,20 +167,42 @@ def _kind(path: Path) -> tuple[str, str] | None:
 
 
 def _file(path: Path, key: str) -> Iterator[str]:
-    kind, packed = _kind(path) or ("", "")
+    kind, _ = _kind(path) or ("", "")
+    if kind == ".txt":
+        text = "".join(line for _, line in text_lines(path))
+        if not text.strip():
+            raise UserError(str(path), "the file is empty")
+        yield text
+        return
+    for where, row in json_rows(path):
+        yield _json_text(row, where, key)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each line of a `.jsonl` file stands, plain or packed, and its object.
+
+    Raises:
+        UserError: an empty or damaged file, or a line that is no JSON object, by number.
+    """
+    empty = True
+    for where, line in text_lines(path):
+        empty = False
+        yield where, _json_object(line, where)
+    if empty:
+        raise UserError(str(path), "the file is empty")
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Where each line of a file stands, plain or packed, and its text.
+
+    Raises:
+        UserError: a file that cannot be read, is damaged or not UTF-8.
+    """
+    _, packed = _kind(path) or ("", "")
     try:
         with _OPENERS[packed](path, "rb") as file:
-            if kind == ".txt":
-                text = _decode(file.read(), path, 1)
-                if not text.strip():
-                    raise UserError(str(path), "the file is empty")
-                yield text
-                return
-            number = 0
             for number, line in enumerate(file, start=1):
-                yield _json_text(_decode(line, path, number), f"{path}:{number}", key)
-            if number == 0:
-                raise UserError(str(path), "the file is empty")
+                yield f"{path}:{number}", _decode(line, path, number)
     except (lzma.LZMAError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
             str(path), f"the packed file is damaged ({error})", "fetch it again"
@@ -191,7 +219,7 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
         raise UserError(f"{path}:{line}", "not UTF-8", "convert the file to UTF-8") from error
 
 
-def _json_text(line: str, where: str, key: str) -> str:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -200,6 +228,10 @@ def _json_text(line: str, where: str, key: str) -> str:
         ) from error
     if not isinstance(row, dict):
         raise UserError(where, f"expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _json_text(row: dict[str, Any], where: str, key: str) -> str:
     if key not in row:
         raise UserError(where, f"no field '{key}'", nearest(key, map(str, row)) if row else "")
     text = row[key]

@@ -7,7 +7,6 @@ each.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from tamba.checkpoint import load
+from tamba.decoding import Sampling
 from tamba.errors import UserError
 
 
@@ -84,7 +84,8 @@ def generate(
     Raises:
         UserError: an empty prompt, a setting that cannot be, or a checkpoint that cannot be opened.
     """
-    _check(prompt, new_tokens, temperature, top_k, top_p)
+    _check(prompt, new_tokens)
+    Sampling(temperature, top_k, top_p)  # refuses what cannot be
     if seed is not None and not 0 <= seed < 2**64:
         raise UserError("seed", f"{seed} is not a number of 64 bits", "use 0 or more, below 2**64")
     if isinstance(model, str | Path):
@@ -124,7 +125,7 @@ def generate(
     )
 
 
-def _check(prompt: str, new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check(prompt: str, new_tokens: int) -> None:
     if not prompt.strip():
         raise UserError("prompt", "is empty", "say something to the model")
     try:
@@ -133,12 +134,6 @@ def _check(prompt: str, new_tokens: int, temperature: float, top_k: int, top_p: 
         raise UserError("prompt", "is not UTF-8 text", "convert it to UTF-8") from None
     if new_tokens < 1:
         raise UserError("new_tokens", f"{new_tokens} is not a positive number")
-    if not 0 <= temperature < math.inf:
-        raise UserError("temperature", f"{temperature} is not a number of 0 or more")
-    if top_k < 0:
-        raise UserError("top_k", f"{top_k} is below 0", "0 samples among all tokens")
-    if not 0 < top_p <= 1:
-        raise UserError("top_p", f"{top_p} is not above 0 and at most 1")
 
 
 def _encode(

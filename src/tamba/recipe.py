@@ -263,7 +263,141 @@ class Distil(_GradientStage):
         return self.asks_teacher or self.replacement != "at_once"
 
 
-Stage = Annotated[LeastSquares | Align | Distil, Field(discriminator="stage")]
+class ChatStage(Section):
+    """What every stage on conversations is told. It runs until `steps`, `tokens` or `epochs`.
+
+    Args:
+        data: sources of rows, as `tamba.chats` describes them; files relative to the recipe.
+        rows: most rows that are read of each source.
+        tokens: text to train on, prompts and answers; or
+        steps: gradient steps; or
+        epochs: passes over the rows; one where none of the three is given.
+        length: most tokens of a conversation. What is longer is cut there.
+        too_long: what becomes of a prompt that leaves no room for an answer: ``refuse`` the stage,
+            or ``skip`` the row.
+        batch: rows of a step, over all processes.
+        micro_batch: rows that go through a process at a time. None for all of them.
+        lr: highest learning rate.
+        schedule, warmup, cooldown: of the learning rate, as for ``distil``.
+        weight_decay: of AdamW, on matrices alone.
+        betas: of AdamW.
+        clip: largest gradient norm; 0 for no clipping.
+        checkpointing: keep a layer's input alone and compute the layer again for its gradient.
+        dtype: of matrix products; what moves, and its optimiser, stay float32.
+        train: what moves: the mixers that the build made, these and the norms, or everything.
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    rows: Count | None = None
+    tokens: Count | None = None
+    steps: Count | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    length: Annotated[int, Field(ge=2)] = 1024
+    too_long: Literal["refuse", "skip"] = "refuse"
+    batch: Count = 8
+    micro_batch: Count | None = None
+    lr: float = Field(gt=0)
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    cooldown: float = Field(default=0.2, gt=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(default=1.0, ge=0)
+    checkpointing: bool = False
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    train: Literal["mixers", "mixers+norms", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> ChatStage:
+        given = [name for name in ("tokens", "steps", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; keep one")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"micro_batch = {self.micro_batch} does not divide {self.batch} rows")
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher has to be at hand."""
+        raise NotImplementedError
+
+
+class Sft(ChatStage):
+    """Supervised fine-tuning: the student learns the answers of conversations, not their prompts.
+
+    Args:
+        ce: weight of cross-entropy with the answers, a mean over their tokens.
+        kl: weight of KL(teacher, student) on them, a mean over the same tokens.
+        temperature: of both distributions in the KL.
+        packed: fill rows of `length` with several conversations, which see nothing of one another.
+    """
+
+    stage: Literal["sft"]
+    ce: float = Field(default=1.0, ge=0)
+    kl: float = Field(default=0.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    packed: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Sft:
+        if self.kl == 0 and self.ce == 0:
+            raise ValueError("kl and ce are both 0; give one of them weight")
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.kl > 0
+
+
+class Dpo(ChatStage):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+
+    Args:
+        beta: how dear it is to leave the reference.
+        reference: the ``teacher`` (*The Mamba in the Llama*, equation 4), or the ``student`` as the
+            stage finds it (the same paper's code).
+    """
+
+    stage: Literal["dpo"]
+    beta: float = Field(default=0.1, gt=0)
+    reference: Literal["teacher", "student"] = "teacher"
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.reference == "teacher"
+
+
+class OnPolicy(ChatStage):
+    """The student answers prompts, and learns the teacher's distribution along its own answers.
+
+    Generalised knowledge distillation with all text the student's (Agarwal et al. 2024, arXiv
+    2306.13649, section 3).
+
+    Args:
+        new_tokens: longest answer; `length` holds prompt and answer.
+        temperature: at which the student writes, and of both distributions.
+        divergence: KL(teacher, student), KL(student, teacher), or Jensen and Shannon's.
+    """
+
+    stage: Literal["on_policy"]
+    new_tokens: Count = 256
+    temperature: float = Field(default=1.0, gt=0)
+    divergence: Literal["forward", "reverse", "js"] = "reverse"
+
+    @model_validator(mode="after")
+    def _has_room(self) -> OnPolicy:
+        if self.new_tokens >= self.length:
+            raise ValueError(f"new_tokens leave no room for a prompt in length = {self.length}")
+        return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        return True
+
+
+Stage = Annotated[
+    LeastSquares | Align | Distil | Sft | Dpo | OnPolicy, Field(discriminator="stage")
+]
 
 
 class Evaluate(Section):
@@ -321,7 +455,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
-        if self.train and not self.data.train:
+        if any(not isinstance(s, ChatStage) for s in self.train) and not self.data.train:
             raise ValueError("[[train]] has stages but data.train names no text")
         if self.build.plan == "analyze" and not (self.analyze.convert or self.analyze.choose):
             raise ValueError(
@@ -400,6 +534,24 @@ class Recipe(Section):
             self._text_source(name, f"{section}.{key}[{i}]") for i, name in enumerate(names)
         )
 
+    def chat_sources(self, stage: ChatStage) -> tuple[str, ...]:
+        """Sources of a stage's conversations, files as absolute paths; names of the hub as is.
+
+        Raises:
+            UserError: a source that is neither there nor a name on the hub.
+        """
+        key = f"train.{self.train.index(stage)}.data"
+        return tuple(
+            name
+            if name.startswith("hf://")
+            or (
+                re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%:-]+)?", name)
+                and not (self._file.parent / name).exists()
+            )
+            else str(self.locate(name, f"{key}[{i}]").resolve())
+            for i, name in enumerate(stage.data)
+        )
+
     def _text_source(self, name: str, key: str) -> str:
         if name in TEXT_SOURCES or name.startswith("package-docs:"):
             return name
@@ -458,6 +610,9 @@ class Recipe(Section):
             self.model_path("donor")
         for key in ("train", "heldout", "texts"):
             self.text_sources(key)
+        for stage in self.train:
+            if isinstance(stage, ChatStage):
+                self.chat_sources(stage)
         if self.data.written_openings:
             self.locate(self.data.written_openings, "data.written_openings")
         if self.build.plan == "analyze":

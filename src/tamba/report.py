@@ -429,7 +429,16 @@ def _cache_mib(record: Record, context: int) -> float | None:
     return next((p.student / 2**20 for p in record.memory if p.context == context), None)
 
 
-_HIGHER = ("acc", "exact_match", "agreement", "right", "win", "per_second", "score")
+_HIGHER = (
+    "acc",
+    "exact_match",
+    "agreement",
+    "right",
+    "win",
+    "per_second",
+    "score",
+    "likelihood",
+)
 _LOWER = ("perplexity", "nll", "loss", "kl", "bits", "break_even")
 
 
@@ -529,8 +538,9 @@ def _environment() -> jinja2.Environment:
         "clock": clock,
         "score": score_text,
         "p_value": _p_value,
+        "columns": _columns,
     }
-    environment.globals |= {"is_share": is_share, "direction": direction}
+    environment.globals |= {"is_share": is_share, "direction": direction, "cell": _cell}
     return environment
 
 
@@ -540,6 +550,8 @@ def score_text(score: Score, share: bool = False) -> str:
     if not share and not score.error and score.value == int(score.value):
         return f"{int(score.value):,}"
     value = number(scale * score.value, 3)
+    if share and len(value.partition(".")[2]) > 1:
+        value = f"{scale * score.value:.1f}"  # no share of cases is known to a hundredth
     if not score.error:
         return f"{value}{sign}"
     digits = len(value.partition(".")[2])
@@ -570,9 +582,9 @@ def _speed(record: Record) -> tuple[float, float, int] | None:
 def number(value: float, digits: int = 3) -> str:
     """A number with `digits` significant digits, thousands apart, never in scientific notation."""
     if value == int(value) and abs(value) >= 10 ** (digits - 1):
-        return f"{int(value):,}"
+        return f"{int(value):,}".replace("-", "−")
     before = math.floor(math.log10(abs(value))) + 1 if value else 1
-    return f"{value:,.{max(digits - before, 0)}f}"
+    return f"{value:,.{max(digits - before, 0)}f}".replace("-", "−")
 
 
 def _kinds(record: Record) -> list[str]:
@@ -582,9 +594,44 @@ def _kinds(record: Record) -> list[str]:
 
 
 def _becomes(record: Record) -> str:
-    """What the changed layers are now, in words."""
+    """What the changed layers are now, in words; nothing where none is."""
     names = sorted({MIXERS.get(p.mixer, p.mixer) for p in record.plan if p.origin != "kept"})
+    if not names and record.layers and record.layers.converted:
+        return "Mamba"  # a record that names no layers
     return " and ".join(names)
+
+
+_BYTES = frozenset(
+    [
+        "floor",
+        "weights",
+        "logits",
+        "kv",
+        "state",
+        "activations",
+        "peak",
+        "resident_peak",
+        "slack",
+        "driver",
+    ]
+)
+"""Columns of the suite `memory`."""
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of all rows, each once: a row may lack some, or hold a note."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _cell(key: str, value: str | float | None) -> str:
+    """A value of a table of rows, in the unit that its column has."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if key in _BYTES:
+        return plots.byte_size(value)
+    return f"{value:,}" if isinstance(value, int) else number(value, 4)
 
 
 def _savings(record: Record) -> dict[int, CachePoint]:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import tamba
 from tamba.artefact import write_file
 from tamba.errors import UserError
-from tamba.recipe import WRITTEN, Recipe, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
 
 Report = Callable[[str, str], None]
 """``report(step, what)``: `what` is ``skipped``, ``begun`` or the time that the step took."""
@@ -323,6 +323,10 @@ def _files(step: Step, recipe: Recipe) -> dict[str, Path]:
     if step.name == "write" and recipe.data.written_openings:
         openings = recipe.locate(recipe.data.written_openings, "data.written_openings")
         named["openings"] = str(openings)
+    if step.name == "train":
+        for stage in recipe.train:
+            if isinstance(stage, ChatStage):
+                named |= {name: name for name in recipe.chat_sources(stage)}
     plan = recipe.build.plan
     if "build" in step.sections and isinstance(plan, str) and plan.endswith(".toml"):
         named["plan"] = str(recipe.locate(plan, "build.plan"))

@@ -7,17 +7,18 @@ them), any model can continue openings of text that is given.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from tamba import progress
 from tamba.data import TokenBlocks
+from tamba.decoding import Sampling, decode
 from tamba.errors import UserError
 
 REQUESTS = (
@@ -133,6 +134,7 @@ def write_blocks(
         openings: texts to continue. None for requests on many topics in the model's chat template,
             which it must then have.
         max_new_tokens: tokens written a text, at most.
+        temperature: of sampling; 0 takes the likeliest token each time.
         top_k: sample among so many likeliest tokens; 0 for all.
         seed: of the order of prompts and of sampling; the caller's random state is left alone.
 
@@ -146,40 +148,31 @@ def write_blocks(
     if not isinstance(end, int):
         raise UserError("tokenizer", "has no end-of-sequence token")
     prompts = _prompts(tokenizer, openings, seed)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        # Sorting a vocabulary for a nucleus would cost as much as a step of a small model.
-        top_k=top_k,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end,
-        pad_token_id=end,
-    )
-    deadline = None if seconds is None else time.monotonic() + seconds
-    was_training = model.training
-    model.eval()
+    # Sorting a vocabulary for a nucleus would cost as much as a step of a small model.
+    sampling = Sampling(temperature, top_k, seed=seed)
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
     documents: list[list[int]] = []
     written = 0
-    try:
-        with (
-            progress.task("teacher writes", tokens) as advance,
-            torch.random.fork_rng(devices=_cuda(model)),
-        ):
-            torch.manual_seed(seed)
-            while (tokens is None or written < tokens) and (
-                deadline is None or time.monotonic() < deadline
+    with progress.task("teacher writes", tokens) as advance:
+        while (tokens is None or written < tokens) and time.monotonic() < deadline:
+            batch = [next(prompts) for _ in range(batch_size)]
+            first = len(documents)
+            answers: dict[int, list[int]] = {}
+            for some in decode(
+                model,
+                batch,
+                [max_new_tokens] * len(batch),
+                ends=[end],
+                stop=lambda *_: time.monotonic() >= deadline,
+                choose=sampling.chooser([str(first + i) for i in range(len(batch))]),
+                tokens_at_once=batch_size * (max(map(len, batch)) + max_new_tokens),
             ):
-                batch = [next(prompts) for _ in range(batch_size)]
-                if deadline is not None:
-                    config.max_time = max(deadline - time.monotonic(), 0.01)
-                new = _sample(model, batch, config, end)
-                documents += new
-                size = sum(map(len, new))
-                written += size
-                advance(size)
-    finally:
-        model.train(was_training)
+                answers |= some
+            new = [[*p, *answers[i]] for i, p in enumerate(batch)]
+            documents += [d if d[-1] == end else [*d, end] for d in new]
+            size = sum(map(len, documents[first:]))
+            written += size
+            advance(size)
     return TokenBlocks.from_tokens(documents, length, separator=end, max_tokens=tokens)
 
 
@@ -215,30 +208,3 @@ def _prompts(
                     yield ids
 
     return endless()
-
-
-@torch.no_grad()
-def _sample(
-    model: Any, prompts: list[list[int]], config: GenerationConfig, end: int
-) -> list[list[int]]:
-    """Continue each prompt; whole documents, prompt included, closed by `end`."""
-    widest = max(map(len, prompts))
-    padding = [widest - len(p) for p in prompts]
-    ids = torch.tensor([[end] * n + p for n, p in zip(padding, prompts, strict=True)])
-    mask = torch.tensor([[0] * n + [1] * len(p) for n, p in zip(padding, prompts, strict=True)])
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=config,
-    ).tolist()
-    documents = []
-    for row, prompt, n in zip(out, prompts, padding, strict=True):
-        answer = row[n + len(prompt) :]
-        if end in answer:
-            answer = answer[: answer.index(end)]
-        documents.append([*prompt, *answer, end])
-    return documents
-
-
-def _cuda(model: Any) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []

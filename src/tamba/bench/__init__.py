@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tamba import artefact
-from tamba.bench import cold_start, kernels, model, peers
+from tamba.bench import cold_start, kernels, loss, model, peers
 from tamba.bench.ceilings import Ceilings, measure_ceilings
 from tamba.bench.measure import reason
 from tamba.bench.tables import fill, line, render
@@ -148,8 +148,9 @@ def _make_peers_ready(
         peers.compile_in_parallel(f"tamba.bench.{suite}", arguments, compile_seconds)
 
 
-def _kernel_rows(at: torch.device, found: peers.Peers) -> list[kernels.Row]:
-    return kernels.gpu_rows(found) if at.type == "cuda" else kernels.cpu_rows(found)
+def _kernel_rows(at: torch.device, found: peers.Peers) -> list[kernels.Row | loss.LossRow]:
+    recurrent = kernels.gpu_rows(found) if at.type == "cuda" else kernels.cpu_rows(found)
+    return [*recurrent, *loss.rows(at, found)]
 
 
 def _measured(
@@ -160,6 +161,8 @@ def _measured(
         if isinstance(row, kernels.Row):
             ceilings = Ceilings(**record["ceilings"]["used"])
             return kernels.run_row(row, at, ceilings, rounds=rounds, seed=seed)
+        if isinstance(row, loss.LossRow):
+            return row.run(rounds, seed)
         return row.run(record["ceilings"])
     except Exception as error:
         return {"id": row.id, "not_run": reason(error)}

@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -626,7 +626,7 @@ def run_row(
     if not on_gpu and measure_memory:
         for name in works:
             reports[name]["extra_bytes"] = _added_memory(row.id, name)
-    return _record(row, reports, ceilings, bound, input_bytes, rounds)
+    return record_of(row, reports, row.floor(ceilings), bound, input_bytes, rounds)
 
 
 def _sets(row: Row, device: torch.device) -> int:
@@ -726,16 +726,33 @@ def _timed(
     return found
 
 
-def _record(
-    row: Row,
+class Named(Protocol):
+    """What a record takes from a row as it is."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def shape(self) -> dict[str, int]: ...
+    @property
+    def bars(self) -> tuple[Bar, ...]: ...
+
+
+def record_of(
+    row: Named,
     reports: dict[str, dict[str, Any]],
-    ceilings: Ceilings,
+    floor: tuple[float, str],
     bound: float,
     input_bytes: int,
     rounds: int,
 ) -> dict[str, Any]:
-    """The row as the result file has it."""
-    floor, floor_of = row.floor(ceilings)
+    """The row as the result file has it, from what is known of each side.
+
+    Args:
+        floor: seconds, and what bounds them.
+        bound: largest error of ours.
+        rounds: that were asked for.
+    """
+    seconds, floor_of = floor
     ours = reports[OURS]
     us = ours.get("us")
     void = None if us is not None else ours.get("reason", "not timed")
@@ -754,12 +771,12 @@ def _record(
     record: dict[str, Any] = {
         "id": row.id,
         "shape": row.shape,
-        "floor_us": 1e6 * floor,
+        "floor_us": 1e6 * seconds,
         "floor_of": floor_of,
         "ours_us": us,
         "ours_p20_us": ours.get("p20_us"),
         "ours_p80_us": ours.get("p80_us"),
-        "floor_share": None if us is None else 1e6 * floor / us,
+        "floor_share": None if us is None else 1e6 * seconds / us,
         "peers": peers,
         "ratios": ratios,
         "error": _finite(ours.get("error")),
@@ -768,6 +785,7 @@ def _record(
         "extra_bytes": extra,
         "input_bytes": input_bytes,
         "extra_over_inputs": extra / input_bytes if isinstance(extra, int) else None,
+        "extra_mib": extra / 2**20 if isinstance(extra, int) else None,
         "repeatable": ours.get("repeatable"),
         "sides": {
             name: {key: _finite(value) for key, value in report.items()}

@@ -256,8 +256,8 @@ class Bar:
     """A figure that was asked for.
 
     Args:
-        what: ``us``, ``extra_over_inputs`` or ``peak_over_peer`` (at most), ``times:PEER`` (the
-            peer's time over ours), ``floor_share`` or ``mfu`` (at least).
+        what: ``us``, ``extra_over_inputs``, ``extra_mib`` or ``peak_over_peer`` (at most),
+            ``times:PEER`` (the peer's time over ours), ``floor_share`` or ``mfu`` (at least).
         value: the bar.
     """
 
@@ -276,6 +276,6 @@ class Bar:
             reached = row[kind]
         met = None
         if reached is not None:
-            at_most = kind in ("us", "extra_over_inputs", "peak_over_peer")
+            at_most = kind in ("us", "extra_over_inputs", "extra_mib", "peak_over_peer")
             met = reached <= self.value if at_most else reached >= self.value
         return {**asdict(self), "reached": reached, "met": met}

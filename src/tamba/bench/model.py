@@ -1,9 +1,10 @@
 """Whole models: a Mamba-2 prefill and a training step of a hybrid, beside transformers.
 
-Weights are random at published dimensions, which is all that speed depends on. The peer stack is
-transformers' own model with mamba_ssm's Triton SSD and a Triton or CUDA convolution in place of its
-plain-torch fallbacks. MFU is the work of the matrix products (and of attention and SSD) over the
-time and the card's measured rate.
+Weights are random at published dimensions, which is all that speed depends on. The peer stack on a
+GPU is transformers' own model with mamba_ssm's Triton SSD and a Triton or CUDA convolution in place
+of its plain-torch fallbacks; on a CPU it is transformers as it comes. MFU is the work of the matrix
+products (and of attention and SSD) over the time and the machine's measured rate of bfloat16
+products.
 
 Shape letters: `B` batch, `L` length, `D` d_model.
 """
@@ -23,6 +24,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tamba.bench.kernels import plain_torch
@@ -36,7 +38,6 @@ from tamba.bench.measure import (
     take_turns,
 )
 from tamba.bench.peers import Peers, Refusal, keep_share_of_configurations, tune_briefly
-from tamba.errors import UserError
 from tamba.model.config import (
     AttentionSpec,
     BlockSpec,
@@ -106,6 +107,19 @@ HYBRID_1_3B = Sizes(
 )
 
 
+HYBRID_135M = Sizes(
+    vocab=49152,
+    d_model=576,
+    n_layers=30,
+    n_heads=9,
+    d_state=64,
+    d_mlp=1536,
+    n_attention=15,
+    attention_heads=9,
+    kv_heads=3,
+)
+
+
 def our_model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Random weights of ours at these sizes."""
     norm = NormSpec()
@@ -148,8 +162,10 @@ def our_model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> nn.Modu
         return TambaForCausalLM._from_config(config, dtype=dtype)
 
 
-def peer_model(sizes: Sizes, device: torch.device, dtype: torch.dtype, peers: Peers) -> nn.Module:
-    """transformers' model of the same sizes, on the peers' kernels.
+def peer_model(
+    sizes: Sizes, device: torch.device, dtype: torch.dtype, peers: Peers | None
+) -> nn.Module:
+    """transformers' model of the same sizes, on the peers' kernels where there are peers.
 
     Raises:
         Refusal: a peer is missing.
@@ -186,7 +202,8 @@ def peer_model(sizes: Sizes, device: torch.device, dtype: torch.dtype, peers: Pe
         }
     transformers = importlib.import_module("transformers")
     modeling = importlib.import_module(f"transformers.models.{room}.modeling_{room}")
-    put_in_kernels(modeling, peers)
+    if peers is not None:
+        put_in_kernels(modeling, peers)
     config = getattr(transformers, f"{kind}Config")(**common, **own)
     with device:
         return getattr(modeling, f"{kind}ForCausalLM")._from_config(config, dtype=dtype)
@@ -233,7 +250,7 @@ def _convolution(peers: Peers) -> Callable[..., Tensor]:
     return conv
 
 
-def _compile_peer(row: Row, part: int, parts: int) -> None:
+def _compile_peer(row: Prefill | TrainStep, part: int, parts: int) -> None:
     """Run a share of the peers' configurations at a row's sizes, in two layers of it."""
     sizes = replace(row.sizes, n_layers=2, n_attention=min(1, row.sizes.n_attention), vocab=512)
     model: Any = peer_model(sizes, row.device, torch.bfloat16, row.peers)
@@ -379,13 +396,108 @@ class TrainStep:
         return peer_model(self.sizes, self.device, torch.bfloat16, self.peers)
 
 
-Row = Prefill | TrainStep
+PEER_WIDE, PEER_SHORT = "transformers, float32", "transformers, bfloat16 autocast"
+
+
+@dataclass(frozen=True)
+class CpuTrainStep:
+    """A step of distillation on a CPU: forward, KL to a frozen twin, backward, AdamW.
+
+    Weights are float32 on all sides. Ours computes its products in bfloat16; so does one peer,
+    under autocast, and the other computes in float32. Peers take the divergence as their users do,
+    from whole logits.
+    """
+
+    id: str
+    sizes: Sizes
+    batch: int
+    length: int
+    bars: tuple[Bar, ...] = (
+        Bar("mfu", 0.5),
+        Bar(f"times:{PEER_WIDE}", 4.0),
+        Bar(f"times:{PEER_SHORT}", 1.5),
+    )
+    rounds: int = 4
+
+    def run(self, ceilings: Mapping[str, Any]) -> dict[str, Any]:
+        """All sides in turns, on the same text."""
+        device = torch.device("cpu")
+        make = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.sizes.vocab, (self.batch, self.length), generator=make)
+        sides: dict[str, dict[str, Any]] = {OURS: {}, PEER_WIDE: {}, PEER_SHORT: {}}
+        torch.manual_seed(0)
+        student, teacher = (our_model(self.sizes, device, torch.float32) for _ in range(2))
+        works = {OURS: _cpu_step(_distil, student, teacher, ids, short=True)}
+        with torch.no_grad():
+            want = _distil_whole(student, teacher, ids[:1])
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                off = float((_distil(student, teacher, ids[:1]) - want).abs() / want)
+        try:
+            student, teacher = (
+                peer_model(self.sizes, device, torch.float32, None) for _ in range(2)
+            )
+            for name in (PEER_WIDE, PEER_SHORT):
+                short = name == PEER_SHORT
+                works[name] = _cpu_step(_distil_whole, student, teacher, ids, short=short)
+        except Exception as error:
+            for name in (PEER_WIDE, PEER_SHORT):
+                sides[name]["reason"] = reason(error)
+        clock = clock_for(device)
+        turns = take_turns(
+            {name: [work] for name, work in works.items()}, clock, self.rounds, warm_up=1
+        )
+        for name, taken in turns.items():
+            sides[name] |= Times.of(taken, clock.name).microseconds()
+        flops = 4 * self.sizes.flops(self.batch, self.length, logits=self.length)
+        rate = {"used": {"flops": _bfloat16_products()}}
+        return _record(self, sides, flops, self.batch * self.length, rate, off, 0.02)
+
+
+def _cpu_step(
+    loss: Callable[[nn.Module, nn.Module, Tensor], Tensor],
+    student: nn.Module,
+    teacher: nn.Module,
+    ids: Tensor,
+    *,
+    short: bool,
+) -> Callable[[], None]:
+    """One step of AdamW, its products in bfloat16 if `short`."""
+    teacher.eval().requires_grad_(False)
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=short):
+            value = loss(student, teacher, ids)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _distil_whole(student: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
+    """The same divergence from all logits at once."""
+    with torch.no_grad():
+        log_p = teacher(ids, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
+    log_q = student(ids, use_cache=False).logits.flatten(0, 1).float().log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _bfloat16_products(n: int = 2048, tries: int = 7) -> float:
+    """Operations a second of a large bfloat16 product on this CPU, at best."""
+    a, b = (torch.randn(n, n).bfloat16() for _ in range(2))
+    clock = clock_for(torch.device("cpu"))
+    return 2.0 * n**3 / min(clock(lambda: a @ b) for _ in range(tries))
+
+
+Row = Prefill | TrainStep | CpuTrainStep
 
 
 def rows(at: torch.device, peers: Peers) -> list[Row]:
-    """The suite; it needs a CUDA device."""
+    """The suite of a device."""
     if at.type != "cuda":
-        raise UserError("device", "whole models are measured on a GPU", "use cuda")
+        return [CpuTrainStep("cpu_train_step/hybrid-135m-B4-L512", HYBRID_135M, 4, 512)]
     return [
         Prefill("prefill_e2e/mamba2-2.7b-L8192", MAMBA2_2_7B, 1, 8192, at, peers),
         Prefill("prefill_e2e/mamba2-2.7b-L65536", MAMBA2_2_7B, 1, 65536, at, peers, rounds=4),
@@ -458,7 +570,8 @@ def _record(
     error: float,
     bound: float,
 ) -> dict[str, Any]:
-    ours, peer = sides[OURS], sides[PEER]
+    ours = sides[OURS]
+    peers = {name: side for name, side in sides.items() if name != OURS}
     us = ours.get("us")
     void = None
     if us is None:
@@ -470,7 +583,7 @@ def _record(
             side["tokens_per_second"] = tokens / side["us"] * 1e6
             side["mfu"] = flops / (side["us"] / 1e6) / ceilings["used"]["flops"]
     floor = 1e6 * flops / ceilings["used"]["flops"]
-    peaks = [side.get("peak_bytes") for side in (ours, peer)]
+    peaks = [side.get("peak_bytes") for side in (ours, *peers.values())]
     record: dict[str, Any] = {
         "id": row.id,
         "shape": {"B": row.batch, "L": row.length},
@@ -480,8 +593,8 @@ def _record(
         "ours_p20_us": ours.get("p20_us"),
         "ours_p80_us": ours.get("p80_us"),
         "floor_share": None if us is None else floor / us,
-        "peers": {PEER: peer.get("us", peer.get("reason", "not timed"))},
-        "ratios": {PEER: peer["us"] / us} if us and "us" in peer else {},
+        "peers": {n: side.get("us", side.get("reason", "not timed")) for n, side in peers.items()},
+        "ratios": {n: side["us"] / us for n, side in peers.items() if us and "us" in side},
         "tokens_per_second": ours.get("tokens_per_second"),
         "mfu": ours.get("mfu"),
         "error": error if math.isfinite(error) else None,
@@ -501,7 +614,7 @@ def _record(
 def _compile_share(folder: Path | None, ids: str, part: int, parts: int) -> None:
     """One of the processes that compile the peers' configurations beforehand."""
     for row in rows(torch.device("cuda"), Peers(folder, may_build=False)):
-        if row.id in ids.split(","):
+        if row.id in ids.split(",") and not isinstance(row, CpuTrainStep):
             with contextlib.suppress(Exception):  # the run itself says why
                 _compile_peer(row, part, parts)
             _free()

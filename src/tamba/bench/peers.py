@@ -338,6 +338,85 @@ class Peers:
 
         return Side(load, without=frozenset({"last"}))
 
+    # The loss of distillation: (hidden, head, targets, teacher_hidden, teacher_head) to a scalar
+
+    def torch_loss(self, *, ce: float = 0.0) -> Side:
+        """All logits at once, widened: what `log_softmax`, `kl_div` and autograd make of it."""
+
+        def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
+            with torch.no_grad():
+                log_p = F.linear(t["teacher_hidden"], t["teacher_head"]).float().log_softmax(-1)
+            logits = F.linear(t["hidden"], t["head"]).float()
+            log_q = logits.log_softmax(-1)
+            loss = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+            if ce:
+                loss = loss + ce * F.nll_loss(log_q, t["targets"])
+            return loss, None
+
+        return Side(lambda: call)
+
+    def liger_loss(self, beta: float = 0.0) -> Side:
+        """liger-kernel's fused linear Jensen-Shannon divergence; KL(teacher, student) for 0."""
+
+        def load() -> Call:
+            self._liger()
+            fused = importlib.import_module("liger_kernel.ops").LigerFusedLinearJSDFunction
+
+            def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
+                names = ("hidden", "head", "teacher_hidden", "teacher_head")
+                loss = fused.apply(*(t[name] for name in names), None, beta, -100, 1.0)
+                return loss, None
+
+            return call
+
+        return Side(load)
+
+    def liger_ce(self) -> Side:
+        """liger-kernel's fused linear cross-entropy."""
+
+        def load() -> Call:
+            self._liger()
+            fused = importlib.import_module("liger_kernel.ops").LigerFusedLinearCrossEntropyFunction
+
+            def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
+                found = fused.apply(t["hidden"], t["head"], t["targets"])
+                return found[0] if isinstance(found, tuple) else found, None
+
+            return call
+
+        return Side(load)
+
+    def fla_loss(self) -> Side:
+        """fla's fused linear KL divergence."""
+
+        def load() -> Call:
+            self._fla()
+            fused = importlib.import_module("fla.modules.fused_kl_div").fused_kl_div_loss
+
+            def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
+                names = ("hidden", "teacher_hidden", "head", "teacher_head")
+                return fused(*(t[name] for name in names)), None
+
+            return call
+
+        return Side(load)
+
+    def cut_cross_entropy(self) -> Side:
+        """Apple's cut-cross-entropy, which never writes logits."""
+
+        def load() -> Call:
+            if find_spec("cut_cross_entropy") is None:
+                found = self._find("cut_cross_entropy/linear_cross_entropy.py", "cut-cross-entropy")
+                sys.path.append(str(found.parents[1]))
+            cut = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+
+            def call(**t: Tensor) -> tuple[Tensor, Tensor | None]:
+                return cut(t["hidden"], t["head"], t["targets"]), None
+
+            return call
+
+        return Side(load)
+
     # Finding and building
 
     def start_builds(self, *names: str) -> None:
@@ -396,6 +475,11 @@ class Peers:
             found = self._find("ops/simple_gla/__init__.py", "fla-core")
             sys.path.append(str(found.parents[3]))
         self._einops()
+
+    def _liger(self) -> None:
+        if find_spec("liger_kernel") is None:
+            found = self._find("liger_kernel/ops/fused_linear_jsd.py", "liger-kernel")
+            sys.path.append(str(found.parents[2]))
 
     def _einops(self) -> None:
         if find_spec("einops") is None:
@@ -629,7 +713,7 @@ def compile_in_parallel(module: str, arguments: Sequence[str], seconds: float) -
 def versions() -> dict[str, str]:
     """Of what was loaded in this process."""
     found = {}
-    for name in ("fla", "mamba_ssm", "mambapy", "causal_conv1d"):
+    for name in ("fla", "mamba_ssm", "mambapy", "causal_conv1d", "liger_kernel"):
         module = sys.modules.get(name)
         if module is None:
             continue

@@ -188,6 +188,8 @@ def _bar(bar: Mapping[str, Any]) -> str:
             text = f"≥ {bar['value']:.0%} of the floor"
         case "mfu":
             text = f"MFU ≥ {bar['value']:.0%}"
+        case "extra_mib":
+            text = f"memory ≤ {bar['value']:g} MiB"
         case "peak_over_peer":
             text = f"memory ≤ {bar['value']:g} of the peer's"
         case _:

@@ -27,11 +27,18 @@ from tamba.data import Source
 from tamba.errors import UserError
 from tamba.evaluate.measure import Measure, Models, Options, Request, Role, Subject
 from tamba.evaluate.memory import cache_bytes
-from tamba.evaluate.parts import layers_of, memory_of, perplexity_of
+from tamba.evaluate.parts import (
+    built_entries,
+    layers_of,
+    memory_of,
+    perplexity_of,
+    plan_of,
+    recipe_of,
+)
 from tamba.evaluate.perplexity import Comparison, PerplexityResult, compare, perplexity
-from tamba.evaluate.store import Store, digest
 from tamba.evaluate.suites import SETS, SUITES, Suite, assign_data, find_suites
 from tamba.evaluate.texts import check_sources
+from tamba.store import Store, digest
 
 __all__ = [
     "SETS",
@@ -134,10 +141,13 @@ def evaluate(
     models = Models(subjects["student"], subjects.get("teacher"))
     seconds = {"load": round(time.monotonic() - begun, 3)}
     teacher = None if models.teacher is None else models.teacher.model
+    folder = opened["student"].folder
     record = report.Record.begin(
         name=models.student.name,
         teacher=None if models.teacher is None else models.teacher.name,
-        layers=layers_of(models.student.model, folder=opened["student"].folder, teacher=teacher),
+        layers=layers_of(models.student.model, folder=folder, teacher=teacher),
+        plan=plan_of(models.student.model, built_entries(folder)),
+        recipe=recipe_of(folder),
         parameters={role: s.model.num_parameters() for role, s in subjects.items()},
         memory=memory_of(models.student.model, teacher),
         seconds=seconds,

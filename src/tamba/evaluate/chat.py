@@ -17,15 +17,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tamba import progress
+from tamba.decoding import decode
 from tamba.errors import UserError, nearest
-from tamba.evaluate.decoding import decode
 from tamba.evaluate.judge import PAIRWISE, SINGLE, Judge, Verdicts, judge_from
 from tamba.evaluate.measure import ItemMeasure, Items, Models, Request, Role, Stores, Subject
 from tamba.evaluate.scoring import loglikelihoods
 from tamba.evaluate.statistics import mean_score, pair, ratio_score
-from tamba.evaluate.store import Store, digest
 from tamba.generate import end_tokens
 from tamba.report import Measured, Score
+from tamba.store import Store, digest
 
 Messages = list[dict[str, str]]
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from tamba import progress
+from tamba.decoding import decode
 from tamba.errors import UserError, nearest
-from tamba.evaluate.decoding import decode
 from tamba.evaluate.measure import Items, Measure, Models, Request, Role, Stores, Subject
 from tamba.evaluate.scoring import loglikelihoods
 from tamba.evaluate.statistics import exponential, mean_score, pair
-from tamba.evaluate.store import Store, digest
 from tamba.generate import end_tokens
 from tamba.report import Measured, Score
+from tamba.store import Store, digest
 
 try:
     import lm_eval

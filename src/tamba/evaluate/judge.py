@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tamba.errors import UserError
-from tamba.evaluate.store import Store, digest
+from tamba.store import Store, digest
 
 SINGLE = """You grade the answer of an assistant to a user. Think of helpfulness, relevance, \
 accuracy, depth and level of detail. Give your reasons in a few sentences, then end with a line \

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tamba.errors import UserError
 from tamba.evaluate.statistics import mean_score, pair
-from tamba.evaluate.store import Store
 from tamba.model.config import TambaConfig
 from tamba.report import Curve, Measured, Score
+from tamba.store import Store
 
 Role = Literal["student", "teacher"]
 Items = dict[str, dict[str, Any]]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tamba import report
 from tamba.errors import UserError
 from tamba.evaluate.memory import cache_bytes
 from tamba.evaluate.perplexity import Comparison
-from tamba.plan import LayerPlan, PlanEntry, parse_entries
+from tamba.plan import Action, LayerPlan, PlanEntry, parse_entries
 
 CONTEXTS = tuple(2**k * 1024 for k in range(6))
 """Context lengths at which caches are compared: 1k to 32k."""
@@ -74,11 +74,10 @@ def layers_of(
     from nothing: a transplanted or pretrained Mamba layer does not count.
     """
     mixers = [block.mixer.kind for block in model.config.block_specs]
-    built = None if folder is None else folder / "build.json"
     if plan is not None:
         converted = len(plan.converted)
-    elif built is not None and built.is_file():
-        converted = sum(entry.action == "convert" for entry in _built(built))
+    elif (entries := built_entries(folder)) is not None:
+        converted = sum(entry.action == "convert" for entry in entries)
     elif teacher is not None:
         before = [block.mixer.kind for block in teacher.config.block_specs]
         alike = before if len(before) == len(mixers) else mixers
@@ -88,8 +87,15 @@ def layers_of(
     return report.Layers(total=len(mixers), converted=converted)
 
 
-def _built(path: Path) -> tuple[PlanEntry, ...]:
-    """The layers that a build record names. Raises UserError."""
+def built_entries(folder: Path | None) -> tuple[PlanEntry, ...] | None:
+    """The layers that a build record in `folder` names, bottom first; None where there is none.
+
+    Raises:
+        UserError: there is one, and it cannot be read.
+    """
+    path = None if folder is None else folder / "build.json"
+    if path is None or not path.is_file():
+        return None
     try:
         layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
         return parse_entries(layers, str(path))
@@ -97,6 +103,39 @@ def _built(path: Path) -> tuple[PlanEntry, ...]:
         if isinstance(error, UserError):
             raise
         raise UserError(str(path), "is not a record of a build", "remove it") from error
+
+
+ORIGINS: dict[Action, Literal["kept", "converted", "transplanted", "reinitialized"]] = {
+    "keep": "kept",
+    "convert": "converted",
+    "transplant": "transplanted",
+    "reinitialize": "reinitialized",
+}
+
+
+def plan_of(model: Any, entries: Sequence[PlanEntry] | None) -> list[report.PlanLayer]:
+    """What each layer of a student is and where it came from; nothing where nobody says."""
+    blocks = model.config.block_specs
+    if entries is None or len(entries) != len(blocks):
+        return []
+    return [
+        report.PlanLayer(
+            mixer=block.mixer.kind,
+            origin=ORIGINS[entry.action],
+            source=entry.source,
+            source_layer=entry.index,
+        )
+        for entry, block in zip(entries, blocks, strict=True)
+    ]
+
+
+def recipe_of(folder: Path | None) -> str | None:
+    """The recipe that `tamba build` left in `folder`, as TOML."""
+    path = None if folder is None else folder / "recipe.toml"
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def memory_of(student: Any, teacher: Any | None) -> list[report.CachePoint]:

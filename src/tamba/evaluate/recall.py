@@ -22,13 +22,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tamba import progress
 from tamba.data import text_digest
+from tamba.decoding import decode
 from tamba.errors import UserError
-from tamba.evaluate.decoding import decode
 from tamba.evaluate.measure import ItemMeasure, Items, Request, Role, Subject
 from tamba.evaluate.statistics import mean_score
-from tamba.evaluate.store import Store
 from tamba.evaluate.texts import read_enough
 from tamba.report import Curve, Point
+from tamba.store import Store
 
 Draw = Callable[[random.Random, int], "Case"]
 

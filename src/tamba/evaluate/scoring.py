@@ -257,6 +257,12 @@ def _read(hidden: Tensor, head: Tensor, wanted: Tensor) -> tuple[list[float], li
     for states, tokens in zip(hidden.split(step), wanted.split(step), strict=True):
         logits = states.to(head.dtype) @ head.T
         chosen = logits.gather(1, tokens[:, None])[:, 0]
-        logp += (chosen - logits.logsumexp(-1)).double().tolist()
-        best += (logits.argmax(-1) == tokens).tolist()
+        # The largest value is much cheaper to find than its place, which only ties need.
+        largest = logits.amax(-1)
+        likeliest = chosen == largest
+        for row in likeliest.nonzero()[:, 0].tolist():
+            likeliest[row] = logits[row].argmax() == tokens[row]
+        total = logits.sub_(largest[:, None]).exp_().sum(-1)
+        logp += (chosen - largest - total.log()).double().tolist()
+        best += likeliest.tolist()
     return logp, best

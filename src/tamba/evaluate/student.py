@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -12,18 +12,11 @@ from tamba import progress, report
 from tamba.checkpoint import load, load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
-from tamba.evaluate.parts import layers_of, memory_of, of_two
+from tamba.evaluate.parts import layers_of, memory_of, of_two, plan_of
 from tamba.evaluate.perplexity import compare
 from tamba.generate import generate
-from tamba.plan import Action, LayerPlan
+from tamba.plan import LayerPlan
 from tamba.recipe import Recipe
-
-ORIGINS: dict[Action, Literal["kept", "converted", "transplanted", "reinitialized"]] = {
-    "keep": "kept",
-    "convert": "converted",
-    "transplant": "transplanted",
-    "reinitialize": "reinitialized",
-}
 
 
 def evaluate_student(
@@ -83,15 +76,6 @@ def evaluate_student(
         "answer": chat[0].student if chat else None,
         "seconds": seconds,
         "recipe": recipe.text,
+        "plan": plan_of(ours, None if plan is None else plan.entries),
     }
-    if plan is not None:
-        known["plan"] = [
-            report.PlanLayer(
-                mixer=block.mixer.kind,
-                origin=ORIGINS[entry.action],
-                source=entry.source,
-                source_layer=entry.index,
-            )
-            for entry, block in zip(plan.entries, ours.config.block_specs, strict=True)
-        ]
     return report.Record.begin(recipe.name, **(known | sections))

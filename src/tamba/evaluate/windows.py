@@ -22,9 +22,9 @@ from tamba.errors import UserError
 from tamba.evaluate.measure import ItemMeasure, Items, Models, Request, Role, Stores, Subject
 from tamba.evaluate.perplexity import token_scores
 from tamba.evaluate.statistics import exponential, paired_bootstrap, ratio_score
-from tamba.evaluate.store import Store
 from tamba.evaluate.texts import read_enough
 from tamba.report import Curve, Measured, Paired, Point, Score
+from tamba.store import Store
 
 BUCKET = 1024
 """Tokens of a range of positions."""

@@ -345,8 +345,11 @@ def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor
 _loss_op.register_autograd(_gradients, setup_context=_keep_gradients)
 
 
-def _slices(n: int, size: int) -> Iterator[slice]:
-    for first in range(0, n, size):
+def _slices(n: int, most: int) -> Iterator[slice]:
+    """Of 0 to n in order, each at most so long, and as equal as multiples of 128 can be."""
+    even = -(-n // max(1, -(-n // most)))
+    size = min(most, -(-even // 128) * 128)
+    for first in range(0, n, max(1, size)):
         yield slice(first, min(first + size, n))
 
 

@@ -223,7 +223,8 @@ def ssd_chunked(
         y = y + torch.einsum("bihn,bhpn,bih->bihp", Cs, state, from_state)
         outputs.append(y)
         reaches_end = _same_document(begins)[:, -1]  # [B, chunk]
-        to_end = torch.exp(log_decay[:, -1:] - log_decay) * reaches_end[..., None]
+        to_end = torch.exp(_segment_sums((dts * A).transpose(1, 2))[..., -1, :]).transpose(1, 2)
+        to_end = to_end * reaches_end[..., None]
         state = state * from_state[:, -1, :, None, None]
         state = state + torch.einsum("bjhp,bjhn,bjh,bjh->bhpn", xs, Bs, to_end, dts)
     y = torch.cat(outputs, dim=1) if outputs else x

@@ -2,8 +2,8 @@
 
 A recipe's stages run in its order; `kinds` says what each is. `least_squares` and `align` look at
 one converted layer at a time and ask that it do what the teacher's attention does; `distil` runs
-the student end to end. The functions of those names work on models in memory; `train` reads and
-writes folders around them.
+the student end to end; `sft`, `dpo` and `on_policy` teach it to converse. The functions of those
+names work on models in memory; `train` reads and writes folders around them.
 
 Weights that move are float32 masters whatever the student is stored in; all others, and the
 teacher, are held once, in the type that the recipe gives them. Matrix products run in the type that
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 import tamba
 from tamba import progress
 from tamba.artefact import versions
+from tamba.chats import sources_digest
 from tamba.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -40,8 +41,9 @@ from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import WRITTEN, Recipe, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
 from tamba.text import Side, prepare_text, read_text
+from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
 from tamba.train.kinds import KINDS, Case, Job
@@ -56,7 +58,10 @@ __all__ = [
     "align",
     "check_stages",
     "distil",
+    "dpo",
     "least_squares",
+    "on_policy",
+    "sft",
     "train",
     "trained_parameters",
 ]
@@ -110,10 +115,12 @@ def train(
     writes = processes.is_main_process
     prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
-    if blocks is None:
+    talks = any(isinstance(stage, ChatStage) for stage in recipe.train)
+    if blocks is None and not all(isinstance(stage, ChatStage) for stage in recipe.train):
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
     model, teacher = _load(recipe, checkpoint, giver, moves, processes.device)
     folder = out.absolute().parent / f".{out.absolute().name}.stages"
+    tokenizer = load_tokenizer(checkpoint) if talks else None
     memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
     done = len(memory.restore(model))
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
@@ -122,8 +129,11 @@ def train(
             memory.logs_folder / f"{index}-{stage.stage}",
             _loggers(recipe),
         )
-        rows = _of_length(blocks, stage.length, recipe)
-        log = KINDS[type(stage)].run(Job(case, model, teacher, rows, moved, place), stage)
+        rows = None
+        if blocks is not None and not isinstance(stage, ChatStage):
+            rows = _of_length(blocks, stage.length, recipe)
+        job = Job(case, model, teacher, rows, moved, place, tokenizer)
+        log = KINDS[type(stage)].run(job, stage)
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model = _whole(model, recipe, checkpoint, moves, processes.device)
         memory.keep(log, model, moved)
@@ -214,14 +224,23 @@ def _held(asked: torch.dtype | str | None, recipe: Recipe) -> torch.dtype:
     return dtype
 
 
-def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks) -> str:
+def _digest(recipe: Recipe, student: Checkpoint, blocks: TokenBlocks | None) -> str:
     """Of everything that the trained weights depend on."""
-    raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    raw = b""
+    if blocks is not None:
+        raw = blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes()
+    chats = [
+        s
+        for stage in recipe.train
+        if isinstance(stage, ChatStage)
+        for s in recipe.chat_sources(stage)
+    ]
     return text_digest(
         [
             recipe.digest("seed", "teacher", "train"),
             student.digest(),
             hashlib.sha256(raw).hexdigest(),
+            *sources_digest(chats),
             tamba.__version__,
         ]
     )
@@ -251,7 +270,8 @@ def check_stages(
     case = Case(recipe, student, teacher, plan, list(names))
     moves = []
     for index, stage in enumerate(recipe.train):
-        _check_length(stage.length, recipe.data.length, recipe)
+        if not isinstance(stage, ChatStage):
+            _check_length(stage.length, recipe.data.length, recipe)
         where = recipe.where(f"train.{index} ({stage.stage})")
         moves.append(KINDS[type(stage)].check(case, stage, where))
     return moves

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from tamba.calibrate import can_calibrate
+from tamba.chats import check_chats, read_rows
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan
-from tamba.recipe import Align, Distil, LeastSquares, Recipe
+from tamba.recipe import Align, ChatStage, Distil, Dpo, LeastSquares, OnPolicy, Recipe, Sft
+from tamba.train.chat import dpo, on_policy, sft
+from tamba.train.chat_steps import check_library
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place
 from tamba.train.log import StageLog
@@ -62,14 +65,16 @@ class Job:
         rows: the stage's text, at its length.
         moved: names of the parameters that move.
         place: where checkpoints are kept, and who hears of the steps.
+        tokenizer: the student's, for stages on conversations.
     """
 
     case: Case
     student: TambaForCausalLM
     teacher: TambaForCausalLM | None
-    rows: TokenBlocks
+    rows: TokenBlocks | None
     moved: list[str]
     place: Place
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _check_least_squares(case: Case, stage: LeastSquares, where: str) -> list[st
 
 
 def _run_least_squares(job: Job, stage: LeastSquares) -> StageLog:
-    assert job.teacher is not None
+    assert job.teacher is not None and job.rows is not None
     log = least_squares(job.student, job.teacher, job.case.pairs, job.rows, stage)
     if torch.distributed.is_initialized():
         # All processes have computed the same, to the last bits; these must not differ either.
@@ -129,7 +134,7 @@ def _check_align(case: Case, stage: Align, where: str) -> list[str]:
 
 
 def _run_align(job: Job, stage: Align) -> StageLog:
-    assert job.teacher is not None
+    assert job.teacher is not None and job.rows is not None
     seed = job.case.recipe.seed
     return align(job.student, job.teacher, job.case.pairs, job.rows, stage, seed, job.place)
 
@@ -161,6 +166,7 @@ def _check_distil(case: Case, stage: Distil, where: str) -> list[str]:
 
 
 def _run_distil(job: Job, stage: Distil) -> StageLog:
+    assert job.rows is not None
     made = tuple(f"model.layers.{i}.mixer." for i in job.case.made)
     return distil(
         job.student,
@@ -172,6 +178,38 @@ def _run_distil(job: Job, stage: Distil) -> StageLog:
         job.place,
         pairs=job.case.pairs,
         fresh=lambda name: name.startswith(made),
+    )
+
+
+def _check_chat(case: Case, stage: ChatStage, where: str) -> list[str]:
+    check_library(where)
+    check_chats(case.recipe.chat_sources(stage))
+    moved = trained_parameters(case.names, case.made, stage.train)
+    if not moved:
+        raise UserError(
+            where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
+        )
+    if stage.uses_teacher and case.student.vocab_size != case.teacher.vocab_size:
+        raise UserError(
+            where,
+            f"the teacher has {case.teacher.vocab_size} words and the student "
+            f"{case.student.vocab_size}",
+            "use models that share a tokenizer",
+        )
+    return moved
+
+
+def _run_chat(job: Job, stage: Sft | Dpo | OnPolicy) -> StageLog:
+    runs: dict[type, Callable[..., StageLog]] = {Sft: sft, Dpo: dpo, OnPolicy: on_policy}
+    return runs[type(stage)](
+        job.student,
+        job.tokenizer,
+        stage,
+        read_rows(job.case.recipe.chat_sources(stage), limit=stage.rows),
+        teacher=job.teacher,
+        moving=job.moved,
+        seed=job.case.recipe.seed,
+        place=job.place,
     )
 
 
@@ -189,4 +227,7 @@ KINDS: dict[type, Kind] = {
     LeastSquares: Kind(_check_least_squares, _run_least_squares),
     Align: Kind(_check_align, _run_align),
     Distil: Kind(_check_distil, _run_distil, lambda stage: bool(stage.uses_teacher)),
+    Sft: Kind(_check_chat, _run_chat, lambda stage: bool(stage.uses_teacher)),
+    Dpo: Kind(_check_chat, _run_chat, lambda stage: bool(stage.uses_teacher)),
+    OnPolicy: Kind(_check_chat, _run_chat),
 }

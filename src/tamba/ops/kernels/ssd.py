@@ -16,7 +16,11 @@ at the usual sizes reading x and writing y is what the time goes to:
 Decays. Inside a chunk they are `exp2` of differences of running sums, never above 1. A document
 start, or a step so large that nothing of the state before it is left in float32, is no term of the
 sum but opens a new *span*; between spans the decay is 0. So nothing overflows, and small decays
-behind a huge one keep their digits.
+behind a huge one keep their digits. Steps just short of that still take sums to thousands, where
+float32 has four decimals. So unless operands are bfloat16 a sum is two floats: itself rounded, and
+in a second array what rounding took off; a difference of two sums then has the digits of a number
+of its own size. Exponentials of one sum do without the second: rounded to nearest, a sum small
+enough to leave anything of its exponential is off by 2^-24 of itself.
 
 Shape letters as in `tamba.ops.ssd`; `K` chunks, `S` segments, `R` heads of a group, `U` row blocks
 of a chunk. Step sizes, sums and spans are [B, H, K·Q] float32, float32 and int32.
@@ -78,17 +82,30 @@ def _dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _decays(ends, begins, end_spans_ptr, begin_spans_ptr, whole, live):
-    """exp2(end - begin) where `live` and in one span, else 0: of the shape that they broadcast to.
+def _decay(end, begin, low_ptr, end_at, begin_at):
+    """exp2(end - begin): of the shape that they broadcast to.
+
+    What rounding took off the sums lies at `low_ptr`, from where `end_at` and `begin_at`, of the
+    shapes of the numbers, are their places; or `low_ptr` is None.
+    """
+    between = end - begin
+    if low_ptr is not None:
+        between += tl.load(low_ptr + end_at) - tl.load(low_ptr + begin_at)
+    return tl.exp2(between)
+
+
+@triton.jit
+def _decays(ends, begins, low_ptr, end_at, begin_at, end_spans_ptr, begin_spans_ptr, whole, live):
+    """`_decay` where `live` and in one span, else 0.
 
     `whole`: there is one span only, as in most chunks; then spans need not be read. Pointers have
     the shapes of the numbers.
     """
     if whole:
-        decays = tl.where(live, tl.exp2(ends - begins), 0.0)
+        decays = tl.where(live, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
     else:
         same = tl.load(end_spans_ptr) == tl.load(begin_spans_ptr)
-        decays = tl.where(live & same, tl.exp2(ends - begins), 0.0)
+        decays = tl.where(live & same, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
     return decays
 
 
@@ -121,6 +138,7 @@ def _steps_kernel(
     padding_ptr,
     step_ptr,
     sum_ptr,
+    low_ptr,
     column_ptr,
     span_ptr,
     length,
@@ -141,7 +159,10 @@ def _steps_kernel(
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One chunk of a block of heads: step sizes, running sums of log2 decays, and spans."""
+    """One chunk of a block of heads: step sizes, running sums of log2 decays, and spans.
+
+    With `low_ptr` sums are in two parts, and there are no `columns`.
+    """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
     t = chunk * Q + tl.arange(0, Q)
@@ -166,13 +187,19 @@ def _steps_kernel(
     if STARTS:
         start = tl.load(starts_ptr + row * starts_b + t.to(tl.int64) * starts_t, mask=real, other=0)
         opens = opens | (start != 0)[:, None]
-    sums = tl.cumsum(tl.where(opens, 0.0, decay), axis=0)
+    sums = tl.where(opens, 0.0, decay)
+    if low_ptr is not None:
+        sums = sums.to(tl.float64)
+    sums = tl.cumsum(sums, axis=0)
     spans = tl.cumsum(opens.to(tl.int32), axis=0)
     out = (row * heads + h)[None, :] * (chunks * Q) + t[:, None]
     stored = (h < heads)[None, :]
     tl.store(step_ptr + out, dt, mask=stored)
     tl.store(sum_ptr + out, sums, mask=stored)
-    tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
+    if low_ptr is not None:
+        tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
+    else:
+        tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
     tl.store(span_ptr + out, spans, mask=stored)
 
 
@@ -204,6 +231,7 @@ def _walk(
     left_tiles,
     right_tiles,
     sum_ptr,
+    low_ptr,
     column_ptr,
     span_ptr,
     first_ptr,
@@ -283,7 +311,8 @@ def _walk(
             if FOLDED:
                 weight = tl.exp2(sum_end - columns)
             else:
-                weight = tl.exp2(sum_end - tl.load(sum_ptr + steps + t)) * columns
+                sums = tl.load(sum_ptr + steps + t)
+                weight = _decay(sum_end, sums, low_ptr, steps + start + Q - 1, steps + t) * columns
             weight = tl.where(spans == span_end, weight, 0.0)
         if not LOCAL:
             _put(stored_tiles, row, chunk * PITCH, column, state, N, BLOCK_P)
@@ -308,6 +337,7 @@ def _segments_kernel(
     B_tiles,
     x_tiles,
     sum_ptr,
+    low_ptr,
     column_ptr,
     span_ptr,
     local_ptr,
@@ -331,6 +361,7 @@ def _segments_kernel(
         B_tiles,
         x_tiles,
         sum_ptr,
+        low_ptr,
         column_ptr,
         span_ptr,
         local_ptr,
@@ -369,6 +400,7 @@ def _states_kernel(
     x_tiles,
     dy_tiles,
     sum_ptr,
+    low_ptr,
     column_ptr,
     span_ptr,
     first_ptr,
@@ -406,6 +438,7 @@ def _states_kernel(
             B_tiles,
             x_tiles,
             sum_ptr,
+            low_ptr,
             column_ptr,
             span_ptr,
             first_ptr,
@@ -436,6 +469,7 @@ def _states_kernel(
             C_tiles,
             dy_tiles,
             sum_ptr,
+            low_ptr,
             column_ptr,
             span_ptr,
             d_last_ptr,
@@ -478,6 +512,7 @@ def _scan_kernel(
     D_ptr,
     z_tiles,
     sum_ptr,
+    low_ptr,
     column_ptr,
     span_ptr,
     first_ptr,
@@ -546,6 +581,7 @@ def _scan_kernel(
         scores *= _decays(
             sums[:, None],
             columns[None, :] if FOLDED else sums[None, :],
+            *(low_ptr, at[:, None], at[None, :]),
             span_ptr + at[:, None],
             span_ptr + at[None, :],
             span_end == 0,
@@ -562,7 +598,10 @@ def _scan_kernel(
             y *= _silu(_tile(z_tiles, row, start, column, Q, BLOCK_P).to(tl.float32))
         _put(y_tiles, row, start, column, y, Q, BLOCK_P)
 
-        weight = tl.exp2(sum_end - columns) if FOLDED else tl.exp2(sum_end - sums) * columns
+        if FOLDED:
+            weight = tl.exp2(sum_end - columns)
+        else:
+            weight = _decay(sum_end, sums, low_ptr, steps + start + Q - 1, at) * columns
         weight = tl.where(spans == span_end, weight, 0.0)
         through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
         state = tl.dot(
@@ -609,6 +648,7 @@ def _grad_C_kernel(
     C_tiles,
     dy_tiles,
     sum_ptr,
+    low_ptr,
     column_ptr,
     span_ptr,
     entering_tiles,
@@ -675,6 +715,7 @@ def _grad_C_kernel(
         mixed *= _decays(
             sums[:, None],
             begins[None, :],
+            *(low_ptr, steps + u[:, None], steps + s[None, :]),
             span_ptr + steps + u[:, None],
             span_ptr + steps + s[None, :],
             span_end == 0,
@@ -713,6 +754,7 @@ def _grad_x_kernel(
     dy_tiles,
     step_ptr,
     sum_ptr,
+    low_ptr,
     span_ptr,
     entering_tiles,
     leaving_tiles,
@@ -768,11 +810,8 @@ def _grad_x_kernel(
         span_end = tl.load(span_ptr + steps + Q - 1)
         dy = _tile(dy_tiles, row, start, column, Q, P)
         decays = _decays(
-            sums[None, :],
-            sums[:, None],
-            span_ptr + steps + q[None, :],
-            span_ptr + steps + q[:, None],
-            span_end == 0,
+            *(sums[None, :], sums[:, None], low_ptr, steps + q[None, :], steps + q[:, None]),
+            *(span_ptr + steps + q[None, :], span_ptr + steps + q[:, None], span_end == 0),
             q[:, None] <= q[None, :],
         )
         # The columns all at once. In two halves the compiler (Triton 3.6, sm90) got the last row
@@ -783,7 +822,9 @@ def _grad_x_kernel(
         x = _tile(x_tiles, row, start, column, Q, P).to(tl.float32)
         dt = tl.load(step_ptr + steps + q)
         spans = tl.load(span_ptr + steps + q)
-        to_end = tl.where(spans == span_end, tl.exp2(sum_end - sums), 0.0)
+        to_end = tl.where(
+            spans == span_end, _decay(sum_end, sums, low_ptr, steps + Q - 1, steps + q), 0.0
+        )
         outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
         tl.store(leaves_ptr + steps + q, dt * tl.sum(x * outside, axis=1))
         d_input = inside + outside
@@ -1041,21 +1082,22 @@ class Call:
         """Launch `_steps_kernel`."""
         chunks = -(-self.length // chunk)
         shape = self.batch, self.heads, chunks * chunk
-        step, sums, columns = self.new(3, *shape).unbind()
+        step, sums, rest = self.new(3, *shape).unbind()
+        low, columns = (rest, None) if self.wide else (None, rest)
         spans = self.new(*shape, dtype=torch.int32)
         pointers, strides, constants = self.step_arguments()
         constants["Q"] = chunk
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
-                *(*pointers, step, sums, columns, spans),
+                *(*pointers, step, sums, low, columns, spans),
                 *(self.length, self.heads, chunks, *strides, self.low, self.high),
             ),
             constants,
             _STEP_SIZES,
             self.key,
         )
-        return Steps(step, sums, columns, spans, chunk, chunks)
+        return Steps(step, sums, low, step if columns is None else columns, spans, chunk, chunks)
 
     def segment_chunks(self, sizes: Tile, chunks: int, walks: int = 1) -> int:
         """Chunks of a segment, so that programs fill the card and no segment is empty."""
@@ -1077,14 +1119,16 @@ class Steps:
     Attributes:
         step: step sizes.
         sums: running sums of log2 decays.
+        low: what rounding took off the sums; None for bfloat16, which has no use for it.
         columns: sums less log2 of the step sizes, so that one exponential has both factors. Good
             for bfloat16 (`FOLDED`); where sums are in the thousands it costs float32 digits, and
-            the kernels get step sizes in its place.
+            there the step sizes are in its place.
         spans: numbers of spans, from 0 in every chunk.
     """
 
     step: Tensor
     sums: Tensor
+    low: Tensor | None
     columns: Tensor
     spans: Tensor
     chunk: int
@@ -1100,7 +1144,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     steps = call.steps(chunk)
     each = call.segment_chunks(sizes, steps.chunks)
     segments = -(-steps.chunks // each)
-    sums = steps.sums, steps.step if call.wide else steps.columns, steps.spans
+    sums = steps.sums, steps.low, steps.columns, steps.spans
     counts = heads, call.share, steps.chunks, segments, each
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
     adds = decays = steps.sums
@@ -1166,7 +1210,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     chunk = sizes["chunk"]
     steps = call.steps(chunk)
     chunks = steps.chunks
-    sums = steps.sums, steps.step if call.wide else steps.columns, steps.spans
+    sums = steps.sums, steps.low, steps.columns, steps.spans
 
     # The states before all chunks, and the gradients of those after them.
     entering = call.new(batch, chunks * n, heads, p, dtype=call.stored)
@@ -1243,7 +1287,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         (
             *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, chunk, n)),
             *(x if D is None else D, _tiles(dy, chunk, p)),
-            *(steps.step, steps.sums, steps.spans),
+            *(steps.step, steps.sums, steps.low, steps.spans),
             *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, chunk, chunk)),
             *(_tiles(dx, chunk, p), _tiles(dB, chunk, n), direct, leaves, through, skips, *counts),
         ),

@@ -1,7 +1,7 @@
-"""Finished items on disk, so that an interrupted evaluation goes on where it stopped.
+"""Finished items on disk, so that interrupted work goes on where it stopped.
 
-One file a measure and model, one JSON object a line. The file is named by a digest of everything
-that decides an item's result, so what is found in it can be taken as it is.
+One JSON object a line. Evaluation names the file by a digest of everything that decides an item's
+result, so what is found in it can be taken as it is; other work keeps that digest as an item.
 """
 
 from __future__ import annotations

@@ -1,0 +1,364 @@
+"""Stages on conversations: supervised fine-tuning, preferences, and the student's own answers.
+
+Rows are framed, masked and checked here, before the first step; `chat_steps` makes the steps.
+
+Shape letters: `B` rows of a batch, `T` tokens of a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from tamba import progress
+from tamba.chats import (
+    Conversation,
+    Preference,
+    Row,
+    answer_tokens,
+    check_template,
+    conversation_of,
+    preference_of,
+    prompt_of,
+    prompt_tokens,
+)
+from tamba.data import Batch
+from tamba.errors import UserError
+from tamba.generate import end_tokens
+from tamba.model.modeling import TambaForCausalLM
+from tamba.recipe import ChatStage, Dpo, OnPolicy, Sft
+from tamba.train.chat_steps import IGNORED, check_library, kind_of, running
+from tamba.train.engine import NOWHERE, Place
+from tamba.train.log import StageLog
+
+_BETAS = {"forward": 0.0, "js": 0.5, "reverse": 1.0}
+"""Divergences, as TRL counts them."""
+
+
+def sft(
+    student: TambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Sft,
+    rows: Iterable[Row],
+    *,
+    teacher: TambaForCausalLM | None = None,
+    moving: Collection[str] | None = None,
+    seed: int = 0,
+    place: Place = NOWHERE,
+) -> StageLog:
+    """Train a student on the answers of conversations, by TRL's `SFTTrainer`.
+
+    The loss is a mean over the answers' tokens of a step, however it is divided.
+
+    Args:
+        student: changed in place.
+        rows: as `tamba.chats.conversation_of` reads them.
+        teacher: for ``stage.kl``.
+        moving: names of the parameters that move, which are float32 at least; None for all.
+        seed: of the choice and order of rows.
+        place: where checkpoints are kept, from the last of which the stage goes on.
+
+    Raises:
+        UserError: TRL is not installed; no rows; a row that cannot be used, by its place; a teacher
+            with another vocabulary; no chat template; steps that come to nothing, or a full disk.
+    """
+    where = "train: sft"
+    _check_models(student, tokenizer, teacher if stage.kl else None, where)
+    ends = end_tokens(student, tokenizer)
+
+    def encode(chat: Conversation) -> dict[str, Any] | None:
+        ids, mask = answer_tokens(tokenizer, chat, ends)
+        ids, mask = ids[: stage.length], mask[: stage.length]
+        # The first token is predicted by nothing.
+        labels = [t if m and i else IGNORED for i, (t, m) in enumerate(zip(ids, mask, strict=True))]
+        if not any(label != IGNORED for label in labels):
+            _check_room(stage, chat.where)
+            return None
+        return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
+
+    chats = [conversation_of(row) for row in rows]
+    picked = _picked(chats, encode, stage, seed, lambda r: len(r["input_ids"]), where, stage.packed)
+    tokens = sum(len(r["input_ids"]) for r in picked)
+    if stage.packed:
+        picked = _packed(picked, stage.length)
+    with running(student, teacher, moving, stage, seed, place) as run:
+        trainer = run.trainer(
+            _Collate(_padding(tokenizer), stage.length if stage.packed else None),
+            picked,
+            tokenizer,
+            tokens,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+        )
+        trainer.learn_from(teacher, stage)
+        return run.log(trainer)
+
+
+def dpo(
+    student: TambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Dpo,
+    rows: Iterable[Row],
+    *,
+    teacher: TambaForCausalLM | None = None,
+    moving: Collection[str] | None = None,
+    seed: int = 0,
+    place: Place = NOWHERE,
+) -> StageLog:
+    """Train a student on preferences, by TRL's `DPOTrainer` with the sigmoid loss.
+
+    Log-probabilities of the reference are computed once, before the first step.
+
+    Args:
+        student: changed in place; where it is the reference, as it is given.
+        rows: as `tamba.chats.preference_of` reads them.
+        teacher: the reference of ``stage.reference = "teacher"``.
+
+    Other arguments and errors are those of `sft`; besides, a pair whose answers do not differ.
+    """
+    where = "train: dpo"
+    if stage.reference == "teacher" and teacher is None:
+        raise UserError(where, "has no teacher for its reference", "give one, or use 'student'")
+    _check_models(student, tokenizer, teacher if stage.reference == "teacher" else None, where)
+    ends = end_tokens(student, tokenizer)
+
+    def encode(pair: Preference) -> dict[str, Any] | None:
+        prompt = prompt_tokens(tokenizer, pair.prompt, pair.where)
+        room = stage.length - len(prompt)
+        if room < 1:
+            _check_room(stage, pair.where)
+            return None
+        sides = []
+        for said in (pair.chosen, pair.rejected):
+            ids, _ = answer_tokens(tokenizer, Conversation(pair.where, (*pair.prompt, *said)), ends)
+            if ids[: len(prompt)] != prompt:
+                raise UserError(
+                    pair.where,
+                    "the chat template writes the prompt otherwise when an answer follows",
+                    "remove the row, or use another template",
+                )
+            sides.append(ids[len(prompt) :][:room])
+        if sides[0] == sides[1]:
+            raise UserError(
+                pair.where,
+                f"the answers do not differ within length = {stage.length}",
+                "remove the row, or make length larger",
+            )
+        return {"prompt_ids": prompt, "chosen_ids": sides[0], "rejected_ids": sides[1]}
+
+    def size(row: dict[str, Any]) -> int:
+        return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+
+    pairs = [preference_of(row) for row in rows]
+    picked = _picked(pairs, encode, stage, seed, size, where)
+    with running(student, teacher, moving, stage, seed, place) as run:
+        trainer = run.trainer(
+            None,
+            picked,
+            tokenizer,
+            sum(map(size, picked)),
+            # Only asked before the first step, so the student itself can stand for its beginning.
+            ref_model=teacher if stage.reference == "teacher" else copy.copy(student),
+            beta=stage.beta,
+            loss_type=["sigmoid"],
+            max_length=None,
+        )
+        trainer.ask_reference()
+        return run.log(trainer)
+
+
+def on_policy(
+    student: TambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: OnPolicy,
+    rows: Iterable[Row],
+    *,
+    teacher: TambaForCausalLM | None,
+    moving: Collection[str] | None = None,
+    seed: int = 0,
+    place: Place = NOWHERE,
+) -> StageLog:
+    """Train a student on the teacher's distribution along its own answers, by TRL's
+    `DistillationTrainer`.
+
+    Args:
+        student: changed in place.
+        rows: as `tamba.chats.prompt_of` reads them.
+        teacher: in process.
+
+    Other arguments and errors are those of `sft`.
+    """
+    where = "train: on_policy"
+    if teacher is None:
+        raise UserError(where, "has no teacher", "give one")
+    _check_models(student, tokenizer, teacher, where)
+    room = stage.length - stage.new_tokens
+
+    def encode(row: Row) -> dict[str, Any] | None:
+        messages = prompt_of(row)
+        if not messages or not messages[-1]["content"].strip():
+            raise UserError(row.where, "the prompt is empty", "remove the row")
+        ids = prompt_tokens(tokenizer, messages, row.where)
+        if len(ids) > room:
+            _check_room(stage, row.where)
+            return None
+        return {"prompt": list(messages), "size": len(ids) + stage.new_tokens}
+
+    picked = _picked(list(rows), encode, stage, seed, lambda r: int(r["size"]), where)
+    if len(picked) < stage.batch:
+        raise UserError(
+            where, f"{len(picked)} prompts are less than a batch of {stage.batch}", "give more"
+        )
+    tokens = sum(r.pop("size") for r in picked)
+    with running(student, teacher, moving, stage, seed, place) as run:
+        trainer = run.trainer(
+            None,
+            picked,
+            tokenizer,
+            tokens,
+            teacher_model=teacher,
+            beta=_BETAS[stage.divergence],
+            temperature=stage.temperature,
+            max_completion_length=stage.new_tokens,
+        )
+        return run.log(trainer)
+
+
+# Rows.
+
+
+def _check_models(
+    student: TambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    teacher: TambaForCausalLM | None,
+    where: str,
+) -> None:
+    check_library(where)
+    if tokenizer is None:
+        raise UserError(where, "the student has no tokenizer", "put tokenizer.json beside it")
+    check_template(tokenizer, where)
+    if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
+        raise UserError(
+            where,
+            f"the teacher has {teacher.config.vocab_size} words and the student "
+            f"{student.config.vocab_size}",
+            "use models that share a tokenizer",
+        )
+
+
+def _check_room(stage: ChatStage, where: str) -> None:
+    """What becomes of a row whose prompt is too long: UserError, or nothing."""
+    if stage.too_long == "refuse":
+        raise UserError(
+            where,
+            f"the prompt leaves no room for an answer in length = {stage.length}",
+            "remove the row, make length larger, or set too_long = 'skip'",
+        )
+
+
+def _picked(
+    items: Sequence[Any],
+    encode: Callable[[Any], dict[str, Any] | None],
+    stage: ChatStage,
+    seed: int,
+    size: Callable[[dict[str, Any]], int],
+    where: str,
+    packed: bool = False,
+) -> list[dict[str, Any]]:
+    """As many rows as the stage can use, in an order of the seed's; all of them if it wants more.
+
+    Args:
+        size: tokens of a row.
+        packed: steps are rows of ``stage.length`` tokens, filled with several.
+    """
+    if not items:
+        raise UserError(where, "there are no rows", "give data with at least one")
+    most_rows, most_tokens = math.inf, math.inf
+    if stage.steps is not None and packed:
+        most_tokens = stage.steps * stage.batch * stage.length
+    elif stage.steps is not None:
+        most_rows = stage.steps * stage.batch
+    elif stage.tokens is not None:
+        most_tokens = stage.tokens
+    order = np.random.default_rng(seed).permutation(len(items)).tolist()
+    found: list[dict[str, Any]] = []
+    tokens = skipped = 0
+    for i in progress.track(order, f"{kind_of(stage)}: frame rows"):
+        row = encode(items[i])
+        if row is None:
+            skipped += 1
+            continue
+        found.append(row)
+        tokens += size(row)
+        if len(found) >= most_rows or tokens >= most_tokens:
+            break
+    if not found:
+        raise UserError(
+            where, f"all {skipped} prompts are too long", "make length larger, or give others"
+        )
+    return found
+
+
+def _packed(rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+    """Rows of up to `length` tokens of several conversations each: the longest first, each into the
+    fullest row that has room."""
+    room: list[tuple[int, int]] = []  # (left, which), sorted
+    packs: list[list[dict[str, Any]]] = []
+    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
+        size = len(row["input_ids"])
+        at = bisect.bisect_left(room, (size, -1))
+        if at < len(room):
+            left, which = room.pop(at)
+        else:
+            left, which = length, len(packs)
+            packs.append([])
+        packs[which].append(row)
+        bisect.insort(room, (left - size, which))
+    return [{key: [x for r in pack for x in r[key]] for key in pack[0]} for pack in packs]
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return token
+    return 0
+
+
+class _Collate:
+    """Rows of several lengths as one batch [B, T].
+
+    Args:
+        padding: the token that fills rows.
+        length: of packed rows; None for rows of one conversation, which are padded to the longest
+            and masked.
+    """
+
+    def __init__(self, padding: int, length: int | None) -> None:
+        self.padding, self.length = padding, length
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        width = self.length or max(len(r["input_ids"]) for r in rows)
+        ids = torch.full((len(rows), width), self.padding)
+        labels = torch.full((len(rows), width), IGNORED)
+        # Filling tokens are documents of their own: nothing sees them.
+        starts = torch.ones(len(rows), width, dtype=torch.bool)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            size = len(row["input_ids"])
+            ids[i, :size] = torch.tensor(row["input_ids"])
+            labels[i, :size] = torch.tensor(row["labels"])
+            mask[i, :size] = 1
+            starts[i, :size] = False
+            begins = torch.tensor([0, *row["lengths"]]).cumsum(0)[:-1]
+            starts[i, begins] = True
+        if self.length is None:
+            return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return {**Batch(ids, starts).inputs, "labels": labels}

@@ -1,0 +1,191 @@
+"""Rows of many forms become conversations, and masks cover answers exactly."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+
+import pytest
+
+from tamba.chats import (
+    Conversation,
+    Row,
+    answer_tokens,
+    check_chats,
+    conversation_of,
+    preference_of,
+    prompt_of,
+    prompt_tokens,
+    read_rows,
+)
+from tamba.errors import UserError
+from texts import END, byte_tokenizer
+
+CHATML = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<end>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<end>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+ASKS = "two and two?"
+USER = {"role": "user", "content": ASKS}
+SAID = {"role": "assistant", "content": "four"}
+THREE = [
+    {"role": "system", "content": "be brief"},
+    USER,
+    SAID,
+    {"role": "user", "content": "and three?"},
+    {"role": "assistant", "content": "seven <|user|> of course"},
+]
+
+
+def tokenizer(template):
+    made = byte_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def runs(ids, mask):
+    """The text of each run of masked tokens."""
+    found, current = [], []
+    for token, masked in [*zip(ids, mask, strict=True), (0, False)]:
+        if masked:
+            current.append(token)
+        elif current:
+            found.append(byte_tokenizer().decode(current))
+            current = []
+    return found
+
+
+def test_rows_of_many_forms_hold_the_same():
+    for fields in (
+        {"messages": [USER, SAID]},
+        {"conversations": [{"from": w, "value": v} for w, v in (("human", ASKS), ("gpt", "four"))]},
+        {"prompt": USER["content"], "completion": "four"},
+        {"prompt": [USER], "response": [SAID]},
+        {"instruction": USER["content"], "input": "", "output": "four"},
+        {"question": USER["content"], "answer": "four"},
+    ):  # fmt: skip
+        row = Row("here", fields)
+        assert conversation_of(row) == Conversation("here", (USER, SAID))
+        assert prompt_of(row) == (USER,)
+    row = Row("here", {"system": "be brief", "question": "a?", "chosen": "b", "rejected": "c"})
+    assert [m["role"] for m in preference_of(row).prompt] == ["system", "user"]
+    row = Row("here", {"instruction": "Sum", "input": "2 2", "output": "4"})
+    assert prompt_of(row)[0]["content"] == "Sum\n\n2 2"
+
+
+def test_preferences_of_several_forms():
+    bad = {"role": "assistant", "content": "five"}
+    for fields in (
+        {"prompt": [USER], "chosen": [SAID], "rejected": [bad]},
+        {"prompt": USER["content"], "chosen": "four", "rejected": "five"},
+        {"prompt": USER["content"], "chosen": [USER, SAID], "rejected": [USER, bad]},
+        {"chosen": [USER, SAID], "rejected": [USER, bad]},
+    ):
+        pair = preference_of(Row("here", fields))
+        assert (pair.prompt, pair.chosen, pair.rejected) == ((USER,), (SAID,), (bad,))
+    turns = {"chosen": THREE, "rejected": [*THREE[:-1], bad]}
+    assert preference_of(Row("here", turns)).prompt == tuple(THREE[:-1])
+
+
+@pytest.mark.parametrize(
+    ("read", "fields", "said"),
+    [
+        (prompt_of, {"txet": "a"}, "'txet'"),
+        (conversation_of, {"messages": [USER]}, "does not end with an answer"),
+        (conversation_of, {"messages": [USER, {"role": "assistant", "content": " "}]}, "empty"),
+        (conversation_of, {"prompt": "a"}, "holds no conversation"),
+        (conversation_of, {"messages": ["a"]}, "neither text nor messages"),
+        (conversation_of, {"messages": [{"role": "user"}]}, "lacks role or content"),
+        (preference_of, {"prompt": "a", "chosen": "b", "rejected": "b "}, "do not differ"),
+        (preference_of, {"prompt": "a", "chosen": "", "rejected": "b"}, "chosen answer is empty"),
+        (preference_of, {"prompt": "a"}, "holds no preference"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(read, fields, said):
+    with pytest.raises(UserError, match=f"file:7: .*({said})"):
+        read(Row("file:7", fields))
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["marked", "by prefix"])
+def test_masks_cover_answers_and_their_ends(template):
+    made = tokenizer(template)
+    ids, mask = answer_tokens(made, Conversation("here", tuple(THREE)), [END])
+    assert ids == made.apply_chat_template(THREE, return_dict=True)["input_ids"]
+    assert runs(ids, mask) == ["four<end>", "seven <|user|> of course<end>"]
+    asked = prompt_tokens(made, THREE[:2], "here")
+    assert ids[: len(asked)] == asked and not any(mask[: len(asked)])
+    # A mask that begins a token early is told apart.
+    early = [*mask[1:], False]
+    assert runs(ids, early) != runs(ids, mask)
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN], ids=["marked", "by prefix"])
+def test_an_answer_that_was_cut_off_has_no_end(template):
+    made = tokenizer(template)
+    ids, mask = answer_tokens(made, Conversation("here", (USER, SAID), cut=True), [END])
+    assert runs(ids, mask) == ["four"] and mask[-1]
+
+
+def test_a_template_that_writes_earlier_turns_anew_is_refused():
+    forgets = (
+        "{% for m in messages %}<{{ m['role'] }}>{% if loop.last or m['role'] != 'assistant' %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    made = tokenizer(forgets)
+    with pytest.raises(UserError, match=r"here: .*message 2 otherwise"):
+        answer_tokens(made, Conversation("here", tuple(THREE)), [END])
+    assert answer_tokens(made, Conversation("here", (USER, SAID)), [END])[1]
+    strict = tokenizer("{{ raise_exception('no system role') }}")
+    with pytest.raises(UserError, match=r"here: .*no system role"):
+        prompt_tokens(strict, [USER], "here")
+
+
+def test_sources(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    lines = "".join(json.dumps(r) + "\n" for r in rows)
+    (tmp_path / "one.jsonl").write_text(lines)
+    (tmp_path / "two.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "three.txt").write_text("c\n\nd\n")
+    files = [tmp_path / n for n in ("one.jsonl", "two.jsonl.gz", "three.txt")]
+    found = list(read_rows(files))
+    assert [prompt_of(r)[0]["content"] for r in found] == list("ababcd")
+    assert found[-1].where == f"{files[2]}:3" and found[-1].source == "three.txt"
+    assert len(list(read_rows(files, limit=1))) == 3
+    assert len(list(read_rows(tmp_path))) == 6
+    for name, said in ((str(tmp_path / "x.jsonl"), "no such file"), (tmp_path / "y.csv", "known")):
+        (tmp_path / "y.csv").touch()
+        with pytest.raises(UserError, match=said):
+            check_chats([name])
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(UserError, match="holds no rows"):
+        list(read_rows(tmp_path / "empty.txt"))
+
+
+def test_parquet_files(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_list([{"messages": [USER, SAID]}] * 3).to_parquet(str(path))
+    found = [conversation_of(r).messages for r in read_rows(path, limit=2)]
+    assert found == [(USER, SAID)] * 2
+
+
+def test_the_hub_is_streamed(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*place, **options):
+        asked.append((place, options))
+        yield from ({"prompt": str(i)} for i in range(10**9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = list(read_rows("owner/name:train_sft", limit=3))
+    assert [r.where for r in found] == [f"owner/name:train_sft, row {i}" for i in range(3)]
+    assert asked == [(("owner/name",), {"streaming": True, "split": "train_sft"})]
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"tamba\[chat\]"):
+        list(read_rows("owner/name"))

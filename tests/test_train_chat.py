@@ -1,0 +1,475 @@
+"""Losses on conversations equal those computed by hand, and steps go on where they were cut off."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("trl")
+
+from compare import assert_same
+from models import tiny_model
+from tamba.chats import Row
+from tamba.errors import UserError
+from tamba.model.modeling import TambaForCausalLM
+from tamba.recipe import Dpo, OnPolicy, Sft
+from tamba.train import chat, chat_steps, dpo, engine, on_policy, sft
+from tamba.train.engine import Place
+from texts import END, byte_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+STACK = ["mamba2_gqa", "attention", "mamba1"]
+NEVER = 1e-30
+"""A learning rate at which nothing moves."""
+
+
+def tokenizer(template: str | None = TEMPLATE):
+    made = byte_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def student(seed: int = 0) -> TambaForCausalLM:
+    made = tiny_model(STACK, seed=seed, vocab_size=257)
+    made.generation_config.eos_token_id = END
+    return made
+
+
+def teacher() -> TambaForCausalLM:
+    return tiny_model(["attention"] * 2, seed=5, vocab_size=257)
+
+
+def rows(n: int = 6) -> list[Row]:
+    return [Row(f"row {i}", {"prompt": f"say {i}" * (i % 3 + 1), "completion": "yes " * (i + 1)})
+            for i in range(n)]  # fmt: skip
+
+
+def pairs(n: int = 4) -> list[Row]:
+    return [Row(f"row {i}", {"prompt": f"say {i}", "chosen": "yes " * (i + 1), "rejected": "no"})
+            for i in range(n)]  # fmt: skip
+
+
+TOLD = {"data": ("rows",), "steps": 1, "batch": 6, "lr": NEVER, "warmup": 0.0, "dtype": "float32"}
+
+
+def sft_stage(**options) -> Sft:
+    return Sft.model_validate(TOLD | {"stage": "sft", "length": 64} | options)
+
+
+def dpo_stage(**options) -> Dpo:
+    return Dpo.model_validate(TOLD | {"stage": "dpo", "batch": 4} | options)
+
+
+def on_policy_stage(**options) -> OnPolicy:
+    told = {"stage": "on_policy", "batch": 4, "new_tokens": 8, "length": 64}
+    return OnPolicy.model_validate(TOLD | told | options)
+
+
+# The truth, in float64 and one conversation at a time.
+
+
+def framed(row: Row, answer: str = "completion") -> tuple[Tensor, int]:
+    """Tokens [1, T] of prompt and answer, written out by hand, and those of the prompt."""
+    asked = f"<user>{row.fields['prompt']}<end><assistant>"
+    whole = f"{asked}{row.fields[answer]}<end>"
+    ids = [tokenizer()(text)["input_ids"] for text in (whole, asked)]
+    return torch.tensor([ids[0]]), len(ids[1])
+
+
+@torch.no_grad()
+def log_probabilities(model: TambaForCausalLM, ids: Tensor) -> Tensor:
+    """[T - 1, V] in float64."""
+    made = tiny_model_like(model)
+    return made(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+
+
+def tiny_model_like(model: TambaForCausalLM) -> TambaForCausalLM:
+    made = type(model)(model.config).double().eval()
+    made.load_state_dict({n: t.double() for n, t in model.state_dict().items()})
+    return made
+
+
+def cross_entropy(model: TambaForCausalLM, examples: list[Row], prompts_too: bool = False) -> float:
+    found = []
+    for row in examples:
+        ids, n = framed(row)
+        nats = -log_probabilities(model, ids).gather(1, ids[0, 1:, None])[:, 0]
+        found.append(nats if prompts_too else nats[n - 1 :])
+    return float(torch.cat(found).mean())
+
+
+def preference_loss(model: TambaForCausalLM, reference: TambaForCausalLM, beta: float) -> float:
+    found = []
+    for row in pairs():
+        margin = 0.0
+        for sign, answer in ((1, "chosen"), (-1, "rejected")):
+            ids, n = framed(row, answer)
+            for weight, one in ((1, model), (-1, reference)):
+                said = log_probabilities(one, ids).gather(1, ids[0, 1:, None])[n - 1 :].sum()
+                margin += sign * weight * float(said)
+        found.append(math.log1p(math.exp(-beta * margin)))
+    return math.fsum(found) / len(found)
+
+
+def first_loss(log) -> float:
+    return log.losses[0][1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"micro_batch": 2, "ce": 0.5}],
+    ids=["at once", "in pieces, weighted"],
+)
+def test_sft_is_cross_entropy_of_the_answers(options) -> None:
+    model = student()
+    got = first_loss(sft(model, tokenizer(), sft_stage(**options), rows()))
+    want = cross_entropy(model, rows()) * options.get("ce", 1.0)
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_a_mask_that_includes_prompts_is_seen(monkeypatch) -> None:
+    honest = chat.answer_tokens
+
+    def everything(*args):
+        ids, mask = honest(*args)
+        return ids, [True] * len(mask)
+
+    monkeypatch.setattr(chat, "answer_tokens", everything)
+    model = student()
+    got = first_loss(sft(model, tokenizer(), sft_stage(), rows()))
+    assert got != pytest.approx(cross_entropy(model, rows()), rel=1e-5)
+    assert got == pytest.approx(cross_entropy(model, rows(), prompts_too=True), rel=1e-5)
+
+
+def check_packed() -> None:
+    model = student()
+    stage = sft_stage(packed=True, length=96, batch=3, epochs=1, steps=None)
+    lengths = sorted(framed(row)[0].shape[1] for row in rows())
+    packs = chat._packed([{"input_ids": [0] * n, "lengths": [n]} for n in lengths], 96)
+    assert [n for pack in packs for n in pack["lengths"]] != lengths and len(packs) == 3
+    log = sft(model, tokenizer(), stage, rows())
+    assert first_loss(log) == pytest.approx(cross_entropy(model, rows()), rel=1e-5)
+
+
+def test_packed_conversations_see_nothing_of_one_another() -> None:
+    check_packed()
+
+
+def test_packing_without_boundaries_is_seen(monkeypatch) -> None:
+    honest = chat._Collate.__call__
+
+    def joined(self, some):
+        batch = honest(self, some)
+        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).expand_as(
+            batch["input_ids"]
+        )
+        return batch
+
+    monkeypatch.setattr(chat._Collate, "__call__", joined)
+    with pytest.raises(AssertionError):
+        check_packed()
+
+
+def test_sft_beside_the_teacher() -> None:
+    model, above = student(), teacher()
+    stage = sft_stage(ce=0.5, kl=2.0, micro_batch=2)
+    got = first_loss(sft(model, tokenizer(), stage, rows(), teacher=above))
+    apart = []
+    for row in rows():
+        ids, n = framed(row)
+        p, q = (log_probabilities(m, ids)[n - 1 :] for m in (above, model))
+        apart.append((p.exp() * (p - q)).sum(-1))
+    want = 0.5 * cross_entropy(model, rows()) + 2.0 * float(torch.cat(apart).mean())
+    assert got == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("reference", ["teacher", "student"])
+def test_dpo_is_the_closed_formula(reference) -> None:
+    """Rafailov et al. 2023, equation 7, from log-probabilities that are summed by hand."""
+    model, above = student(), teacher()
+    stage = dpo_stage(reference=reference, beta=0.05, micro_batch=2)
+    log = dpo(model, tokenizer(), stage, pairs(), teacher=above)
+    want = preference_loss(model, above if reference == "teacher" else model, 0.05)
+    assert first_loss(log) == pytest.approx(want, rel=1e-5)
+    if reference == "teacher":  # the other reference is told apart
+        assert want != pytest.approx(math.log(2), rel=1e-3)
+    else:
+        assert want == pytest.approx(math.log(2))
+
+
+def test_the_student_is_the_reference_as_it_was() -> None:
+    model, before = student(), student()
+    stage = dpo_stage(reference="student", steps=3, lr=1e-3, beta=0.5, schedule="constant")
+    log = dpo(model, tokenizer(), stage, pairs())
+    assert log.losses[-1][1] < first_loss(log)
+    again = dpo_stage(reference="teacher", beta=0.5)
+    after = first_loss(dpo(model, tokenizer(), again, pairs(), teacher=before))
+    assert after == pytest.approx(preference_loss(model, before, 0.5), rel=1e-5)
+    assert after < log.losses[-1][1]
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "js"])
+def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monkeypatch) -> None:
+    import trl
+
+    model, above, seen = student(), teacher(), []
+    honest = trl.DistillationTrainer._compute_loss
+
+    def watched(self, one, inputs, count):
+        seen.append({k: v.clone() for k, v in inputs.items() if isinstance(v, Tensor)})
+        return honest(self, one, inputs, count)
+
+    monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", watched)
+    stage = on_policy_stage(divergence=divergence)
+    got = first_loss(on_policy(model, tokenizer(), stage, rows(4), teacher=above))
+    apart, asked = [], set()
+    for batch in seen:
+        for k in range(len(batch["prompt_ids"])):
+            prompt = batch["prompt_ids"][k][batch["prompt_mask"][k].bool()]
+            answer = batch["completion_ids"][k][batch["completion_mask"][k].bool()]
+            assert 1 <= len(answer) <= 8
+            asked.add(tokenizer().decode(prompt))
+            ids = torch.cat([prompt, answer])[None]
+            p, q = (log_probabilities(m, ids)[len(prompt) - 1 :] for m in (above, model))
+            m = ((p.exp() + q.exp()) / 2).log()
+            forward = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+            reverse = F.kl_div(p, q, log_target=True, reduction="none").sum(-1)
+            both = [F.kl_div(m, x, log_target=True, reduction="none").sum(-1) for x in (p, q)]
+            js = (both[0] + both[1]) / 2
+            apart.append({"forward": forward, "reverse": reverse, "js": js}[divergence])
+    assert asked == {f"<user>{r.fields['prompt']}<end><assistant>" for r in rows(4)}
+    assert got == pytest.approx(float(torch.cat(apart).mean()), rel=1e-4)
+
+
+# What is left as it was.
+
+
+def test_what_moves_and_what_stays() -> None:
+    model, names = student(), [f"model.layers.0.mixer.{n}" for n in ("A_log", "out_proj.weight")]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.manual_seed(3)
+    states = torch.get_rng_state(), random.getstate()
+    config = model.config.to_dict()
+    stage = sft_stage(steps=2, lr=1e-2, checkpointing=True)
+    log = sft(model, tokenizer(), stage, rows(), moving=names)
+    assert log.stage == "sft" and log.tokens > 0 and log.skipped == 0
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in names), name
+        assert parameter.requires_grad and parameter.grad is None
+    assert_same(torch.get_rng_state(), states[0], "exact")
+    assert random.getstate() == states[1]
+    assert model.config.to_dict() == config and not model.training
+    assert not {"forward", "_original_forward"} & model.__dict__.keys()
+
+
+def test_short_masters_are_refused_and_products_may_be_short() -> None:
+    with pytest.raises(TypeError, match="float32 master"):
+        sft(student().bfloat16(), tokenizer(), sft_stage(), rows())
+    model = student()
+    got = first_loss(sft(model, tokenizer(), sft_stage(dtype="bfloat16"), rows()))
+    want = cross_entropy(model, rows())
+    assert got == pytest.approx(want, rel=2e-2) and got != pytest.approx(want, rel=1e-6)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_budgets() -> None:
+    def steps(**options) -> int:
+        stage = sft_stage(**({"steps": None, "batch": 2} | options))
+        return chat_steps.Run(student(), stage, 0, Place(), Path())._steps(7, 700)
+
+    assert steps(epochs=2) == 8 and steps(steps=5) == 5 and steps() == 4
+    assert steps(tokens=700) == 4 and steps(tokens=1) == 1 and steps(tokens=7000) == 35
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("run", "stage", "given", "said"),
+    [
+        (sft, sft_stage(), [], "there are no rows"),
+        (sft, sft_stage(length=16), rows(), r"row \d: the prompt leaves no room"),
+        (sft, sft_stage(), [Row("row 3", {"txet": "a"})], "row 3: .*'txet'"),
+        (sft, sft_stage(length=8, too_long="skip"), rows(), "all 6 prompts are too long"),
+        (dpo, dpo_stage(reference="student"), [], "there are no rows"),
+        (dpo, dpo_stage(), pairs(), "no teacher for its reference"),
+        (
+            dpo,
+            dpo_stage(reference="student"),
+            [*pairs(), Row("row 9", {"prompt": "a", "chosen": "b", "rejected": "b"})],
+            "row 9: .*do not differ",
+        ),
+        (
+            dpo,
+            dpo_stage(reference="student", length=32),
+            [Row("row 2", {"prompt": "abc", "chosen": "b" * 40, "rejected": "b" * 50})],
+            "row 2: .*do not differ within length = 32",
+        ),
+        (dpo, dpo_stage(reference="student", length=16), pairs(), r"row \d: the prompt leaves"),
+        (sft, sft_stage(batch=6, micro_batch=3), [Row("row 1", {"prompt": "a"})], "row 1: holds"),
+    ],
+)
+def test_mistakes_are_named_before_the_first_step(run, stage, given, said, monkeypatch) -> None:
+    monkeypatch.setattr(chat_steps.Run, "log", lambda *_: pytest.fail("a step was taken"))
+    with pytest.raises(UserError, match=said):
+        run(student(), tokenizer(), stage, given)
+
+
+def test_models_that_do_not_fit(monkeypatch) -> None:
+    other = tiny_model(["attention"], vocab_size=99)
+    with pytest.raises(UserError, match="the teacher has 99 words and the student 257"):
+        dpo(student(), tokenizer(), dpo_stage(), pairs(), teacher=other)
+    with pytest.raises(UserError, match="no chat template"):
+        sft(student(), tokenizer(None), sft_stage(), rows())
+    with pytest.raises(UserError, match="2 prompts are less than a batch of 4"):
+        on_policy(student(), tokenizer(), on_policy_stage(), rows(2), teacher=teacher())
+    with pytest.raises(UserError, match="the prompt is empty"):
+        given = [Row("row 0", {"prompt": " "})]
+        on_policy(student(), tokenizer(), on_policy_stage(), given, teacher=teacher())
+    monkeypatch.setattr(chat_steps.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package 'trl'.*tamba\[chat\]"):
+        sft(student(), tokenizer(), sft_stage(), rows())
+
+
+# Reliability.
+
+
+def stages(kind: str, steps: int = 6) -> Callable[[TambaForCausalLM, Place], object]:
+    """Some steps of a stage."""
+    told = {"steps": steps, "lr": 3e-3, "batch": 2, "micro_batch": 1}
+    runs: dict[str, Callable[[TambaForCausalLM, Place], object]] = {
+        "sft": lambda model, place: sft(
+            model, tokenizer(), sft_stage(**told), rows(), seed=3, place=place
+        ),
+        "dpo": lambda model, place: dpo(
+            model, tokenizer(), dpo_stage(**told, reference="student"), pairs(), seed=3, place=place
+        ),
+        "on_policy": lambda model, place: on_policy(
+            model,
+            tokenizer(),
+            on_policy_stage(**told),
+            rows(),
+            teacher=teacher(),
+            seed=3,
+            place=place,
+        ),
+    }
+    return runs[kind]
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_run_that_was_cut_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "KEEP_SECONDS", 0.0)
+    whole, cut = student(), student()
+    log = stages(kind)(whole, Place())
+    honest = chat_steps._Watch.on_step_end
+
+    def dies(self, args, state, control, **told):
+        honest(self, args, state, control, **told)
+        if state.global_step == 4:  # after the checkpoint of step 3
+            raise KeyboardInterrupt
+
+    place = Place(tmp_path / "kept")
+    with monkeypatch.context() as inside:
+        inside.setattr(chat_steps._Watch, "on_step_end", dies)
+        with pytest.raises(KeyboardInterrupt):
+            stages(kind)(cut, place)
+    assert [p.name for p in (tmp_path / "kept").glob("checkpoint-*")] == ["checkpoint-3"]
+    fresh = student()
+    again = stages(kind)(fresh, place)
+    assert again.losses == log.losses
+    for (name, want), got in zip(whole.named_parameters(), fresh.parameters(), strict=True):
+        assert_same(got, want, "exact", name)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "KEEP_SECONDS", 0.0)
+    honest, saved = chat_steps.save_file, []
+
+    def full(tensors, path):
+        saved.append(path)
+        if len(saved) == 3:
+            raise OSError(28, "No space left on device")
+        honest(tensors, path)
+
+    monkeypatch.setattr(chat_steps, "save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        stages("sft")(student(), Place(tmp_path / "kept"))
+    assert [p.name for p in (tmp_path / "kept").iterdir()] == ["checkpoint-2"]
+
+
+def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(engine, "MOST_SKIPPED", 3)
+    honest, bad = chat_steps._SftSteps.compute_loss, {2, 3}
+    calls = []
+
+    def poisoned(self, *args, **options):
+        calls.append(0)
+        loss = honest(self, *args, **options)
+        return loss * math.nan if (len(calls) - 1) // 2 in bad else loss
+
+    monkeypatch.setattr(chat_steps._SftSteps, "compute_loss", poisoned)
+    model = student()
+    log = stages("sft")(model, Place())
+    assert log.skipped == 2
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    calls.clear()
+    bad.update(range(10))
+    with pytest.raises(UserError, match=r"in 3 steps, up to step 3; .*not-a-number-3") as raised:
+        stages("sft")(student(), Place(tmp_path / "kept"))
+    assert "lower the learning rate" in str(raised.value)
+    assert (tmp_path / "not-a-number-3.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo", "on_policy"])
+def test_a_killed_process_goes_on(kind, tmp_path) -> None:
+    """``kill -9`` in the middle, then the same command: the same bits (answers that are sampled
+    are others, so `on_policy` only has to end)."""
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import os, signal, torch
+from safetensors.torch import save_file
+import test_train_chat as t
+t.engine.KEEP_SECONDS = 0.0
+if len(sys.argv) > 1:
+    honest = t.chat_steps._Steps._save_checkpoint
+    def dies(self, *args):
+        honest(self, *args)
+        if self.state.global_step == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    t.chat_steps._Steps._save_checkpoint = dies
+model = t.student()
+t.stages({kind!r}, 10)(model, t.Place(t.Path("kept")))
+save_file({{n: p.detach() for n, p in model.named_parameters()}}, "done.safetensors")
+"""
+
+    def run(folder: Path, *told: str) -> int:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", script, *told]
+        return subprocess.run(command, cwd=folder, env=os.environ, check=False).returncode
+
+    from safetensors.torch import load_file
+
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "cut", "5") == -signal.SIGKILL
+    assert run(tmp_path / "cut") == 0
+    whole, cut = (load_file(tmp_path / n / "done.safetensors") for n in ("whole", "cut"))
+    if kind != "on_policy":
+        for name, want in whole.items():
+            assert_same(cut[name], want, "exact", name)
