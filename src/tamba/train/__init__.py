@@ -16,7 +16,9 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -133,7 +135,10 @@ def train(
         if blocks is not None and not isinstance(stage, ChatStage):
             rows = _of_length(blocks, stage.length, recipe)
         job = Job(case, model, teacher, rows, moved, place, tokenizer)
+        begun = time.monotonic()
         log = KINDS[type(stage)].run(job, stage)
+        if not log.seconds:
+            log = replace(log, seconds=time.monotonic() - begun)
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model = _whole(model, recipe, checkpoint, moves, processes.device)
         memory.keep(log, model, moved)
