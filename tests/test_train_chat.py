@@ -278,6 +278,18 @@ def test_what_moves_and_what_stays() -> None:
     assert not {"forward", "_original_forward"} & model.__dict__.keys()
 
 
+def test_a_stage_leaves_nothing_for_the_next() -> None:
+    """Under autocast too, which accelerate gives a model only once."""
+    one, other = student(), student()
+    sft(one, tokenizer(), sft_stage(dtype="bfloat16", lr=1e-3), rows())
+    other.load_state_dict(one.state_dict())
+    stage = dpo_stage(dtype="bfloat16")
+    after, alone = (dpo(m, tokenizer(), stage, pairs(), teacher=teacher()) for m in (one, other))
+    assert after.losses == alone.losses
+    wide = dpo(other, tokenizer(), dpo_stage(), pairs(), teacher=teacher())
+    assert wide.losses != alone.losses
+
+
 def test_short_masters_are_refused_and_products_may_be_short() -> None:
     with pytest.raises(TypeError, match="float32 master"):
         sft(student().bfloat16(), tokenizer(), sft_stage(), rows())
