@@ -26,8 +26,9 @@ from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place
 from tamba.train.log import StageLog
 from tamba.train.mixing import can_compare
-from tamba.train.objectives import Pairs
+from tamba.train.objectives import Pairs, TeacherSignal
 from tamba.train.steps import align, distil, trained_parameters
+from tamba.train.teacher import need_int8
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Job:
 
     Args:
         student: changed in place; what moves is float32 at least.
-        teacher: None where no stage of the run asks it.
+        teacher: None where the stage does not ask it.
         rows: the stage's text, at its length.
         moved: names of the parameters that move.
         place: where checkpoints are kept, and who hears of the steps.
         tokenizer: the student's, for stages on conversations, and their rows, framed.
+        signal: what the teacher says of a piece, where it is not `teacher` that says it.
     """
 
     case: Case
@@ -76,6 +78,7 @@ class Job:
     moved: list[str]
     place: Place
     tokenizer: Any = None
+    signal: TeacherSignal | None = None
     framed: Framed | None = None
 
 
@@ -148,13 +151,21 @@ def _check_distil(case: Case, stage: Distil, where: str) -> list[str]:
         raise UserError(
             where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
         )
-    if stage.uses_teacher and case.student.vocab_size != case.teacher.vocab_size:
+    if stage.asks_teacher and case.student.vocab_size != case.teacher.vocab_size:
         raise UserError(
             where,
             f"the teacher has {case.teacher.vocab_size} words and the student "
             f"{case.student.vocab_size}",
             "set kl = 0 and ce = 1",
         )
+    if stage.top_k is not None and stage.stored and stage.top_k >= case.teacher.vocab_size:
+        raise UserError(
+            where,
+            f"top_k = {stage.top_k} of {case.teacher.vocab_size} words",
+            "store fewer than all",
+        )
+    if stage.teacher == "int8":
+        need_int8(where)
     if stage.replacement != "at_once":
         _check_converts(case, where)
         strange = [] if isinstance(stage.order, str) else {*stage.order} - {*case.pairs}
@@ -180,6 +191,7 @@ def _run_distil(job: Job, stage: Distil) -> StageLog:
         job.place,
         pairs=job.case.pairs,
         fresh=lambda name: name.startswith(made),
+        signal=job.signal,
     )
 
 
