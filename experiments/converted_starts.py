@@ -3,9 +3,8 @@
     python experiments/converted_starts.py SmolLM2-135M-Instruct.Q4_1.gguf --layers 18 19 20 21 22
 
 Perplexity on the Python manual of the model, of the model without those layers, and of the model
-with their attention turned into Mamba-2 (`tamba.plan.ConvertOptions` as it stands): unfitted,
-fitted to what the attention gives on the model's own inputs, and fitted from the bottom on what
-the student's layers are given.
+with their attention turned into Mamba-2 (`tamba.plan.ConvertOptions` as it stands), unfitted and
+fitted to what the attention gives.
 """
 
 from __future__ import annotations
@@ -61,23 +60,15 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, entries in (("none", kept), ("converted", converted)):
             build_student(checkpoint, LayerPlan(entries, name=name), Path(folder) / name)
-        for name, inputs in (
-            ("none", None),
-            ("converted", None),
-            ("converted", "teacher"),
-            ("converted", "student"),
-        ):
+        for name, fitted in (("none", False), ("converted", False), ("converted", True)):
             student = load_model(open_checkpoint(Path(folder) / name), torch.float32, "cpu")
-            if inputs is not None:
-                stage = LeastSquares(
-                    stage="least_squares",
-                    tokens=args.fit * args.length,
-                    fit="mixer",
-                    inputs=inputs,
-                )
+            if fitted:
+                tokens = args.fit * args.length
+                stage = LeastSquares(stage="least_squares", tokens=tokens, fit="mixer")
                 least_squares(student, teacher, {i: i for i in args.layers}, fit, stage)
-            how = f", fitted, inputs of the {inputs}" if inputs else ""
-            print(f"{name}{how} {perplexity(student, score).ppl:.4g}", flush=True)
+            print(
+                f"{'fitted' if fitted else name} {perplexity(student, score).ppl:.4g}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -861,18 +861,22 @@ class Experiment:
             stage="least_squares",
             tokens=len(text) * text.length,
             fit="mixer",
-            inputs="student",
+            inputs="teacher",
             dtype="float32" if self.device.type == "cpu" else "bfloat16",
         )
         least_squares(student, self.load(self.work / "base"), converted, text, stage)
 
     def starts(self) -> None:
-        """What tuning begins from: each row of Table 1 on the text that choices are made on."""
+        """What tuning begins from: each row of Table 1 on the text that choices are made on, and
+        how far its layers turn the stream."""
         for system in (*self.plans, "converted"):
 
             def make(system: str = system) -> Row:
-                seed = self.settings.finetune.seeds[0]
-                return self.scores(self.load(self.student(system, seed)), ("choice",))
+                model = self.load(self.student(system, self.settings.finetune.seeds[0]))
+                some = self.streams["choice"].take(self.settings.text.rows)
+                # A layer that hardly turns the stream of its new model has nothing to say in it.
+                turns = state_scores(model, some, label=f"states of {system}").own_turn
+                return self.scores(model, ("choice",)) | {"own_turn": turns.mean.tolist()}
 
             self.rows.do(f"starts/{system}", 5, make)
 
