@@ -18,6 +18,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from transformers.utils.logging import disable_progress_bar
+
+# Writing a tiny model has a bar of transformers', which a test of our messages would read.
+disable_progress_bar()
 
 # The same examples every time, however slow the machine: a failing test is a fault, not the
 # weather.

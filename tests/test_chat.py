@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -51,7 +52,9 @@ class Fake(BaseHTTPRequestHandler):
         self.server.asked.append(body["messages"][0]["content"])
         said = self.server.say(body["messages"][0]["content"], len(self.server.asked))
         if isinstance(said, int):
-            self.send_error(said)
+            self.send_response(said)
+            self.send_header("Retry-After", self.server.wait)
+            self.end_headers()
             return
         usage = {"prompt_tokens": 10, "completion_tokens": 2}
         answer = {"choices": [{"message": {"content": said}}], "usage": usage}
@@ -67,6 +70,7 @@ class Fake(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     httpd = HTTPServer(("127.0.0.1", 0), Fake)
+    httpd.wait = ""
     httpd.asked, httpd.say = [], lambda prompt, n: "Fine. [[7]]"
     thread = threading.Thread(target=httpd.serve_forever, daemon=True)
     thread.start()
@@ -167,6 +171,32 @@ def test_rubbish_is_asked_again_then_left_out(rubbish, server):
     server.say = lambda prompt, n: rubbish
     assert verdicts.ask("r", "grade this", r"\[\[(10|[1-9])\]\]") is None
     assert list(verdicts.failed) == ["r"] and len(server.asked) == 6
+
+
+def test_what_holds_no_verdict_has_its_price_and_other_judges_have_theirs(server):
+    store = Store()
+    verdicts = Verdicts(at(server, price=(1.0, 10.0)), store)
+    server.say = lambda prompt, n: "hm" if n < 3 else "[[4]]"
+    assert verdicts.ask("q", "grade", r"\[\[(\d)\]\]") == "4"
+    assert verdicts.cost()["prompt_tokens"] == 30 and verdicts.cost()["completion_tokens"] == 6
+    # Another judge in the same store: what the first one cost is not said again.
+    other = Verdicts(replace(at(server), model="other"), store)
+    assert other.ask("q", "grade", r"\[\[(\d)\]\]") == "4" and other.cost()["prompt_tokens"] == 10
+
+
+def test_a_busy_judge_says_when_to_come_back(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(judge.time, "sleep", waits.append)
+    server.say = lambda prompt, n: 429 if n < 3 else "[[4]]"
+    server.wait = "7"
+    assert Verdicts(at(server), Store()).ask("q", "x", r"\[\[(\d)\]\]") == "4"
+    assert waits == [7.0, 7.0]
+    # Longer than is reasonable, or not in seconds.
+    for said, want in (("86400", 60.0), ("Fri, 31 Dec 1999 23:59:59 GMT", at(server).pause)):
+        server.asked, server.wait = [], said
+        waits.clear()
+        assert Verdicts(at(server), Store()).ask("q", said, r"\[\[(\d)\]\]") == "4"
+        assert waits[0] == want
 
 
 def test_a_judge_that_stays_silent_is_given_up_and_work_is_kept(server, tmp_path):

@@ -448,6 +448,20 @@ def test_converted_layers_are_those_of_the_plan_the_build_or_the_teacher(folder,
         layers_of(student, folder=tmp_path)
 
 
+def test_tokens_that_mean_something_else_are_not_compared(folder, tmp_path):
+    """As many tokens, two of them swapped."""
+    for path in (folder / "teacher").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for suite in ("ppl", "kl", "copy"):
+        data = [] if suite == "copy" else [folder / "text.txt"]
+        with pytest.raises(UserError, match=r"vocabulary: 'b' is token \d+ of the teacher"):
+            evaluate(folder / "student", data, suites=[suite], against=tmp_path, length=32)
+
+
 def test_a_place_for_the_report_is_looked_at_first(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["tamba.evaluate"], "open_checkpoint", None)  # none is opened
     (tmp_path / "file").write_text("")

@@ -194,6 +194,22 @@ def test_fields_are_checked(change, tmp_path):
     assert message in str(caught.value)
 
 
+def test_a_text_may_hold_other_separators_of_lines(tmp_path):
+    """JSON lines end at a newline; U+2028 and its kin may stand in a text as they are."""
+    path = tmp_path / "lambada.jsonl"
+    path.write_text('{"text": "one\u2028two\x85 three"}\n{"text": "four five"}\n', encoding="utf-8")
+    rows = harness._read_rows(path, harness.TASKS["lambada"])
+    assert [row["text"] for row in rows] == ["one\u2028two\x85 three", "four five"]
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    plain = byte_tokenizer()
+    plain.eos_token = None
+    request = Request("lambada", (), {"student": model_of().config}, plain, Options())
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        prepare(request)
+
+
 def test_rows_that_are_none(tmp_path):
     for text, message in (
         ("", "holds no rows"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 from importlib.util import spec_from_file_location
@@ -14,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import interpreter
 from compare import Kind, assert_same
@@ -369,32 +367,3 @@ def test_compiled_kernels(marks: None, sizes: tuple[int, int], dtype: str) -> No
         bound = 1.2 * table.BOUNDS[dtype]  # the table says how near each is
         over = {k: errors[k] for k in names if not errors[k] <= bound}
         assert not over, (case, over)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "groups", "needed", "torch_instead"),
-    [
-        (torch.bfloat16, 1, "x", True),
-        (torch.bfloat16, 2, "dt", True),
-        (torch.bfloat16, 4, "x", False),  # B and C for every head
-        (torch.float32, 1, "x", False),
-        (torch.bfloat16, 1, None, False),  # no gradient
-    ],
-)
-def test_gradients_that_no_table_has_cleared(
-    monkeypatch: pytest.MonkeyPatch,
-    dtype: torch.dtype,
-    groups: int,
-    needed: str | None,
-    torch_instead: bool,
-) -> None:
-    """As on a GPU: tensors of a device that need not be there."""
-    monkeypatch.delenv("TAMBA_KERNELS")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        x = torch.empty(1, 8, 4, 16, dtype=dtype, device="cuda", requires_grad=needed == "x")
-        B = torch.empty(1, 8, groups, 16, dtype=dtype, device="cuda")
-        dt = torch.empty(1, 8, 4, device="cuda", requires_grad=needed == "dt")
-    doubtful = importlib.import_module("tamba.ops.ssd")._doubtful
-    assert (doubtful(x, B, dt) is not None) is torch_instead
-    monkeypatch.setenv("TAMBA_KERNELS", "triton")
-    assert doubtful(x, B, dt) is None

@@ -6,13 +6,13 @@ import gc
 
 import pytest
 import torch
-from tamba.evaluate.store import Store
 
 from models import STACKS, tiny_model
 from tamba.evaluate import memory, speed
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.memory import cache_bytes
 from tamba.model.cache import TambaCache
+from tamba.store import Store
 from texts import byte_tokenizer
 
 pytestmark = [

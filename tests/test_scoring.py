@@ -162,8 +162,8 @@ def test_answers_equal_stock_generation(stack):
 def test_padding_that_is_seen_shows(monkeypatch):
     genuine = decoding._next
 
-    def unmasked(model, ids, mask, cache):
-        return genuine(model, ids, None, cache)
+    def unmasked(model, ids, mask, *rest):
+        return genuine(model, ids, None, *rest)
 
     monkeypatch.setattr(decoding, "_next", unmasked)
     with pytest.raises(AssertionError):

@@ -83,8 +83,8 @@ def test_one_run_of_several_suites_goes_on_where_it_stopped(folder, tmp_path, mo
     assert set(first.suites["copy"].scores) == {"student", "teacher"}
     assert first.perplexity.kl == first.suites["kl"].scores["student"]["kl"].value
     assert read_record(tmp_path / "out" / "report.json") == first
-    for name in ("scoring", "decoding"):
-        monkeypatch.setattr(sys.modules[f"tamba.evaluate.{name}"], "TambaCache", None)
+    for name in ("evaluate.scoring", "decoding"):
+        monkeypatch.setattr(sys.modules[f"tamba.{name}"], "TambaCache", None)
     again = call()  # nothing is left to compute
     assert again.suites["copy"].scores == first.suites["copy"].scores
     assert again.suites["preference"].scores == first.suites["preference"].scores

@@ -137,15 +137,17 @@ def test_what_was_cut_off_goes_on(
 def test_a_store_of_something_else_is_refused(teacher: TambaForCausalLM, tmp_path: Path) -> None:
     found, blocks = store(teacher, tmp_path / "top"), blocks_of(teacher)
     vocab = teacher.config.vocab_size
-    found.check(blocks, vocab)
-    for given, message in [
-        ((blocks, vocab + 1), "vocabulary"),
-        ((blocks.take(4), vocab), "has 5 rows, not 4"),
-        ((blocks, vocab, 2.0), "temperature"),
-        ((blocks_of(teacher, seed=1), vocab), "another text"),
+    fits = {"digest": "a teacher", "k": K}
+    found.check(blocks, **fits)  # type: ignore[arg-type]
+    for other, change, message in [
+        (blocks.take(4), {}, "rows: it was made for 5, not 4"),
+        (blocks_of(teacher, seed=1), {}, "the text"),
+        (blocks, {"digest": "another"}, "for a teacher, not another"),
+        (blocks, {"k": 4}, "words of a place"),
+        (blocks, {"temperature": 2.0}, "the temperature"),
     ]:
         with pytest.raises(UserError, match=message):
-            found.check(*given)  # type: ignore[arg-type]
+            found.check(other, **(fits | change))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="k 5, not 4"):
         store(teacher, tmp_path / "top", k=4)
     with pytest.raises(UserError, match=f"use 1 to {vocab - 1}"):
@@ -218,6 +220,6 @@ def test_eight_bits_say_nearly_the_same() -> None:
 
 
 def test_eight_bits_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "torchao.quantization", None)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tamba\[int8\]"):
         shorten(tiny_model("attention"))

@@ -625,6 +625,8 @@ def _price(text: str | None) -> tuple[float, float] | None:
 
 def _evaluation_lines(record: Record) -> Iterator[str]:
     """What was found, a line a score; perplexity in one of its own."""
+    from tamba.report import cell
+
     if record.perplexity is not None:
         found = record.perplexity
         line = f"perplexity {found.student:.4g}"
@@ -649,7 +651,7 @@ def _evaluation_lines(record: Record) -> Iterator[str]:
             )
         for row in measured.rows:
             yield f"{name}: " + ", ".join(
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
+                f"{k.replace('_', ' ')} {cell(k, v)}" for k, v in row.items()
             )
 
 

@@ -220,6 +220,11 @@ class Distil(_GradientStage):
         beta: of ``js``, the teacher's share in the mean of both (Agarwal et al. 2024, arXiv
             2306.13649, section 2).
         top_k: compare the teacher's so many likeliest words, and all others as one; None for all.
+        stored: folder of the teacher's `top_k` likeliest words at every place of the text, counted
+            from the recipe's; the stage learns from it without the teacher, which is asked first
+            where there is no such folder.
+        teacher: how it is held where it is asked: ``live``, as it is; ``int8``, its projections in
+            8 bits.
         train: what moves: the mixers that the build made; these and all norms; these and all MLPs;
             everything but the MLPs; or everything.
         replacement: when converted layers take the place of the teacher's attention: all from the
@@ -240,6 +245,8 @@ class Distil(_GradientStage):
     divergence: Literal["forward", "reverse", "js"] = "forward"
     beta: float = Field(default=0.5, gt=0, lt=1)
     top_k: Count | None = None
+    stored: str | None = None
+    teacher: Literal["live", "int8"] = "live"
     train: Literal["mixers", "mixers+norms", "mixers+mlp", "all-but-mlp", "all"] = "mixers"
     replacement: Literal["at_once", "progressive", "one_by_one", "theseus"] = "at_once"
     shares: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = (0.75, 0.5, 0.25, 0.125, 0.0)
@@ -250,6 +257,8 @@ class Distil(_GradientStage):
     def _has_a_loss(self) -> Distil:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
+        if self.stored is not None and (self.top_k is None or self.kl == 0):
+            raise ValueError("stored holds the likeliest words; give top_k, and kl some weight")
         return self
 
     @property
@@ -260,7 +269,8 @@ class Distil(_GradientStage):
     @property
     def uses_teacher(self) -> bool:
         """Whether the teacher has to be at hand."""
-        return self.asks_teacher or self.replacement != "at_once"
+        asked = self.asks_teacher and self.stored is None
+        return asked or self.replacement != "at_once"
 
 
 class ChatStage(Section):

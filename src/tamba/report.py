@@ -540,7 +540,7 @@ def _environment() -> jinja2.Environment:
         "p_value": _p_value,
         "columns": _columns,
     }
-    environment.globals |= {"is_share": is_share, "direction": direction, "cell": _cell}
+    environment.globals |= {"is_share": is_share, "direction": direction, "cell": cell}
     return environment
 
 
@@ -623,7 +623,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
-def _cell(key: str, value: str | float | None) -> str:
+def cell(key: str, value: str | float | None) -> str:
     """A value of a table of rows, in the unit that its column has."""
     if value is None:
         return "–"

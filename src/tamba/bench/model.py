@@ -50,6 +50,8 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.ops.losses import next_token_loss
 
 OURS, PEER = "ours", "transformers + mamba_ssm"
+# Seconds; on a CPU a side that takes longer is timed by one step.
+_PATIENCE = 20.0
 # A deep stack of random layers in bfloat16 against float32.
 _LOGITS_BOUND = 0.1
 
@@ -444,7 +446,11 @@ class CpuTrainStep:
                 sides[name]["reason"] = reason(error)
         clock = clock_for(device)
         turns = take_turns(
-            {name: [work] for name, work in works.items()}, clock, self.rounds, warm_up=1
+            {name: [work] for name, work in works.items()},
+            clock,
+            self.rounds,
+            warm_up=1,
+            patience=_PATIENCE,
         )
         for name, taken in turns.items():
             sides[name] |= Times.of(taken, clock.name).microseconds()

@@ -122,6 +122,7 @@ def evaluate(
             folder=None if out is None else Path(out),
             shots=shots,
             extra={part: files for part, files in given[plain].items() if part},
+            others=tuple(t for r, t in tokenizers.items() if r != "student" and t is not None),
         )
         measures[suite.name] = (suite, suite.prepare(request))
 

@@ -447,7 +447,7 @@ def _rows(
         if text.lstrip().startswith("["):
             rows = [(f"{path}: row {k}", row) for k, row in enumerate(json.loads(text), start=1)]
         else:
-            for number, line in enumerate(text.splitlines(), start=1):
+            for number, line in enumerate(text.split("\n"), start=1):
                 if line.strip():
                     rows.append((f"{path}:{number}", json.loads(line)))
     except ValueError as error:

@@ -139,6 +139,12 @@ def prepare(request: Request) -> Measure:
         )
     if request.options.chat and not request.tokenizer.chat_template:
         raise UserError("--chat", "the tokenizer has no chat template", "leave it out")
+    if request.tokenizer.eos_token_id is None:
+        raise UserError(
+            f"suite {name}",
+            "the tokenizer has no end-of-sequence token",
+            "lm-eval's tasks need one",
+        )
     shots = task.shots if request.shots is None else request.shots
     rows = _read_rows(request.one_file("rows"), task) if request.data else None
     examples = request.extra.get("train", ())
@@ -453,7 +459,8 @@ def _read_rows(path: Path, task: HarnessTask) -> list[dict[str, Any]]:
     """Rows of a JSON lines file that the task can read. Raises UserError with the line."""
     rows: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: texts may hold other separators of lines, unescaped.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(str(path), f"cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):

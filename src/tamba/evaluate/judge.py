@@ -85,6 +85,17 @@ def judge_from(url: str, model: str | None, key_name: str | None, price: Any) ->
     return Judge(url.rstrip("/"), model, key, price)
 
 
+_LATER = (408, 409, 425, 429)
+"""Statuses of a refusal that may be none a little later."""
+_LONGEST_WAIT = 60.0
+
+
+def _asked_to_wait(error: urllib.error.HTTPError) -> float:
+    """Seconds that a busy server asks for, within reason; 0 where it does not say."""
+    said = error.headers.get("Retry-After", "") if error.headers else ""
+    return min(float(said), _LONGEST_WAIT) if said.isdigit() else 0.0
+
+
 class Verdicts:
     """Asks a judge and remembers what it said.
 
@@ -97,6 +108,7 @@ class Verdicts:
         self.store = store
         self.failed: dict[str, str] = {}
         self._row = 0
+        self._used: list[Mapping[str, int]] = []
 
     def ask(self, name: str, prompt: str, pattern: str) -> str | None:
         """The verdict, what `pattern` captures at its last match; None where there is none.
@@ -106,18 +118,25 @@ class Verdicts:
         """
         key = f"{name}/{digest(prompt=prompt, judge=self.judge.identity())[:16]}"
         if key in self.store:
+            self._used.append(self.store[key]["usage"])
             return str(self.store[key]["verdict"])
         problem = ""
+        pause = 0.0
         for attempt in range(self.judge.attempts):
             if attempt:
-                time.sleep(self.judge.pause * 2 ** (attempt - 1))
+                time.sleep(max(pause, self.judge.pause * 2 ** (attempt - 1)))
+            pause = 0.0
             try:
                 said, usage = self._post(prompt)
             except (OSError, ValueError, http.client.HTTPException) as error:
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
-                if isinstance(error, urllib.error.HTTPError) and error.code in (400, 401, 403, 404):
-                    break  # asking again changes nothing
+                if isinstance(error, urllib.error.HTTPError):
+                    if 400 <= error.code < 500 and error.code not in _LATER:
+                        break  # asking again changes nothing
+                    pause = _asked_to_wait(error)
                 continue
+            # What holds no verdict has its price too.
+            self._used.append(usage)
             found = re.findall(pattern, said)
             if found:
                 self._row = 0
@@ -161,10 +180,11 @@ class Verdicts:
         }
 
     def cost(self) -> dict[str, float]:
-        """Tokens in and out of all stored verdicts, and dollars where prices are known."""
-        used = [row["usage"] for row in self.store.values() if "usage" in row]
+        """Tokens in and out of all that was asked here, stored verdicts among it, and dollars where
+        prices are known."""
         tokens = {
-            f"{side}_tokens": float(sum(u[side] for u in used)) for side in ("prompt", "completion")
+            f"{side}_tokens": float(sum(used[side] for used in self._used))
+            for side in ("prompt", "completion")
         }
         if self.judge.price is None:
             return tokens

@@ -109,6 +109,7 @@ class Request:
         data: files or sources that were given for it.
         configs: by role.
         tokenizer: the student's.
+        others: of other models, where they have their own.
         folder: where files for other tools may be written; None for nowhere.
     """
 
@@ -120,6 +121,7 @@ class Request:
     folder: Path | None = None
     shots: int | None = None
     extra: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    others: tuple[PreTrainedTokenizerBase, ...] = ()
 
     @property
     def positions(self) -> int | None:
@@ -151,6 +153,16 @@ class Request:
                 f"teacher and student have {sizes['teacher']} and {sizes['student']} tokens",
                 "compare models that share a tokenizer",
             )
+        ours = self.tokenizer.get_vocab() if self.others else {}
+        for theirs in self.others:
+            differing = [(t, i) for t, i in theirs.get_vocab().items() if ours.get(t, i) != i]
+            if differing:
+                token, index = min(differing, key=lambda pair: pair[1])
+                raise UserError(
+                    "vocabulary",
+                    f"'{token}' is token {index} of the teacher and {ours[token]} of the student",
+                    "compare models that share a tokenizer",
+                )
 
     def one_file(self, what: str) -> Path:
         """The only file that was given for this suite.

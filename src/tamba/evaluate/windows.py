@@ -315,6 +315,7 @@ def _pairs(items: Items, name: str) -> list[tuple[float, float]]:
 
 def prepare_ppl(request: Request) -> _Perplexity:
     """Perplexity and bits per byte on windows of 1,024 tokens, or sliding ones with `stride`."""
+    request.check_vocabulary()
     blocks, settings = _read(request, request.options.length or 1024)
     stride = request.options.stride
     windows = Windows(blocks) if stride is None else sliding(blocks, stride)

@@ -16,7 +16,6 @@ Shape letters: `B` batch, `T` tokens, `H` heads, `G` groups, `P` head_dim, `N` d
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from typing import Any
 
@@ -86,17 +85,7 @@ def ssd(
     """
     _check_shapes(x, dt, A, B, C, state, z)
     if x.shape[1] and kernels_run(
-        "ssd",
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        z,
-        dt_bias,
-        state,
-        unusual=_unusual(x, B) or _doubtful(x, B, dt, A, C, D, z, dt_bias, state),
+        "ssd", x, dt, A, B, C, D, z, dt_bias, state, unusual=_unusual(x, B)
     ):
         from tamba.ops.kernels import ssd as kernels
 
@@ -130,26 +119,6 @@ def _unusual(x: Tensor, B: Tensor) -> str | None:
             return f"{name} {size} is none of {', '.join(map(str, _KERNEL_SIZES))}"
     if x.is_cuda and not _roomy(torch.cuda.get_device_capability(x.device)):
         return "their tiles need the 160 kB of shared memory a block that this card lacks"
-    return None
-
-
-def _doubtful(x: Tensor, B: Tensor, *others: Tensor | None) -> str | None:
-    """Gradients that the compiler got wrong once on a GPU and that no full table has cleared yet.
-
-    In bfloat16, where heads share a group, two pipeline stages gave wrong dx in 2 of 10 cases
-    (Triton 3.6 on an H100); the one stage in use now was right in the few that were run again.
-    `TAMBA_KERNELS=triton` takes the kernels all the same (docs/performance-ssd.md).
-    """
-    shared = B.shape[2] < x.shape[2]
-    if (
-        shared
-        and x.dtype != torch.float32
-        and x.is_cuda
-        and torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (x, B, *others))
-        and os.environ.get("TAMBA_KERNELS") != "triton"
-    ):
-        return f"its gradient in {str(x.dtype).removeprefix('torch.')} with shared B and C"
     return None
 
 

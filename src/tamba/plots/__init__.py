@@ -526,7 +526,7 @@ def _curve(title: str, axis: str, lines: dict[str, list[Point]], top: float) -> 
         ax.set_ylim(-0.03, 1.03)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
     else:
-        if min(values, default=0) >= 0 and max(values, default=0) > 3 * min(values, default=0):
+        if min(values, default=0) >= 0 and max(values, default=0) > 1.5 * min(values, default=0):
             ax.set_ylim(0, None)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y)))
     ax.yaxis.set_major_locator(MaxNLocator(5))

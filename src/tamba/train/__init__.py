@@ -16,7 +16,9 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,16 +43,17 @@ from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Distil, Recipe, Stage, as_recipe
 from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place, full
-from tamba.train.kinds import KINDS, Case, Job
+from tamba.train.kinds import KINDS, Case, Job, frame_all
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
 from tamba.train.objectives import Pairs
 from tamba.train.steps import align, distil, trained_parameters
+from tamba.train.teacher import StoredTop, shorten, write_top
 
 __all__ = [
     "Place",
@@ -118,22 +121,31 @@ def train(
     talks = any(isinstance(stage, ChatStage) for stage in recipe.train)
     if blocks is None and not all(isinstance(stage, ChatStage) for stage in recipe.train):
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
-    model, teacher = _load(recipe, checkpoint, giver, moves, processes.device)
+    teachers = _Teachers(recipe, giver, processes)
+    texts = [_text_of(stage, blocks, recipe) for stage in recipe.train]
+    teachers.check(texts)
+    model = _load_student(recipe, checkpoint, moves, processes.device)
     folder = out.absolute().parent / f".{out.absolute().name}.stages"
     tokenizer = load_tokenizer(checkpoint) if talks else None
     memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
     done = len(memory.restore(model))
+    framed = frame_all(recipe, model, tokenizer, done)
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
         place = Place(
             memory.stage_folder(index),
             memory.logs_folder / f"{index}-{stage.stage}",
             _loggers(recipe),
         )
-        rows = None
-        if blocks is not None and not isinstance(stage, ChatStage):
-            rows = _of_length(blocks, stage.length, recipe)
-        job = Job(case, model, teacher, rows, moved, place, tokenizer)
+        signal, teacher = teachers.of(stage, texts[index])
+        job = Job(
+            *(case, model, teacher, texts[index], moved, place, tokenizer, signal),
+            framed.get(index),
+        )
+        begun = time.monotonic()
         log = KINDS[type(stage)].run(job, stage)
+        if not log.seconds:
+            log = replace(log, seconds=time.monotonic() - begun)
+        del job, signal, teacher  # the next stage's may not fit beside it
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model = _whole(model, recipe, checkpoint, moves, processes.device)
         memory.keep(log, model, moved)
@@ -166,22 +178,77 @@ def _loggers(recipe: Recipe) -> tuple[str, ...]:
     return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
 
 
-def _load(
-    recipe: Recipe,
-    student: Checkpoint,
-    teacher: Checkpoint,
-    moves: Iterable[Collection[str]],
-    device: torch.device,
-) -> tuple[TambaForCausalLM, TambaForCausalLM | None]:
-    """Both models, each weight once: masters in float32, the rest in the type of the recipe.
+class _Teachers:
+    """The teacher as each stage wants it, one at a time: whole, in 8 bits, on disk, or not at all.
 
-    The teacher is None where no stage asks it.
+    Args:
+        giver: its checkpoint.
+        processes: each holds a teacher of its own; the first one writes what is stored.
     """
-    model = _load_student(recipe, student, moves, device)
-    if not any(KINDS[type(stage)].uses_teacher(stage) for stage in recipe.train):
-        return model, None
-    asked = recipe.teacher.dtype or teacher.tamba_config.dtype
-    return model, load_model(teacher, _held(asked, recipe), str(device))
+
+    def __init__(self, recipe: Recipe, giver: Checkpoint, processes: PartialState) -> None:
+        self._recipe, self._giver, self._processes = recipe, giver, processes
+        self._held: tuple[str, TambaForCausalLM] | None = None
+
+    def check(self, texts: Sequence[TokenBlocks | None]) -> None:
+        """Refuse what was stored of something else, before any stage runs.
+
+        Raises:
+            UserError: which folder, and what is not the same.
+        """
+        for stage, rows in zip(self._recipe.train, texts, strict=True):
+            folder = self._folder(stage)
+            if rows is not None and folder is not None and folder.exists():
+                self._open(folder, stage, rows)
+
+    def of(
+        self, stage: Stage, rows: TokenBlocks | None
+    ) -> tuple[StoredTop | None, TambaForCausalLM | None]:
+        """What is stored for a stage, and the teacher if it asks one."""
+        folder = self._folder(stage)
+        stored = None
+        if folder is not None and rows is not None:
+            assert isinstance(stage, Distil) and stage.top_k is not None
+            with self._processes.main_process_first():
+                if not folder.exists():
+                    write_top(
+                        self._load(stage.teacher),
+                        rows,
+                        folder,
+                        digest=self._name(stage),
+                        k=stage.top_k,
+                        temperature=stage.temperature,
+                        dtype=getattr(torch, stage.dtype),
+                        batch_size=stage.micro_batch or stage.batch,
+                    )
+                stored = self._open(folder, stage, rows)
+        if not KINDS[type(stage)].uses_teacher(stage):
+            self._held = None
+            return stored, None
+        return stored, self._load(stage.teacher if isinstance(stage, Distil) else "live")
+
+    def _folder(self, stage: Stage) -> Path | None:
+        if not isinstance(stage, Distil) or stage.stored is None:
+            return None
+        return self._recipe.file.parent / Path(stage.stored).expanduser()
+
+    def _open(self, folder: Path, stage: Stage, rows: TokenBlocks) -> StoredTop:
+        assert isinstance(stage, Distil) and stage.top_k is not None
+        stored = StoredTop(folder)
+        stored.check(rows, digest=self._name(stage), k=stage.top_k, temperature=stage.temperature)
+        return stored
+
+    def _name(self, stage: Distil) -> str:
+        return self._giver.digest() + (" in 8 bits" if stage.teacher == "int8" else "")
+
+    def _load(self, how: str) -> TambaForCausalLM:
+        if self._held is None or self._held[0] != how:
+            self._held = None
+            asked = self._recipe.teacher.dtype or self._giver.tamba_config.dtype
+            held = _held(asked, self._recipe)
+            model = load_model(self._giver, held, str(self._processes.device))
+            self._held = how, shorten(model) if how == "int8" else model
+        return self._held[1]
 
 
 def _load_student(
@@ -312,6 +379,13 @@ def _check_length(length: int | None, of: int, recipe: Recipe) -> None:
             f"the {of} tokens of a row",
             f"choose a {'divisor' if length < of else 'multiple'} of data.length",
         )
+
+
+def _text_of(stage: Stage, blocks: TokenBlocks | None, recipe: Recipe) -> TokenBlocks | None:
+    """Rows that a stage reads; None for one on conversations."""
+    if blocks is None or isinstance(stage, ChatStage):
+        return None
+    return _of_length(blocks, stage.length, recipe)
 
 
 def _of_length(blocks: TokenBlocks, length: int | None, recipe: Recipe) -> TokenBlocks:

@@ -11,6 +11,8 @@ import bisect
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ def sft(
     student: TambaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     stage: Sft,
-    rows: Iterable[Row],
+    rows: Iterable[Row] | Framed,
     *,
     teacher: TambaForCausalLM | None = None,
     moving: Collection[str] | None = None,
@@ -60,7 +62,7 @@ def sft(
 
     Args:
         student: changed in place.
-        rows: as `tamba.chats.conversation_of` reads them.
+        rows: as `tamba.chats.conversation_of` reads them, or what `frame` made of them.
         teacher: for ``stage.kl``.
         moving: names of the parameters that move, which are float32 at least; None for all.
         seed: of the choice and order of rows.
@@ -72,29 +74,14 @@ def sft(
     """
     where = "train: sft"
     _check_models(student, tokenizer, teacher if stage.kl else None, where)
-    ends = end_tokens(student, tokenizer)
-
-    def encode(chat: Conversation) -> dict[str, Any] | None:
-        ids, mask = answer_tokens(tokenizer, chat, ends)
-        ids, mask = ids[: stage.length], mask[: stage.length]
-        # The first token is predicted by nothing.
-        labels = [t if m and i else IGNORED for i, (t, m) in enumerate(zip(ids, mask, strict=True))]
-        if not any(label != IGNORED for label in labels):
-            _check_room(stage, chat.where)
-            return None
-        return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
-
-    chats = [conversation_of(row) for row in rows]
-    picked = _picked(chats, encode, stage, seed, lambda r: len(r["input_ids"]), where, stage.packed)
-    tokens = sum(len(r["input_ids"]) for r in picked)
-    if stage.packed:
-        picked = _packed(picked, stage.length)
+    framed = _framed(student, tokenizer, stage, rows, seed)
+    examples = _packed(framed.rows, stage.length) if stage.packed else framed.rows
     with running(student, teacher, moving, stage, seed, place) as run:
         trainer = run.trainer(
             _Collate(_padding(tokenizer), stage.length if stage.packed else None),
-            picked,
+            examples,
             tokenizer,
-            tokens,
+            framed.tokens,
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,
         )
@@ -106,7 +93,7 @@ def dpo(
     student: TambaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     stage: Dpo,
-    rows: Iterable[Row],
+    rows: Iterable[Row] | Framed,
     *,
     teacher: TambaForCausalLM | None = None,
     moving: Collection[str] | None = None,
@@ -128,43 +115,13 @@ def dpo(
     if stage.reference == "teacher" and teacher is None:
         raise UserError(where, "has no teacher for its reference", "give one, or use 'student'")
     _check_models(student, tokenizer, teacher if stage.reference == "teacher" else None, where)
-    ends = end_tokens(student, tokenizer)
-
-    def encode(pair: Preference) -> dict[str, Any] | None:
-        prompt = prompt_tokens(tokenizer, pair.prompt, pair.where)
-        room = stage.length - len(prompt)
-        if room < 1:
-            _check_room(stage, pair.where)
-            return None
-        sides = []
-        for said in (pair.chosen, pair.rejected):
-            ids, _ = answer_tokens(tokenizer, Conversation(pair.where, (*pair.prompt, *said)), ends)
-            if ids[: len(prompt)] != prompt:
-                raise UserError(
-                    pair.where,
-                    "the chat template writes the prompt otherwise when an answer follows",
-                    "remove the row, or use another template",
-                )
-            sides.append(ids[len(prompt) :][:room])
-        if sides[0] == sides[1]:
-            raise UserError(
-                pair.where,
-                f"the answers do not differ within length = {stage.length}",
-                "remove the row, or make length larger",
-            )
-        return {"prompt_ids": prompt, "chosen_ids": sides[0], "rejected_ids": sides[1]}
-
-    def size(row: dict[str, Any]) -> int:
-        return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
-
-    pairs = [preference_of(row) for row in rows]
-    picked = _picked(pairs, encode, stage, seed, size, where)
+    framed = _framed(student, tokenizer, stage, rows, seed)
     with running(student, teacher, moving, stage, seed, place) as run:
         trainer = run.trainer(
             None,
-            picked,
+            framed.rows,
             tokenizer,
-            sum(map(size, picked)),
+            framed.tokens,
             # Only asked before the first step, so the student itself can stand for its beginning.
             ref_model=teacher if stage.reference == "teacher" else copy.copy(student),
             beta=stage.beta,
@@ -179,7 +136,7 @@ def on_policy(
     student: TambaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     stage: OnPolicy,
-    rows: Iterable[Row],
+    rows: Iterable[Row] | Framed,
     *,
     teacher: TambaForCausalLM | None,
     moving: Collection[str] | None = None,
@@ -200,30 +157,13 @@ def on_policy(
     if teacher is None:
         raise UserError(where, "has no teacher", "give one")
     _check_models(student, tokenizer, teacher, where)
-    room = stage.length - stage.new_tokens
-
-    def encode(row: Row) -> dict[str, Any] | None:
-        messages = prompt_of(row)
-        if not messages or not messages[-1]["content"].strip():
-            raise UserError(row.where, "the prompt is empty", "remove the row")
-        ids = prompt_tokens(tokenizer, messages, row.where)
-        if len(ids) > room:
-            _check_room(stage, row.where)
-            return None
-        return {"prompt": list(messages), "size": len(ids) + stage.new_tokens}
-
-    picked = _picked(list(rows), encode, stage, seed, lambda r: int(r["size"]), where)
-    if len(picked) < stage.batch:
-        raise UserError(
-            where, f"{len(picked)} prompts are less than a batch of {stage.batch}", "give more"
-        )
-    tokens = sum(r.pop("size") for r in picked)
+    framed = _framed(student, tokenizer, stage, rows, seed)
     with running(student, teacher, moving, stage, seed, place) as run:
         trainer = run.trainer(
             None,
-            picked,
+            framed.rows,
             tokenizer,
-            tokens,
+            framed.tokens,
             teacher_model=teacher,
             beta=_BETAS[stage.divergence],
             temperature=stage.temperature,
@@ -233,6 +173,129 @@ def on_policy(
 
 
 # Rows.
+
+
+@dataclass(frozen=True)
+class Framed:
+    """The rows that a stage can use, framed, masked and checked.
+
+    Args:
+        rows: columns of TRL's, by name.
+        tokens: in all of them.
+    """
+
+    rows: list[dict[str, Any]]
+    tokens: int
+
+
+def frame(
+    stage: Sft | Dpo | OnPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Row],
+    ends: Collection[int],
+    seed: int = 0,
+) -> Framed:
+    """Choose rows for a stage and make tokens of them.
+
+    Args:
+        ends: tokens that end an answer.
+        seed: of the choice and order; as many as the stage's budget asks for are taken.
+
+    Raises:
+        UserError: no rows, or one that cannot be used, by its place.
+    """
+    where = f"train: {stage.stage}"
+    check_template(tokenizer, where)
+    encode: Callable[[Any], dict[str, Any] | None]
+    match stage:
+        case Sft():
+            items: list[Any] = [conversation_of(row) for row in rows]
+            encode = partial(_frame_conversation, stage, tokenizer, ends)
+        case Dpo():
+            items = [preference_of(row) for row in rows]
+            encode = partial(_frame_preference, stage, tokenizer, ends)
+        case OnPolicy():
+            items = list(rows)
+            encode = partial(_frame_prompt, stage, tokenizer)
+    found = _picked(items, encode, stage, seed, where)
+    if isinstance(stage, OnPolicy) and len(found) < stage.batch:
+        raise UserError(
+            where, f"{len(found)} prompts are less than a batch of {stage.batch}", "give more"
+        )
+    return Framed(found, sum(row.pop("size") for row in found))
+
+
+def _framed(
+    student: TambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Sft | Dpo | OnPolicy,
+    rows: Iterable[Row] | Framed,
+    seed: int,
+) -> Framed:
+    if isinstance(rows, Framed):
+        return rows
+    return frame(stage, tokenizer, rows, end_tokens(student, tokenizer), seed)
+
+
+def _frame_conversation(
+    stage: Sft, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], chat: Conversation
+) -> dict[str, Any] | None:
+    ids, mask = answer_tokens(tokenizer, chat, ends)
+    ids, mask = ids[: stage.length], mask[: stage.length]
+    labels = [token if masked else IGNORED for token, masked in zip(ids, mask, strict=True)]
+    labels[:1] = [IGNORED]  # nothing predicts the first token
+    if not any(label != IGNORED for label in labels):
+        _check_room(stage, chat.where)
+        return None
+    return {"input_ids": ids, "labels": labels, "lengths": [len(ids)], "size": len(ids)}
+
+
+def _frame_preference(
+    stage: Dpo, tokenizer: PreTrainedTokenizerBase, ends: Collection[int], pair: Preference
+) -> dict[str, Any] | None:
+    prompt = prompt_tokens(tokenizer, pair.prompt, pair.where)
+    room = stage.length - len(prompt)
+    if room < 1:
+        _check_room(stage, pair.where)
+        return None
+    sides = []
+    for said in (pair.chosen, pair.rejected):
+        whole = Conversation(pair.where, (*pair.prompt, *said))
+        ids, mask = answer_tokens(tokenizer, whole, ends)
+        if ids[: len(prompt)] != prompt:
+            raise UserError(
+                pair.where,
+                "the chat template writes the prompt otherwise when an answer follows",
+                "remove the row, or use another template",
+            )
+        # What the template writes after an answer is not the answer's.
+        stop = max((i + 1 for i, masked in enumerate(mask) if masked), default=0)
+        sides.append(ids[len(prompt) : stop][:room])
+    if sides[0] == sides[1]:
+        raise UserError(
+            pair.where,
+            f"the answers do not differ within length = {stage.length}",
+            "remove the row, or make length larger",
+        )
+    return {
+        "prompt_ids": prompt,
+        "chosen_ids": sides[0],
+        "rejected_ids": sides[1],
+        "size": 2 * len(prompt) + len(sides[0]) + len(sides[1]),
+    }
+
+
+def _frame_prompt(
+    stage: OnPolicy, tokenizer: PreTrainedTokenizerBase, row: Row
+) -> dict[str, Any] | None:
+    messages = prompt_of(row)
+    if not messages or not messages[-1]["content"].strip():
+        raise UserError(row.where, "the prompt is empty", "remove the row")
+    ids = prompt_tokens(tokenizer, messages, row.where)
+    if len(ids) > stage.length - stage.new_tokens:
+        _check_room(stage, row.where)
+        return None
+    return {"prompt": list(messages), "size": len(ids) + stage.new_tokens}
 
 
 def _check_models(
@@ -269,20 +332,13 @@ def _picked(
     encode: Callable[[Any], dict[str, Any] | None],
     stage: ChatStage,
     seed: int,
-    size: Callable[[dict[str, Any]], int],
     where: str,
-    packed: bool = False,
 ) -> list[dict[str, Any]]:
-    """As many rows as the stage can use, in an order of the seed's; all of them if it wants more.
-
-    Args:
-        size: tokens of a row.
-        packed: steps are rows of ``stage.length`` tokens, filled with several.
-    """
+    """As many rows as the stage can use, or all, in an order of the seed's."""
     if not items:
         raise UserError(where, "there are no rows", "give data with at least one")
     most_rows, most_tokens = math.inf, math.inf
-    if stage.steps is not None and packed:
+    if stage.steps is not None and isinstance(stage, Sft) and stage.packed:
         most_tokens = stage.steps * stage.batch * stage.length
     elif stage.steps is not None:
         most_rows = stage.steps * stage.batch
@@ -297,7 +353,7 @@ def _picked(
             skipped += 1
             continue
         found.append(row)
-        tokens += size(row)
+        tokens += row["size"]
         if len(found) >= most_rows or tokens >= most_tokens:
             break
     if not found:

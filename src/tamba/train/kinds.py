@@ -15,18 +15,20 @@ from tamba.calibrate import can_calibrate
 from tamba.chats import check_chats, read_rows
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
+from tamba.generate import end_tokens
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan
 from tamba.recipe import Align, ChatStage, Distil, Dpo, LeastSquares, OnPolicy, Recipe, Sft
-from tamba.train.chat import dpo, on_policy, sft
+from tamba.train.chat import Framed, dpo, frame, on_policy, sft
 from tamba.train.chat_steps import check_library
 from tamba.train.closed_form import least_squares
 from tamba.train.engine import Place
 from tamba.train.log import StageLog
 from tamba.train.mixing import can_compare
-from tamba.train.objectives import Pairs
+from tamba.train.objectives import Pairs, TeacherSignal
 from tamba.train.steps import align, distil, trained_parameters
+from tamba.train.teacher import need_int8
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,12 @@ class Job:
 
     Args:
         student: changed in place; what moves is float32 at least.
-        teacher: None where no stage of the run asks it.
+        teacher: None where the stage does not ask it.
         rows: the stage's text, at its length.
         moved: names of the parameters that move.
         place: where checkpoints are kept, and who hears of the steps.
-        tokenizer: the student's, for stages on conversations.
+        tokenizer: the student's, for stages on conversations, and their rows, framed.
+        signal: what the teacher says of a piece, where it is not `teacher` that says it.
     """
 
     case: Case
@@ -75,6 +78,8 @@ class Job:
     moved: list[str]
     place: Place
     tokenizer: Any = None
+    signal: TeacherSignal | None = None
+    framed: Framed | None = None
 
 
 @dataclass(frozen=True)
@@ -146,13 +151,21 @@ def _check_distil(case: Case, stage: Distil, where: str) -> list[str]:
         raise UserError(
             where, f"train = '{stage.train}' names no parameter of this plan", "use 'all'"
         )
-    if stage.uses_teacher and case.student.vocab_size != case.teacher.vocab_size:
+    if stage.asks_teacher and case.student.vocab_size != case.teacher.vocab_size:
         raise UserError(
             where,
             f"the teacher has {case.teacher.vocab_size} words and the student "
             f"{case.student.vocab_size}",
             "set kl = 0 and ce = 1",
         )
+    if stage.top_k is not None and stage.stored and stage.top_k >= case.teacher.vocab_size:
+        raise UserError(
+            where,
+            f"top_k = {stage.top_k} of {case.teacher.vocab_size} words",
+            "store fewer than all",
+        )
+    if stage.teacher == "int8":
+        need_int8(where)
     if stage.replacement != "at_once":
         _check_converts(case, where)
         strange = [] if isinstance(stage.order, str) else {*stage.order} - {*case.pairs}
@@ -178,6 +191,7 @@ def _run_distil(job: Job, stage: Distil) -> StageLog:
         job.place,
         pairs=job.case.pairs,
         fresh=lambda name: name.startswith(made),
+        signal=job.signal,
     )
 
 
@@ -199,13 +213,36 @@ def _check_chat(case: Case, stage: ChatStage, where: str) -> list[str]:
     return moved
 
 
+def frame_all(
+    recipe: Recipe, student: TambaForCausalLM, tokenizer: Any, done: int
+) -> dict[int, Framed]:
+    """The rows of every stage on conversations after the first `done`, before any of them runs.
+
+    Raises:
+        UserError: no tokenizer, or a row that cannot be used, by its place.
+    """
+    framed = {}
+    for index, stage in list(enumerate(recipe.train))[done:]:
+        if isinstance(stage, Sft | Dpo | OnPolicy):
+            if tokenizer is None:
+                raise UserError(
+                    recipe.where(f"train.{index} ({stage.stage})"),
+                    "the student has no tokenizer",
+                    "put tokenizer.json beside its weights",
+                )
+            rows = read_rows(recipe.chat_sources(stage), limit=stage.rows)
+            ends = end_tokens(student, tokenizer)
+            framed[index] = frame(stage, tokenizer, rows, ends, recipe.seed)
+    return framed
+
+
 def _run_chat(job: Job, stage: Sft | Dpo | OnPolicy) -> StageLog:
     runs: dict[type, Callable[..., StageLog]] = {Sft: sft, Dpo: dpo, OnPolicy: on_policy}
     return runs[type(stage)](
         job.student,
         job.tokenizer,
         stage,
-        read_rows(job.case.recipe.chat_sources(stage), limit=stage.rows),
+        job.framed,
         teacher=job.teacher,
         moving=job.moved,
         seed=job.case.recipe.seed,

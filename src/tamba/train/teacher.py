@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -279,25 +280,27 @@ class StoredTop:
             if tuple(found) != (rows.stop - rows.start, *wanted):
                 raise self._damaged(rows)
 
-    def check(self, blocks: TokenBlocks, vocab: int, temperature: float = 1.0) -> None:
-        """Refuse text, vocabulary or temperature that the store was not made of.
+    def check(self, blocks: TokenBlocks, *, digest: str, k: int, temperature: float = 1.0) -> None:
+        """Refuse a store of another text, teacher, number of tokens or temperature.
 
         Raises:
             UserError: with the first that differs.
         """
         about = self.about
         for what, here, there in (
-            ("words in the vocabulary", about.vocab, vocab),
-            ("rows", about.rows, len(blocks)),
-            ("tokens a row", about.length, blocks.length),
-            ("as its temperature", about.temperature, float(temperature)),
+            ("the rows", about.rows, len(blocks)),
+            ("the tokens of a row", about.length, blocks.length),
+            ("the text", about.text, blocks_digest(blocks)),
+            ("the teacher", about.teacher, digest),
+            ("the words of a place", about.k, k),
+            ("the temperature", about.temperature, float(temperature)),
         ):
             if here != there:
                 raise UserError(
-                    str(self.folder), f"has {here} {what}, not {there}", "store the teacher again"
+                    str(self.folder),
+                    f"{what}: it was made for {here}, not {there}",
+                    "name another folder, or remove this one",
                 )
-        if about.text != blocks_digest(blocks):
-            raise UserError(str(self.folder), "was made of another text", "store the teacher again")
 
     def read(self, rows: Tensor) -> Top:
         """What the teacher says at all positions of some rows [B], in that order, as [B·T]."""
@@ -349,14 +352,21 @@ def shorten(model: TambaForCausalLM) -> TambaForCausalLM:
     Raises:
         UserError: torchao is not installed.
     """
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise UserError(
-            "a teacher in 8 bits", "torchao is not installed", "pip install 'tamba[int8]'"
-        ) from error
+    need_int8("a teacher in 8 bits")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
     model.requires_grad_(False)
     quantize_(
         model.model.layers, Int8WeightOnlyConfig(), lambda module, _: type(module) is nn.Linear
     )
     return model
+
+
+def need_int8(where: str) -> None:
+    """Refuse 8 bits without the library that knows them.
+
+    Raises:
+        UserError: torchao is not installed.
+    """
+    if find_spec("torchao") is None:
+        raise UserError(where, "torchao is not installed", "pip install 'tamba[int8]'")
