@@ -160,6 +160,7 @@ def test_the_driver_does_all_of_it(toy: Path) -> None:
     systems = [n.split("/")[1] for n in rows if n.startswith("grid/") and n.endswith("/0")]
     assert systems[:2] == ["none", "fresh"] and systems[-2:] == ["fitted", "shuffled"]
     assert {n.split("/")[1] for n in rows if n.startswith("final/")} >= {"base", "donor", "fitted"}
+    assert len(rows["starts/fitted"]["own_turn"]) == 4 and rows["starts/none"]["own_turn"]
     # Nothing is drawn in a fitted layer, so seeds begin alike.
     assert (toy / "out" / "work" / "students" / "fitted").is_dir()
     for text in printed.tables(rows).values():
@@ -180,8 +181,9 @@ def test_fitted_layers_begin_nearer_to_the_base_than_converted_ones(toy: Path) -
 
     base = logits(work / "base")
     apart = {n: (logits(work / "students" / n) - base).norm().item() for n in loss}
-    assert apart["fitted"] < 0.7 * apart["converted"]
-    assert loss["fitted"] < loss["converted"] + 1e-3
+    # Without the fit the two are one model; in a toy the sums are small, and so is the gain.
+    assert apart["fitted"] < 0.85 * apart["converted"]
+    assert loss["fitted"] < loss["converted"]
 
 
 # What the page and the recipe say.
