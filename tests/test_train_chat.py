@@ -427,6 +427,17 @@ def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
     log = stages("sft")(model, Place())
     assert log.skipped == 2
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    # A gradient of no number beside a loss that is one is counted too.
+    norms, right = [], chat_steps.get_total_norm
+    bad.clear()
+
+    def too_large(*args, **options):
+        norms.append(0)
+        return right(*args, **options) * (math.inf if len(norms) == 2 else 1.0)
+
+    with monkeypatch.context() as once:
+        once.setattr(chat_steps, "get_total_norm", too_large)
+        assert stages("sft")(student(), Place()).skipped == 1
     calls.clear()
     bad.update(range(10))
     with pytest.raises(UserError, match=r"in 3 steps, up to step 3; .*not-a-number-3") as raised:
