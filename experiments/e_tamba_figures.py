@@ -9,12 +9,12 @@ phone book by size, and memory of the paper's models by cause.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from e_tamba_tables import PUBLISHED, mean_error, paired, read_rows, seeds
 
 from tamba.artefact import write_file
 from tamba.errors import UserError
@@ -22,8 +22,7 @@ from tamba.plots import LIGHT, drawing
 from tamba.plots.layers import heat_maps, need_matplotlib, score_bars
 
 Row = dict[str, Any]
-PUBLISHED = {"pythia-1.4b": 9114, "mamba-1.4b": 3100, "e-tamba 12+12+1": 3082}
-"""MiB at batch 1 and 4,096 tokens, table 2 of the paper."""
+TASKS = ("copy", "phonebook")
 COLOURS = {
     "base": "teacher",
     "base, tuned": "ink",
@@ -31,34 +30,33 @@ COLOURS = {
     "donor, tuned": "sixth",
     "hybrid": "student",
     "attention-initialised": "fifth",
+    "attention-initialised, unfitted": "fifth",
     "fresh": "fresh",
     "deleted": "muted",
 }
 
 
-def by_seed(rows: Mapping[str, Row], part: str, system: str) -> list[Row]:
-    """Rows of a system, a seed each."""
-    return [row for name, row in rows.items() if name.rpartition("/")[0] == f"{part}/{system}"]
+WORDS = {
+    "none": "deleted",
+    "fitted": "attention-initialised",
+    "converted": "attention-initialised, unfitted",
+}
 
 
-def mean_error(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and its standard error over seeds."""
-    values = list(values)
-    spread = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return statistics.fmean(values), spread
+_FAR = 0.1
+"""Nats beyond which a row of the ablation is not drawn to scale."""
 
 
 def best_group(rows: Mapping[str, Row]) -> str | None:
     """The group of the donor that the final hybrid has."""
-    known = {"base", "donor", "converted", "fresh", "none"}
+    known = {"base", "donor", "converted", "fitted", "fresh", "none"}
     names = [name.split("/")[1] for name in rows if name.startswith("final/")]
     return next((name for name in names if name not in known), None)
 
 
 def spoken(system: str, best: str | None) -> str:
     """What a system is called in a picture."""
-    words = {"none": "deleted", "converted": "attention-initialised"}
-    return "hybrid" if system == best else words.get(system, system)
+    return "hybrid" if system == best else WORDS.get(system, system)
 
 
 def maps(rows: Mapping[str, Row]) -> Any:
@@ -85,43 +83,60 @@ def layers(rows: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def ablation(rows: Mapping[str, Row]) -> Any:
-    """Table 1: a dot a seed, the mean with its standard error."""
+    """Table 1 beside fresh layers: a dot a seed, the mean with its standard error.
+
+    The order of the text moves all rows of a seed together, by more than they differ.
+    """
     from matplotlib.figure import Figure
 
-    systems = list(dict.fromkeys(n.split("/")[1] for n in rows if n.startswith("grid/")))
-    kinds = {"none": "muted", "fresh": "fresh", "converted": "fifth", "shuffled": "donor"}
+    found = seeds(rows, "grid")
+    apart = {s: paired(found[s], found["fresh"]) for s in found if s != "fresh"}
+    kinds = {"none": "muted", "fitted": "fifth", "converted": "fifth", "shuffled": "donor"}
+    # What lies far out would leave no room for the rest: it is told in words.
+    near = {s: values for s, values in apart.items() if abs(mean_error(values)[0]) < _FAR}
     with drawing():
-        figure = Figure(figsize=(5.4, 0.9 + 0.34 * len(systems)))
+        figure = Figure(figsize=(6.6, 1.0 + 0.4 * len(apart)))
         w, h = figure.get_size_inches()
-        ax = figure.add_axes((1.75 / w, 0.5 / h, (w - 1.95) / w, (h - 0.95) / h))
+        ax = figure.add_axes((2.2 / w, 0.5 / h, (w - 3.5) / w, (h - 1.0) / h))
+        ax.axvline(0, color=LIGHT["fresh"], lw=1.6, zorder=1)
+        bound = 1.15 * max(abs(v) for values in near.values() for v in values)
         said = []
-        for k, system in enumerate(systems):
-            values = [row["report"]["ppl"] for row in by_seed(rows, "grid", system)]
+        for k, (system, values) in enumerate(apart.items()):
+            y, kind = len(apart) - 1 - k, LIGHT[kinds.get(system, "student")]
             mean, error = mean_error(values)
-            y = len(systems) - 1 - k
-            kind = kinds.get(system, "student")
-            ax.plot(values, [y] * len(values), "o", ms=4, mew=0, color=LIGHT[kind], alpha=0.45)
-            ax.errorbar(
-                mean, y, xerr=error or 0.0, fmt="D", ms=6, color=LIGHT[kind], capsize=3, zorder=3
-            )
+            if system in near:
+                ax.plot(values, [y] * len(values), "o", ms=5, mew=0, color=kind, alpha=0.45)
+                ax.errorbar(mean, y, xerr=error or 0.0, fmt="D", ms=6, color=kind, capsize=3)
+            else:
+                ax.annotate(
+                    f"{mean:+.3f}", (bound, y), (bound - 0.4 * bound, y), va="center",
+                    ha="right", fontsize=8.5, color=kind,
+                    arrowprops={"arrowstyle": "->", "color": kind},
+                )  # fmt: skip
+            ppl, spread = mean_error(row["ppl"] for row in found[system].values())
+            label = f"{ppl:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
             ax.annotate(
-                f"{mean:.2f}", (mean, y), (0, 6), textcoords="offset points", fontsize=8.5,
-                ha="center", color=LIGHT["ink"],
+                label, (1.04, y), xycoords=("axes fraction", "data"), va="center", fontsize=8.5,
+                color=LIGHT["ink"],
             )  # fmt: skip
-            said.append(f"{system} {mean:.2f}")
-        names = {"none": "deleted", "fresh": "reinitialised", "converted": "attention-initialised"}
+            said.append(f"{system} {mean:+.4f}")
         ax.set_yticks(
-            range(len(systems)),
-            [names.get(s, f"donor {s}" if s[0].isdigit() else s) for s in reversed(systems)],
+            range(len(apart)),
+            [WORDS.get(s, f"donor {s}" if s[0].isdigit() else s) for s in reversed(apart)],
         )
-        ax.set_ylim(-0.6, len(systems) - 0.2)
+        ax.set_ylim(-0.6, len(apart) - 0.4)
+        ax.set_xlim(-bound, bound)
         ax.grid(axis="x")
-        ax.set_xlabel("perplexity; mean and standard error over seeds")
+        ax.set_xlabel("nats a token more than fresh Mamba layers, seed by seed")
+        ax.annotate(
+            "perplexity", (1.04, len(apart) - 0.35), xycoords=("axes fraction", "data"),
+            fontsize=8.5, color=LIGHT["muted"], annotation_clip=False,
+        )  # fmt: skip
         figure.suptitle(
             "What stands in the place of the layers that go",
             x=0.03, y=1 - 0.1 / h, ha="left", fontsize=11, fontweight="semibold",
         )  # fmt: skip
-        figure.set_label("Perplexity by what is put in: " + ", ".join(said))
+        figure.set_label("Nats a token beside fresh layers: " + ", ".join(said))
     return figure
 
 
@@ -141,7 +156,7 @@ def recall(rows: Mapping[str, Row]) -> Any:
     with drawing():
         figure = Figure(figsize=(9.2, 3.9))
         for k, (task, axis) in enumerate(
-            (("copy", "tokens to copy, exactly"), ("phonebook", "entries in the phone book"))
+            zip(TASKS, ("tokens to copy, exactly", "entries in the phone book"), strict=True)
         ):
             ax = figure.add_axes((0.065 + 0.49 * k, 0.14, 0.43, 0.62))
             for name, row in lines.items():
@@ -176,6 +191,7 @@ def recall(rows: Mapping[str, Row]) -> Any:
 def memory(rows: Mapping[str, Row]) -> Any:
     """Memory of the true shapes by cause, with the floor and the published figure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     found = {
         n.partition("/")[2]: r["memory"][0] for n, r in rows.items() if n.startswith("shapes/")
@@ -199,13 +215,16 @@ def memory(rows: Mapping[str, Row]) -> Any:
             floor = row["floor"] / 2**20
             ax.plot([floor] * 2, [y - 0.4, y + 0.4], color=LIGHT["ink"], lw=1.6,
                     label="floor" if not k else None)  # fmt: skip
-            note = f"{left:,.0f}"
+            ax.annotate(f"{left:,.0f}", (left, y), (5, 0), textcoords="offset points",
+                        va="center", fontsize=8.5, color=LIGHT["ink"])  # fmt: skip
             if name in PUBLISHED:
-                note += f" (published {PUBLISHED[name]:,})"
-            ax.annotate(note, (left, y), (5, 0), textcoords="offset points", va="center",
-                        fontsize=8.5, color=LIGHT["ink"])  # fmt: skip
+                # A small gap would hide the number: the marks of those two stand above the bar.
+                x = PUBLISHED[name]
+                ax.plot(x, y + (0 if x > 1.5 * left else 0.4), "v", ms=6, color=LIGHT["sixth"],
+                        label="published" if not k else None)  # fmt: skip
         ax.set_yticks(range(len(found)), list(reversed(found)))
-        ax.set_xlim(0, 1.38 * max(row["peak"] for row in found.values()) / 2**20)
+        ax.set_xlim(0, 1.12 * max(row["peak"] for row in found.values()) / 2**20)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         ax.grid(axis="x")
         ax.set_xlabel("MiB")
         handles, labels = ax.get_legend_handles_labels()
@@ -229,17 +248,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     need_matplotlib()
-    try:
-        rows = json.loads(args.record.read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(str(args.record), f"is no record of the experiment ({error})") from error
+    rows = read_rows(args.record)
     figures: dict[str, Any] = {}
     if "analysis" in rows:
         figures |= {"distances": maps(rows), **layers(rows)}
     if any(name.startswith("grid/") for name in rows):
         figures["ablation"] = ablation(rows)
-    if any(name.startswith("recall/") for name in rows):
+    points = [p for n, r in rows.items() if n.startswith("recall/") for t in TASKS for p in r[t]]
+    if any(point["acc"] for point in points):
         figures["recall"] = recall(rows)
+    elif points:
+        print(f"no model gave a right answer at any of {len(points)} points of recall: not drawn")
     if any(n.startswith("shapes/") and r["memory"][0].get("peak") for n, r in rows.items()):
         figures["memory"] = memory(rows)
     args.out.mkdir(parents=True, exist_ok=True)

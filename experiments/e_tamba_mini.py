@@ -9,6 +9,7 @@
     pretrain   a GPT-NeoX Transformer and a Mamba on the same text in the same order
     analysis   equation 1 over both; which base layers go, which groups of the donor may come
     search     the learning rate of each kind of row
+    starts     how far each of them is from the base before any tuning
     grid       Table 1: deleted, fresh, every group of the donor, attention turned into Mamba-2
     final      Table 2: base, donor and hybrids tuned on the same tokens
     recall     copying and phone book at growing lengths
@@ -66,7 +67,6 @@ from tamba.evaluate import SUITES, Options, perplexity
 from tamba.evaluate.measure import Models, Request, Subject
 from tamba.evaluate.recall import RecallMeasure
 from tamba.evaluate.statistics import mean_score
-from tamba.evaluate.store import Store
 from tamba.families.gpt_neox import GPT_NEOX
 from tamba.families.mamba import STATE_SPACES_MAMBA
 from tamba.model.config import TambaConfig
@@ -74,7 +74,10 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.plan import ConvertOptions, LayerPlan, PlanEntry, e_tamba_plan
+from tamba.recipe import LeastSquares
 from tamba.sections import Section, read_toml, validate
+from tamba.store import Store
+from tamba.train.closed_form import least_squares
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "e-tamba-mini"
 RECORD = "e-tamba-mini.json"
@@ -583,11 +586,12 @@ class Experiment:
         """Everything, the most important first."""
         self.shapes()
         if not self.speed() or not self.pretrain() or not self.analysis():
-            for part in ("untuned", "search", "grid", "final", "recall", "memory"):
+            for part in ("untuned", "search", "starts", "grid", "final", "recall", "memory"):
                 self.rows.skip(part, "the pair or its analysis is not there")
             return
         self.untuned()
         self.search()
+        self.starts()
         for seed in self.settings.finetune.seeds:
             self.grid(seed, list(self.plans))
         first = self.settings.finetune.seeds[0]
@@ -733,10 +737,10 @@ class Experiment:
         # In the order of the paper's table.
         order = ["none", "fresh", *map(str, self.groups)]
         self.plans = {name: self.plans[name] for name in order}
-        self.plans["converted"] = LayerPlan(
+        self.plans["fitted"] = LayerPlan(
             tuple(PlanEntry("convert" if i in replaced else "keep", i) for i in range(n)),
             ConvertOptions(),
-            name="converted",
+            name="fitted",
         )
         self.leader = str(max(self.groups, key=lambda g: g.turn))
         return True
@@ -811,7 +815,7 @@ class Experiment:
     @property
     def systems(self) -> list[str]:
         """Of Table 2: the best group of the donor, the pair itself, and the controls."""
-        return [self.best_group(), "base", "converted", "donor", "fresh", "none"]
+        return [self.best_group(), "base", "fitted", "donor", "fresh", "none"]
 
     def best_group(self) -> str:
         """By the mean perplexity on the text that is kept for choices."""
@@ -831,16 +835,54 @@ class Experiment:
         """The checkpoint that a row begins from."""
         if system in ("base", "donor"):
             return self.work / system
-        drawn = system in ("fresh", "converted")
-        folder = self.work / "students" / (f"{system}-{seed}" if drawn else system)
+        folder = self.work / "students" / (f"{system}-{seed}" if system == "fresh" else system)
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
+            if system == "fitted":
+                model = self.load(self.student("converted", seed))
+                self.fit(model)
+                self.save(model, folder)
+                return folder
             base, donor = (open_checkpoint(self.work / role) for role in ("base", "donor"))
             plan = self.plan(system)
             build_student(base, plan, folder, donor=donor if plan.needs_donor else None, seed=seed)
         return folder
 
+    def fit(self, student: TambaForCausalLM) -> None:
+        """Set converted mixers to do what the attention did, in closed form.
+
+        As converted they are sums where attention takes a mean: such a start is worse than leaving
+        the layers out. The text is some of what is tuned on, so this sees nothing that other rows
+        do not.
+        """
+        converted = {i: self.plan("fitted").entries[i].index for i in self.plan("fitted").converted}
+        text = self.streams["finetune"].take(self.settings.text.measured)
+        stage = LeastSquares(
+            stage="least_squares",
+            tokens=len(text) * text.length,
+            fit="mixer",
+            inputs="teacher",
+            dtype="float32" if self.device.type == "cpu" else "bfloat16",
+        )
+        least_squares(student, self.load(self.work / "base"), converted, text, stage)
+
+    def starts(self) -> None:
+        """What tuning begins from: each row of Table 1 on the text that choices are made on, and
+        how far its layers turn the stream."""
+        for system in (*self.plans, "converted"):
+
+            def make(system: str = system) -> Row:
+                model = self.load(self.student(system, self.settings.finetune.seeds[0]))
+                some = self.streams["choice"].take(self.settings.text.rows)
+                # A layer that hardly turns the stream of its new model has nothing to say in it.
+                turns = state_scores(model, some, label=f"states of {system}").own_turn
+                return self.scores(model, ("choice",)) | {"own_turn": turns.mean.tolist()}
+
+            self.rows.do(f"starts/{system}", 5, make)
+
     def plan(self, system: str) -> LayerPlan:
+        if system == "converted":  # the fitted one before its fit
+            return self.plans["fitted"]
         if system != "shuffled":
             return self.plans[system]
         # The best group's own layers in another order: do they only lend the scale of their
@@ -877,7 +919,7 @@ class Experiment:
     def search(self) -> None:
         """Short runs at each rate: of the group that turns its stream most, and of the others."""
         wanted = self.settings.finetune
-        for system in (self.leader, "base", "fresh", "converted", "none", "donor"):
+        for system in (self.leader, "base", "fresh", "fitted", "none", "donor"):
             for rate in wanted.rates:
 
                 def make(system: str = system, rate: float = rate) -> Row:
@@ -890,7 +932,7 @@ class Experiment:
 
     def rate(self, system: str) -> float:
         """The best of the rates that were tried for this system, or for groups of the donor."""
-        kind = system if system in ("base", "donor", "fresh", "converted", "none") else self.leader
+        kind = system if system in ("base", "donor", "fresh", "fitted", "none") else self.leader
         rates = self.settings.finetune.rates
         found = {r: row for r in rates if (row := self.rows[f"search/{kind}/{r:g}"]) is not None}
         if not found:

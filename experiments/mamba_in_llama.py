@@ -55,6 +55,11 @@ def _every(n: int, *, block: bool = False) -> str:
     return f"build.plan={json.dumps(lines)}"
 
 
+_MAMBA1 = (
+    "build.convert.mixer=mamba1",
+    "build.convert.norm=none",
+    f"train.{LEAST_SQUARES}.fit=output",
+)
 SHORT = (f"train.{ALIGN}.tokens=2000000", f"train.{DISTIL}.tokens=15000000")
 ROWS = {
     **{
@@ -83,6 +88,18 @@ ROWS = {
         "the paper's weights", (*SHORT, f"train.{DISTIL}.kl=0.1", f"train.{DISTIL}.ce=1")
     ),
     "reverse-kl": Row("the other direction of KL", (*SHORT, f"train.{DISTIL}.divergence=reverse")),
+    "jensen-shannon": Row("between the directions", (*SHORT, f"train.{DISTIL}.divergence=js")),
+    "all-but-mlp": Row(
+        "frozen MLPs alone (Table 7)", (*SHORT, f"train.{DISTIL}.train=all-but-mlp")
+    ),
+    **{
+        name.replace("_", "-"): Row("stepwise", (*SHORT, f"train.{DISTIL}.replacement={name}"))
+        for name in ("progressive", "one_by_one", "theseus")
+    },
+    "mamba1": Row("Mamba-1 with whole heads kept together", (*SHORT, *_MAMBA1)),
+    "mamba1-legacy": Row(
+        "Mamba-1 with slices as published", (*SHORT, *_MAMBA1, "build.convert.slices=legacy")
+    ),
 }
 
 

@@ -227,7 +227,7 @@ def test_mistakes_are_told_before_any_work(
 
 def test_a_model_of_one_layer(folder: Path) -> None:
     checkpoint(folder / "one", ["attention"])
-    with pytest.raises(UserError, match="has 1 layer"):
+    with pytest.raises(UserError, match=r"^one: has 1 layer, and layers are compared"):
         tamba.analyze("one", "out", reading=Reading(["text.txt"], 32, 512))
 
 

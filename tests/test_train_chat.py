@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -18,12 +19,13 @@ from torch import Tensor
 
 pytest.importorskip("trl")
 
+import tamba
 from compare import assert_same
 from models import tiny_model
 from tamba.chats import Row
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
-from tamba.recipe import Dpo, OnPolicy, Sft
+from tamba.recipe import Dpo, OnPolicy, Sft, read_recipe
 from tamba.train import chat, chat_steps, dpo, engine, on_policy, sft
 from tamba.train.engine import Place
 from texts import END, byte_tokenizer
@@ -276,6 +278,18 @@ def test_what_moves_and_what_stays() -> None:
     assert not {"forward", "_original_forward"} & model.__dict__.keys()
 
 
+def test_a_stage_leaves_nothing_for_the_next() -> None:
+    """Under autocast too, which accelerate gives a model only once."""
+    one, other = student(), student()
+    sft(one, tokenizer(), sft_stage(dtype="bfloat16", lr=1e-3), rows())
+    other.load_state_dict(one.state_dict())
+    stage = dpo_stage(dtype="bfloat16")
+    after, alone = (dpo(m, tokenizer(), stage, pairs(), teacher=teacher()) for m in (one, other))
+    assert after.losses == alone.losses
+    wide = dpo(other, tokenizer(), dpo_stage(), pairs(), teacher=teacher())
+    assert wide.losses != alone.losses
+
+
 def test_short_masters_are_refused_and_products_may_be_short() -> None:
     with pytest.raises(TypeError, match="float32 master"):
         sft(student().bfloat16(), tokenizer(), sft_stage(), rows())
@@ -484,3 +498,90 @@ save_file({{n: p.detach() for n, p in model.named_parameters()}}, "done.safetens
     if kind != "on_policy":
         for name, want in whole.items():
             assert_same(cut[name], want, "exact", name)
+
+
+# Recipes.
+
+RECIPE = """
+name = "small"
+[teacher]
+path = "teacher"
+[build]
+plan = ["keep 0", "convert 1"]
+[[train]]
+stage = "sft"
+data = ["sft.jsonl"]
+steps = 2
+batch = 2
+lr = 1e-3
+length = 64
+dtype = "float32"
+train = "mixers"
+[[train]]
+stage = "dpo"
+data = ["dpo.jsonl"]
+epochs = 1
+batch = 2
+lr = 1e-3
+length = 64
+dtype = "float32"
+[[train]]
+stage = "on_policy"
+data = ["sft.jsonl"]
+steps = 1
+batch = 2
+lr = 1e-3
+length = 64
+new_tokens = 4
+dtype = "float32"
+"""
+
+
+def write_rows(path: Path, examples: list[Row]) -> None:
+    path.write_text("".join(json.dumps(dict(r.fields)) + "\n" for r in examples))
+
+
+def test_stages_of_a_recipe(tmp_path, monkeypatch) -> None:
+    made = tiny_model(["attention"] * 2, vocab_size=257)
+    made.save_pretrained(tmp_path / "teacher")
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE)
+    with pytest.raises(UserError, match=r"train.0.data\[0\]: no such file.*sft.jsonl"):
+        tamba.build(recipe, tmp_path / "built")
+    write_rows(tmp_path / "sft.jsonl", rows())
+    write_rows(tmp_path / "dpo.jsonl", [*pairs(), Row("", {"prompt": "a", "chosen": "b"})])
+    tamba.build(recipe, tmp_path / "built")
+    # What is wrong with the second stage is said before the first begins.
+    with monkeypatch.context() as inside:
+        inside.setattr(chat_steps.Run, "log", lambda *_: pytest.fail("a step was taken"))
+        with pytest.raises(UserError, match=r"dpo.jsonl:5: holds no preference"):
+            tamba.train(recipe, tmp_path / "out", student=tmp_path / "built")
+    write_rows(tmp_path / "dpo.jsonl", pairs())
+    logs = tamba.train(recipe, tmp_path / "out", student=tmp_path / "built")
+    assert [log.stage for log in logs] == ["sft", "dpo", "on_policy"]
+    assert all(math.isfinite(loss) for log in logs for _, loss in log.losses)
+    trained, _ = tamba.load(str(tmp_path / "out"))
+    before, _ = tamba.load(str(tmp_path / "built"))
+    moved = [
+        n for n, p in trained.named_parameters() if not torch.equal(p, before.get_parameter(n))
+    ]
+    assert len(moved) == len(list(before.parameters()))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("epochs = 1", "steps and epochs are both given"),
+        ("micro_batch = 3", "micro_batch = 3 does not divide"),
+        ("packd = true", "unknown key; did you mean 'packed'"),
+        ("ce = 0.0", "kl and ce are both 0"),
+        ("train = 'heads'", "train"),
+    ],
+)
+def test_sections_are_strict(line, said, tmp_path) -> None:
+    told = RECIPE[: RECIPE.index('[[train]]\nstage = "dpo"')].replace('train = "mixers"\n', "")
+    (tmp_path / "recipe.toml").write_text(f"{told}{line}\n")
+    with pytest.raises(UserError, match=said):
+        read_recipe(tmp_path / "recipe.toml")

@@ -103,6 +103,7 @@ def test_steps_equal_a_loop_written_by_hand() -> None:
     check_by_hand(micro_batch=3, ema=0.5, checkpointing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["decay", "rate", "mean"])
 def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "rate":
@@ -227,6 +228,7 @@ def test_layers_that_wait_are_the_teachers() -> None:
     check_replacement()
 
 
+@pytest.mark.slow
 def test_layers_that_do_not_wait_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DistilObjective, "_stand_ins", lambda self, piece: ({}, None))
     with pytest.raises(AssertionError):
@@ -253,6 +255,34 @@ def test_layers_that_wait_do_not_move() -> None:
     assert moved == {n for n in names if n.startswith("model.layers.0.")}
 
 
+# Compiled.
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's tracer makes them itself
+def test_compiled_layers_are_one_graph_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers, steps and rows with documents; the graphs run as they are."""
+    from torch._dynamo.testing import CompileCounter
+
+    graphs = CompileCounter()
+    right = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **told: right(self, backend=graphs, **told)
+    )
+    counts = []
+    for n in (1, 3):
+        found = []
+        for compiled in (False, True):
+            student, teacher = hybrid((0, 1, 3)[:n])
+            stage = align_stage(tokens=256, batch=2, compile=compiled)
+            torch.compiler.reset()
+            graphs.clear()
+            found.append(align(student, teacher, {i: i for i in (0, 1, 3)[:n]}, rows(), stage))
+        assert found[1].layers == pytest.approx(found[0].layers, rel=1e-4)
+        counts.append(graphs.frame_count)
+    assert 0 < counts[1] <= counts[0]
+
+
 # Side by side.
 
 
@@ -276,6 +306,7 @@ def test_layers_side_by_side_learn_as_one_after_another() -> None:
         torch.testing.assert_close(second[name], p, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixing_brings_the_matrices_together() -> None:
     ends = []
     for mixing in (0.0, 3.0):

@@ -145,7 +145,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
             seed=recipe.seed,
         )
         need_matplotlib()
-        settings.check(checkpoint.tamba_config)
+        settings.check(checkpoint.tamba_config, where=checkpoint.location)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train or prepared.heldout
@@ -174,7 +174,12 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     checkpoint = open_checkpoint(source)
     student = None if reading.student is None else open_checkpoint(reading.student)
     config = checkpoint.tamba_config
-    settings.check(config, student=student is not None, recall=reading.recall)
+    settings.check(
+        config,
+        student=student is not None,
+        recall=reading.recall,
+        where=checkpoint.location,
+    )
     _check_reading(reading, settings, config)
     into = None if reading.into is None else _receiver(reading, checkpoint, settings)
     tokenizer = load_tokenizer(checkpoint)

@@ -83,11 +83,19 @@ class Settings:
     groups: int | None = None
     seed: int = 0
 
-    def check(self, config: TambaConfig, *, student: bool = False, recall: bool = False) -> None:
+    def check(
+        self,
+        config: TambaConfig,
+        *,
+        student: bool = False,
+        recall: bool = False,
+        where: str | None = None,
+    ) -> None:
         """Refuse what a model cannot be asked for, before it is read.
 
         Args:
             config: of the model.
+            where: the model is, for messages.
             student: whether there is a converted one beside it.
             recall: whether effects are measured on recall too.
 
@@ -109,7 +117,7 @@ class Settings:
                 )
         if n_layers < 2:
             raise UserError(
-                config.name_or_path or "model",
+                where or config.name_or_path or "model",
                 f"has {n_layers} layer, and layers are compared with one another",
                 "analyse a model of two layers or more",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Block(GradientCheckpointingLayer):
         hidden: Tensor,
         past_key_values: Cache | None,
         tokens: Tokens,
-        mixer: nn.Module | None = None,
+        mixer: Callable[..., Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """hidden [B, T, D] -> [B, T, D]; the state is read from and written to the cache.

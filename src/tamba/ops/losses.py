@@ -129,7 +129,7 @@ def next_token_loss(
     if not weights.kl:
         teacher_hidden = teacher_head = teacher_top = None
     _check(hidden, head, targets, teacher_hidden, teacher_head, teacher_top, weights)
-    top = teacher_top or Top(*(None,) * 3)  # type: ignore[arg-type]
+    top = (None, None, None) if teacher_top is None else teacher_top
     learns = torch.is_grad_enabled()
     loss, _grad_hidden, _grad_head = _loss_op(
         hidden,
@@ -359,7 +359,10 @@ def _rows(words: Tensor) -> tuple[int, int]:
         rows = max(1, _LOGITS_AT_ONCE // len(words))
         return rows, rows
     each = len(words) * words.element_size()
-    return tuple(max(32, size // each // 32 * 32) for size in (_STUDENT_BYTES, _TEACHER_BYTES))  # type: ignore[return-value]
+    student, teacher = (
+        max(32, size // each // 32 * 32) for size in (_STUDENT_BYTES, _TEACHER_BYTES)
+    )
+    return student, teacher
 
 
 def _logits(x: Tensor, words: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ def _triangle(ax: Axes, table: Sequence[Sequence[float]], largest: float, shades
     )
     step = _step(L)
     ax.xaxis.set_major_locator(MultipleLocator(step))
-    ax.yaxis.set_major_locator(FixedLocator([1, *range(step, L + 1, step)]))
+    # 1 and 2 would touch where every second one is labelled.
+    ax.yaxis.set_major_locator(FixedLocator([1, *range(4 if step == 2 else step, L + 1, step)]))
     ax.tick_params(labelsize=8.5)
     ax.grid(False)
     for spine in ax.spines.values():

@@ -16,7 +16,9 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -139,7 +141,10 @@ def train(
             *(case, model, teacher, texts[index], moved, place, tokenizer, signal),
             framed.get(index),
         )
+        begun = time.monotonic()
         log = KINDS[type(stage)].run(job, stage)
+        if not log.seconds:
+            log = replace(log, seconds=time.monotonic() - begun)
         del job, signal, teacher  # the next stage's may not fit beside it
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model = _whole(model, recipe, checkpoint, moves, processes.device)

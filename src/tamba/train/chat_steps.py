@@ -49,6 +49,8 @@ from tamba.train.schedules import rate_factor
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
 _CURVE = "curve.json"
+_LEFT = ("forward", "_original_forward", "_is_accelerate_prepared", "model_tags")
+"""Attributes that trainers put on a model. The third would keep the next stage from autocast."""
 _RESTORED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
@@ -204,7 +206,7 @@ def running(
                 setattr(config, name, value)
             for model, before, was in zip(models, needed, training, strict=True):
                 # What TRL and accelerate have put around it.
-                for name in ("forward", "_original_forward", "model_tags"):
+                for name in _LEFT:
                     model.__dict__.pop(name, None)
                 model.train(was)
                 for parameter in model.parameters():

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -105,20 +105,23 @@ def run_steps(
         main = engine.is_world_process_zero()
         if main:
             engine.advance = stack.enter_context(progress.task(stage.stage, engine.steps))
+        stack.callback(engine.release)
         engine.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         engine.finish()
         tokens = engine.steps * stage.batch * blocks.length
-        return stage_log(stage.stage, tokens, engine.losses, objective.layers)
+        return stage_log(stage.stage, tokens, engine.losses, objective.layers, engine.seconds)
 
 
 @contextmanager
 def _moving(objective: Objective, names: Collection[str]) -> Iterator[None]:
     """Inside, these parameters of the student take gradients and no others."""
-    before = {p: p.requires_grad for p in objective.student.parameters()}
-    for name, parameter in objective.student.named_parameters():
+    named = dict(objective.student.named_parameters())
+    for name in named.keys() & set(names):
+        if named[name].dtype.itemsize < 4:
+            raise TypeError(f"{name} is {named[name].dtype}; steps need a float32 master")
+    before = {p: p.requires_grad for p in named.values()}
+    for name, parameter in named.items():
         parameter.requires_grad_(name in names)
-        if name in names and parameter.dtype.itemsize < 4:
-            raise TypeError(f"{name} is {parameter.dtype}; steps need a float32 master")
     try:
         yield
     finally:
@@ -143,13 +146,24 @@ def _prepared(objective: Objective, stage: Align | Distil) -> Iterator[None]:
         # Layer by layer: one graph serves all layers of a kind, and is small.
         unit.compile(dynamic=False)
     try:
-        yield
+        with _many_graphs() if units else nullcontext():
+            yield
     finally:
         student.train(training)
         for layer in layers:
             layer.gradient_checkpointing = False
         for unit in units:
             unit._compiled_call_impl = None
+
+
+def _many_graphs() -> Any:
+    """Inside, no kind of layer is given up for having a few graphs.
+
+    Attention of teacher and student, and a last piece of fewer rows, are graphs of one function.
+    """
+    import torch._dynamo
+
+    return torch._dynamo.config.patch(recompile_limit=64)
 
 
 class Engine(Trainer):
@@ -171,6 +185,8 @@ class Engine(Trainer):
         self.steps = n_steps(stage, blocks.length)
         self.advance: Callable[..., None] | None = None
         self.losses: list[list[float]] = []
+        self.seconds: list[float] = []
+        self._last = time.monotonic()
         self._fresh, self._folder = fresh, folder
         self._run_folder = folder
         self._row_tokens = stage.batch * blocks.length
@@ -376,6 +392,14 @@ class Engine(Trainer):
             for name, mean in self._mean.items():
                 named[name].copy_(mean)
 
+    def release(self) -> None:
+        """Let gradients' moments go: the next stage needs the room, and cycles hold the engine."""
+        holders: tuple[Any, ...] = (self, self.callback_handler)
+        for holder in holders:
+            holder.optimizer = holder.lr_scheduler = None
+        self._mean.clear()
+        self.accelerator.free_memory()
+
     # Checkpoints.
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -394,7 +418,8 @@ class Engine(Trainer):
             super()._save_checkpoint(model, trial)
             means = {n: full(mean).cpu() for n, mean in self._mean.items()}
             if main:
-                (partial_folder / name / _CURVE).write_text(json.dumps(self.losses))
+                curve = {"losses": self.losses, "seconds": self.seconds}
+                (partial_folder / name / _CURVE).write_text(json.dumps(curve))
                 if means:
                     save_file(means, partial_folder / name / _MEAN)
             self.accelerator.wait_for_everyone()
@@ -437,9 +462,14 @@ class Engine(Trainer):
     def _begin(self) -> None:
         if self._resumed:
             path = Path(self._resumed) / _CURVE
-            self.losses = json.loads(path.read_text())
+            curve = json.loads(path.read_text())
+            self.losses, self.seconds = curve["losses"], curve["seconds"]
+            for parts in reversed(self.losses):
+                if all(map(math.isfinite, parts)):
+                    break
+                self._skipped_running += 1
         self._start_mean()
-        self._kept = time.monotonic()
+        self._kept = self._last = time.monotonic()
         if self.advance is not None and self.state.global_step:
             self.advance(self.state.global_step)
 
@@ -448,7 +478,9 @@ class Engine(Trainer):
         super().log(logs, start_time)
 
     def note(self) -> None:
-        """Show that a step is done."""
+        """Count a step that is done, and show it."""
+        before, self._last = self._last, time.monotonic()
+        self.seconds.append(self._last - before)
         if self.advance is not None:
             loss = math.fsum(self.losses[-1]) / len(self.losses[-1])
             unit = "" if self.objective.layers else " nats"

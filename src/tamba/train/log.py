@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Any
 
 _POINTS = 48
@@ -24,6 +25,8 @@ class StageLog:
             teacher's output; for ``distil`` it is nats a token.
         layers: what is left of each layer's variance, by student layer.
         skipped: steps whose loss or gradient was no number, and which moved nothing.
+        seconds: that it took, over all the runs that it was cut into.
+        step_seconds: of a step, the median; 0 for a stage without steps.
     """
 
     stage: str
@@ -31,6 +34,8 @@ class StageLog:
     losses: list[tuple[int, float]] = field(default_factory=list)
     layers: dict[int, float] = field(default_factory=dict)
     skipped: int = 0
+    seconds: float = 0.0
+    step_seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
@@ -40,17 +45,24 @@ class StageLog:
             "losses": [list(point) for point in self.losses],
             "layers": {str(i): left for i, left in self.layers.items()},
             "skipped": self.skipped,
+            "seconds": round(self.seconds, 3),
+            "step_seconds": round(self.step_seconds, 6),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StageLog:
         losses = [(int(tokens), float(loss)) for tokens, loss in data["losses"]]
         layers = {int(i): float(left) for i, left in data["layers"].items()}
-        return cls(data["stage"], data["tokens"], losses, layers, int(data["skipped"]))
+        rest = int(data["skipped"]), float(data["seconds"]), float(data["step_seconds"])
+        return cls(data["stage"], data["tokens"], losses, layers, *rest)
 
 
 def stage_log(
-    stage: str, tokens: int, losses: Sequence[Sequence[float]], layers: Sequence[int] = ()
+    stage: str,
+    tokens: int,
+    losses: Sequence[Sequence[float]],
+    layers: Sequence[int] = (),
+    seconds: Sequence[float] = (),
 ) -> StageLog:
     """The curve of a stage in a few points.
 
@@ -58,6 +70,7 @@ def stage_log(
         tokens: text that its steps went over.
         losses: the parts of the loss of each step, NaN in one that was skipped.
         layers: which layer each part is of; their means over the last eighth are kept.
+        seconds: of each step.
     """
     whole = [step for step in losses if all(map(math.isfinite, step))]
     points = []
@@ -67,7 +80,9 @@ def stage_log(
             points.append(((some[-1] + 1) * tokens // len(losses), _mean(values)))
     tail = whole[-max(1, len(losses) // 8) :]
     left = {layer: _mean([step[k] for step in tail]) for k, layer in enumerate(layers) if tail}
-    return StageLog(stage, tokens, points, left, len(losses) - len(whole))
+    skipped = len(losses) - len(whole)
+    step = median(seconds) if seconds else 0.0
+    return StageLog(stage, tokens, points, left, skipped, math.fsum(seconds), step)
 
 
 def _mean(values: Sequence[float]) -> float:

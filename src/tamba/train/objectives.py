@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from threading import Barrier
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.model.tokens import Tokens
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.recipe import Align, Distil
-from tamba.trace import climb, computing, enter, finish, places
+from tamba.trace import climb, computing, finish
 from tamba.train.mixing import attention_matrix, mixing_matrix
 from tamba.train.pieces import Count, Piece, predicted, tokens
 from tamba.train.schedules import Active
@@ -95,6 +94,7 @@ class AlignObjective(Objective):
         self._no_split_modules = (*{type(_mixer(student, i)).__name__ for i in self.layers},)
         self._teacher = [teacher]
         self._pairs, self._mixing = pairs, stage.mixing
+        self._watched = _Watched()
         self._dtype: torch.dtype = getattr(torch, stage.dtype)
         self._scales = self._measure(blocks)
         self._pool = _single_threads(min(threads, len(self.layers)))
@@ -109,11 +109,11 @@ class AlignObjective(Objective):
         return [group for group in groups if group]
 
     def units(self) -> Sequence[nn.Module]:
-        return [_mixer(self.student, i) for i in self.layers]
+        return [*(_mixer(self.student, i) for i in self.layers), self._watched]
 
     def forward(self, piece: Piece) -> Tensor:
         seen, their_tokens = self._read(piece)
-        ours = places(piece.batch.starts)
+        ours = Tokens(their_tokens.positions, starts=their_tokens.starts)
 
         def error(index: int) -> Tensor:
             inputs, outputs = seen[index]
@@ -150,18 +150,15 @@ class AlignObjective(Objective):
     def _read(self, piece: Piece) -> tuple[dict[int, tuple[Tensor, Tensor]], Tokens]:
         """What the teacher's mixers are given and give, by student layer, and where tokens are."""
         (teacher,) = self._teacher
+        wanted = set(self._pairs.values())
         seen: dict[int, tuple[Tensor, Tensor]] = {}
-        with ExitStack() as hooks, computing(teacher, self._dtype):
-            for index in self.layers:
-
-                def keep(_: nn.Module, args: Any, output: Tensor, index: int = index) -> None:
-                    seen[index] = args[0], output
-
-                mixer = _mixer(teacher, self._pairs[index])
-                hooks.callback(mixer.register_forward_hook(keep).remove)
-            hidden, where = enter(teacher, piece.batch)
-            climb(teacher, hidden, where, 0, max(self._pairs.values()) + 1)
-        return seen, where
+        with computing(teacher, self._dtype):
+            hidden, where = _enter(teacher, piece)
+            for index, layer in enumerate(teacher.model.layers[: max(wanted) + 1]):
+                hidden, *both = self._watched(layer, hidden, where)
+                if index in wanted:
+                    seen[index] = (both[0], both[1])
+        return {ours: seen[theirs] for ours, theirs in self._pairs.items()}, where
 
     def _measure(self, blocks: TokenBlocks) -> dict[int, Tensor]:
         """Mean squared distance of each layer's output from its mean, over the first rows."""
@@ -183,6 +180,34 @@ class AlignObjective(Objective):
             i: ((squares[i] - sums[i].square().sum() / count) / count).clamp_min(1e-30).to(wide)
             for i in self.layers
         }
+
+
+class _Watched(nn.Module):
+    """A layer, with what its mixer was given and gave: [B, T, D] each."""
+
+    def forward(
+        self, layer: nn.Module, hidden: Tensor, where: Tokens
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        seen: list[Tensor] = []
+
+        def mixer(given: Tensor, state: None, tokens: Tokens) -> Tensor:
+            gave: Tensor = layer.mixer(given, state, tokens)  # type: ignore[operator]
+            seen.extend((given, gave))
+            return gave
+
+        hidden = layer(hidden, None, where, mixer=mixer)
+        return hidden, seen[0], seen[1]
+
+
+def _enter(model: TambaForCausalLM, piece: Piece) -> tuple[Tensor, Tokens]:
+    """The embedded tokens [B, T, D] of a piece, and where they stand.
+
+    Whether rows hold several documents is said, not looked up: that would wait for the device, and
+    a batch of whole rows would need graphs of its own.
+    """
+    hidden = model.model.embed_tokens(piece.batch.tokens)
+    documents = piece.batch.starts.cumsum(1) if piece.packed else None
+    return hidden, model.model._locate(hidden, None, None, None, documents)
 
 
 def _mixer(model: TambaForCausalLM, index: int) -> nn.Module:
@@ -271,7 +296,7 @@ class LiveTeacher:
 
     def __call__(self, piece: Piece) -> dict[str, Tensor]:
         with computing(self._model, self._dtype):
-            hidden, where = enter(self._model, piece.batch)
+            hidden, where = _enter(self._model, piece)
             hidden = finish(self._model, climb(self._model, hidden, where, 0))
             return {
                 "teacher_hidden": piece.at_places(hidden),
@@ -306,6 +331,8 @@ class DistilObjective(Objective):
         self._weights = loss_weights(stage)
 
     def units(self) -> Sequence[nn.Module]:
+        if self._active is not None:
+            return []  # a graph for each mixer that stands in, and then too many of them
         theirs = self._signal.units() if isinstance(self._signal, LiveTeacher) else ()
         return [*super().units(), *theirs]
 
@@ -315,7 +342,7 @@ class DistilObjective(Objective):
             with torch.no_grad():
                 wanted = self._signal(piece)
         with computing(self.student, self._dtype, grad=torch.is_grad_enabled()):
-            hidden, where = enter(self.student, piece.batch)
+            hidden, where = _enter(self.student, piece)
             others, their = self._stand_ins(piece)
             for index, layer in enumerate(self.student.model.layers):
                 if index in others:
@@ -343,7 +370,7 @@ class DistilObjective(Objective):
             return {}, None
         others = {i: _mixer(teacher, self._pairs[i]) for i in waiting}
         # The student may have no attention of its own, and then no angles or masks either.
-        return others, enter(teacher, piece.batch)[1]
+        return others, _enter(teacher, piece)[1]
 
 
 def loss_weights(stage: Distil) -> Weights:

@@ -27,6 +27,7 @@ class Piece:
         places: [n] int64, ``b · T + t`` of each place whose next token counts.
         step: 0, 1, ... of the stage.
         share: weight of this piece's mean in the step's, over all processes.
+        packed: whether documents begin inside rows of the text, these or others.
     """
 
     batch: Batch
@@ -34,6 +35,7 @@ class Piece:
     places: Tensor
     step: int
     share: float
+    packed: bool = True
 
     @property
     def targets(self) -> Tensor:
@@ -47,7 +49,8 @@ class Piece:
     def to(self, device: torch.device) -> Piece:
         """The same on a device."""
         rows, places = (t.to(device, non_blocking=True) for t in (self.rows, self.places))
-        return Piece(self.batch.to(device), rows, places, self.step, self.share)
+        batch = self.batch.to(device)
+        return Piece(batch, rows, places, self.step, self.share, self.packed)
 
 
 Count = Callable[[Batch], int]
@@ -100,6 +103,7 @@ class Pieces:
     ) -> None:
         self._blocks, self._batch, self._seed, self._count = blocks, batch, seed, count
         self._rank, self._world = rank, world
+        self._packed = bool(blocks.starts[:, 1:].any())
         mine = batch // world
         self._micro = min(micro_batch or mine, mine)
         self.per_step = -(-mine // self._micro)
@@ -114,7 +118,7 @@ class Pieces:
             keep = torch.zeros_like(batch.starts)
             keep[:, :-1] = batch.predicted
             places = keep.flatten().nonzero()[:, 0]
-            yield Piece(batch, some, places, step, self._count(batch) / whole)
+            yield Piece(batch, some, places, step, self._count(batch) / whole, self._packed)
 
     def _take(self, rows: Tensor) -> Batch:
         return Batch(self._blocks.tokens[rows].long(), self._blocks.starts[rows])

@@ -1,0 +1,252 @@
+"""The small E-Tamba experiment: its driver on toy models, and its page against its record."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tamba.build import student_config
+from tamba.checkpoint import open_checkpoint
+from tamba.errors import UserError
+from tamba.plan import read_plan
+from tamba.recipe import read_recipe
+from tamba.sections import read_toml, validate
+from tokens import LETTERS, character_tokenizer
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "experiments"))
+
+import e_tamba_mini as driver  # noqa: E402
+import e_tamba_tables as printed  # noqa: E402
+
+RECIPES = ROOT / "recipes" / "e-tamba-mini"
+RECORD = ROOT / "benchmarks" / "results" / "e-tamba-mini.json"
+PAGE = ROOT / "docs" / "results" / "e-tamba.md"
+TOY = """
+[models]
+d_model = 32
+heads = 2
+base_layers = 4
+donor_layers = 6
+d_state = 4
+vocabulary = 40
+positions = 128
+
+[text]
+length = 48
+rows = 4
+measured = 16
+
+[pretrain]
+steps = 12
+seconds = 60
+lr = 3e-3
+warmup = 0.1
+
+[transplant]
+replaced = 2
+group = 2
+choose = "e-tamba column_mean"
+
+[finetune]
+rates = [1e-3]
+warmup = 0.03
+seeds = [0, 1]
+search_steps = 1
+grid_steps = 1
+final_steps = 1
+
+[optimizer]
+betas = [0.9, 0.95]
+weight_decay = 0.1
+clip = 1.0
+
+[recall]
+cases = 2
+few = 1
+copy_lengths = [4]
+phonebook = [2]
+places = 400
+
+[memory]
+contexts = [8, 16]
+
+[shapes]
+d_model = 32
+heads = 2
+base_layers = 24
+donor_layers = 48
+d_state = 4
+vocabulary = 40
+positions = 32
+"""
+
+
+def settings(text: str, folder: Path) -> Any:
+    path = folder / "settings.toml"
+    path.write_text(text)
+    read = validate(driver.Settings, read_toml(path)[1], "settings.toml")
+    driver.check(read, "settings.toml")
+    return read
+
+
+@pytest.mark.parametrize("name", ["experiment", "smoke"])
+def test_settings_load_strictly(name: str, tmp_path: Path) -> None:
+    text = (RECIPES / f"{name}.toml").read_text()
+    settings(text, tmp_path)
+    with pytest.raises(UserError, match="hedas"):
+        settings(text.replace("heads =", "hedas =", 1), tmp_path)
+
+
+WRONG = {
+    "all layers go": ("replaced = 2", "replaced = 3", "3 of 4 layers cannot go"),
+    "group of one": ("group = 2", "group = 1", "no groups of 1"),
+    "heads": ("heads = 2", "heads = 3", "3 do not divide 32"),
+    "positions": ("contexts = [8, 16]", "contexts = [8, 512]", "are fewer than 512"),
+    "one context": ("contexts = [8, 16]", "contexts = [8]", "name two or more"),
+    "no seed": ("seeds = [0, 1]", "seeds = []", "name one at least"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_are_one_line(case: str, tmp_path: Path) -> None:
+    old, new, words = WRONG[case]
+    with pytest.raises(UserError, match=words) as error:
+        settings(TOY.replace(old, new, 1), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# The whole of it, with models that a letter at a time is enough for.
+
+
+def text_of(folder: Path) -> Path:
+    """Streams of letters that follow one another by a rule, so that there is something to learn."""
+    tokens = folder / "tokens"
+    tokens.mkdir()
+    (tokens / "tokens.json").write_text("{}")
+    character_tokenizer().backend_tokenizer.save(str(tokens / "tokenizer.json"))
+    order = np.random.default_rng(0)
+    for name in ("pretrain", "finetune", "analysis", "general", "choice", "report"):
+        steps = order.integers(1, 4, size=48 * 24)
+        ids = (2 + np.cumsum(steps) % len(LETTERS)).astype(np.uint16)
+        with lzma.open(tokens / f"{name}.npy.xz", "wb", preset=0) as file:
+            np.save(file, ids)
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "toy.toml").write_text(TOY)
+    arguments = ["--tokens", str(text_of(folder)), "--out", str(folder / "out"), "--smoke"]
+    assert driver.main([*arguments, "--settings", str(folder / "toy.toml")]) == 0
+    return folder
+
+
+def test_the_driver_does_all_of_it(toy: Path) -> None:
+    record = json.loads((toy / "out" / driver.RECORD).read_text())
+    rows, not_run = record["rows"], record["not_run"]
+    # The tokenizer of letters has no words for the lists of recall; nothing else is left out.
+    assert all(name.startswith("recall/") for name in not_run), not_run
+    systems = [n.split("/")[1] for n in rows if n.startswith("grid/") and n.endswith("/0")]
+    assert systems[:2] == ["none", "fresh"] and systems[-2:] == ["fitted", "shuffled"]
+    assert {n.split("/")[1] for n in rows if n.startswith("final/")} >= {"base", "donor", "fitted"}
+    # Nothing is drawn in a fitted layer, so seeds begin alike.
+    assert (toy / "out" / "work" / "students" / "fitted").is_dir()
+    for text in printed.tables(rows).values():
+        assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+def test_fitted_layers_begin_nearer_to_the_base_than_converted_ones(toy: Path) -> None:
+    rows = json.loads((toy / "out" / driver.RECORD).read_text())["rows"]
+    loss = {name: rows[f"starts/{name}"]["choice"]["nll"] for name in ("fitted", "converted")}
+    work = toy / "out" / "work"
+    ids = torch.from_numpy(np.random.default_rng(1).integers(2, 38, size=(4, 48)))
+
+    def logits(folder: Path) -> torch.Tensor:
+        model = driver.load_model(open_checkpoint(folder), torch.float32, "cpu")
+        with torch.no_grad():
+            return model(input_ids=ids).logits.log_softmax(-1)
+
+    base = logits(work / "base")
+    apart = {n: (logits(work / "students" / n) - base).norm().item() for n in loss}
+    assert apart["fitted"] < 0.7 * apart["converted"]
+    assert loss["fitted"] < loss["converted"] + 1e-3
+
+
+# What the page and the recipe say.
+
+
+def test_the_plan_has_the_parameters_of_the_record() -> None:
+    rows = printed.read_rows(RECORD)
+    wanted = validate(driver.Settings, read_toml(RECIPES / "experiment.toml")[1], "it")
+    models = {
+        "base": driver.base_config(wanted.models),
+        "donor": driver.donor_config(wanted.models, wanted.models.vocabulary),
+    }
+    for role, config in models.items():
+        assert driver.parameters(config) == rows[f"pretrain/{role}"]["parameters"]
+    plan = read_plan(RECIPES / "plan.toml")
+    plan.check(12, 24)
+    assert [str(e) for e in plan.entries] == rows["final/18-23/0"]["plan"]
+    sources = {k: SimpleNamespace(tamba_config=c, location=k) for k, c in models.items()}
+
+    def counts(plan: Any) -> Any:
+        spliced = driver.spliced_config(plan, models["base"], models["donor"])
+        return driver.parameters(spliced)
+
+    assert counts(plan) == rows["final/18-23/0"]["parameters"]
+    assert sources
+    total = f"{counts(plan)['total']:,}"
+    assert total in (RECIPES / "plan.toml").read_text() and total in PAGE.read_text()
+    shorter = replace(plan, entries=plan.entries[:-1])
+    assert counts(shorter) != rows["final/18-23/0"]["parameters"]
+    assert student_config is not None
+
+
+def test_the_recipe_of_the_hybrid_loads(tmp_path: Path) -> None:
+    text = (RECIPES / "hybrid.toml").read_text()
+    with pytest.raises(UserError, match=r"teacher\.path: no such file"):
+        read_recipe(RECIPES / "hybrid.toml")
+    for role in ("base", "donor"):
+        (tmp_path / role).mkdir()
+        text = text.replace(f"../../runs/e-tamba-mini/work/{role}", role)
+    (tmp_path / "hybrid.toml").write_text(text)
+    (tmp_path / "plan.toml").write_text((RECIPES / "plan.toml").read_text())
+    recipe = read_recipe(tmp_path / "hybrid.toml")
+    assert [e.index for e in recipe.layer_plan(12).entries] == [*range(6), *range(18, 24), 11]
+
+
+def on_page(rows: dict[str, Any], page: str) -> bool:
+    return all(text in page for text in printed.tables(rows).values())
+
+
+def test_the_page_holds_the_tables_of_the_record() -> None:
+    rows, page = printed.read_rows(RECORD), PAGE.read_text()
+    assert on_page(rows, page)
+    for name in json.loads(RECORD.read_text())["not_run"]:
+        assert f"`{name}`" in page
+    rows["grid/fresh/1"]["report"]["ppl"] += 1.0
+    assert not on_page(rows, page)
+
+
+def test_paired_differences_are_those_of_a_hand_count() -> None:
+    ours = {"0": {"nll": 1.5}, "1": {"nll": 2.0}, "2": {"nll": 9.0}}
+    theirs = {"0": {"nll": 1.0}, "1": {"nll": 1.9}}
+    apart = printed.paired(ours, theirs)
+    assert apart == pytest.approx([0.5, 0.1])
+    mean, error = printed.mean_error(apart)
+    # Two values: half of their distance, over the root of two, times the root of two.
+    assert (mean, error) == pytest.approx((0.3, math.dist([0.5], [0.1]) / 2))
+    assert printed.said(apart, 2, "+") == "+0.30 ± 0.20"
+    assert printed.said([], 2) == "–"
