@@ -14,11 +14,13 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import tamba
 from compare import assert_same
@@ -662,6 +664,34 @@ def test_curves_end_beside_the_weights(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("report_to = []", 'report_to = ["tensorboard"]'))
     run_training(tmp_path)
     assert list((tmp_path / "student" / "logs" / "0-align").rglob("events.*"))
+
+
+@pytest.mark.parametrize(
+    "name, problem", [("wandbb", "did you mean 'wandb'"), ("mlflow", "mlflow")]
+)
+def test_a_logger_that_cannot_be_is_refused_before_any_stage(
+    tmp_path: Path, name: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("mlflow is not installed")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", missing)
+    path = prepare(tmp_path, STAGES)
+    path.write_text(path.read_text().replace("report_to = []", f'report_to = ["{name}"]'))
+    with pytest.raises(UserError, match=f"output.report_to: .*{problem}"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, STAGES)
+    three = SimpleNamespace(num_processes=3, is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr(train_module, "PartialState", lambda **_: three)
+    with pytest.raises(UserError, match=r"train.0 \(align\): batch = 4 cannot be shared by 3"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
 
 
 def test_a_stage_alone(tmp_path: Path) -> None:

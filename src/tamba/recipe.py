@@ -25,6 +25,7 @@ from tamba.sections import Section, dump_toml, nearest_file, read_toml, validate
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 WRITTEN = "teacher-written"
 TEXT_SOURCES = ("python-docs", WRITTEN, "package-docs:")
@@ -185,7 +186,7 @@ class _GradientStage(_Stage):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     checkpointing: bool = False
@@ -254,6 +255,12 @@ class Distil(_GradientStage):
     chance: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
+    def _replaces_each_once(self) -> Distil:
+        if not isinstance(self.order, str) and len({*self.order}) < len(self.order):
+            raise ValueError(f"order = {[*self.order]} names a layer twice")
+        return self
+
+    @model_validator(mode="after")
     def _has_a_loss(self) -> Distil:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
@@ -311,7 +318,7 @@ class ChatStage(Section):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
     checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
