@@ -36,6 +36,7 @@ from tamba.surgery import convert_layer
 from tamba.text import RecipeText, prepare_text
 from tamba.train import align, distil, engine, kinds, least_squares, objectives, trained_parameters
 from tamba.train.engine import Engine
+from tamba.train.log import StageLog
 from tamba.train.memory import Memory
 from tokens import character_tokenizer
 
@@ -692,6 +693,21 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_any_stage(
     with pytest.raises(UserError, match=r"train.0 \(align\): batch = 4 cannot be shared by 3"):
         run_training(tmp_path)
     assert not (tmp_path / ".student.stages").exists()
+
+
+def test_a_stage_alone_keeps_its_number_in_messages(tmp_path: Path) -> None:
+    path = prepare(tmp_path, STAGES.replace("ce = 0.5", 'dtype = "float16"'))
+    told = {"student": tmp_path / "built", "text": tmp_path / "text"}
+    with pytest.raises(UserError, match=r"train.1 \(distil\): float16"):
+        tamba.train(path, tmp_path / "second", stages=["distil"], **told)
+
+
+def test_what_was_kept_of_other_parameters_leaves_no_trace(tmp_path: Path) -> None:
+    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    Memory(tmp_path, "same").keep(StageLog("align", 4), small, ["bias", "weight"])
+    before, memory = large.weight.detach().clone(), Memory(tmp_path, "same")
+    assert memory.restore(large) == [] == memory.logs
+    assert_same(large.weight.detach(), before, "exact")
 
 
 def test_a_stage_alone(tmp_path: Path) -> None:

@@ -469,6 +469,7 @@ class Recipe(Section):
 
     _file: Path = PrivateAttr(default=Path("recipe.toml"))
     _text: str = PrivateAttr(default="")
+    _numbers: tuple[int, ...] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -507,6 +508,21 @@ class Recipe(Section):
     def where(self, key: str) -> str:
         """How messages name a key of this recipe."""
         return f"{self._file}: {key}"
+
+    def with_stages(self, numbers: Iterable[int]) -> Recipe:
+        """The recipe with some of its stages alone, which keep their numbers in messages."""
+        numbers = tuple(numbers)
+        some = self.model_copy(update={"train": tuple(self.train[i] for i in numbers)})
+        some._numbers = tuple(self._number(i) for i in numbers)
+        return some
+
+    def where_stage(self, index: int) -> str:
+        """How messages name a stage."""
+        return self.where(f"train.{self._number(index)} ({self.train[index].stage})")
+
+    def _number(self, index: int) -> int:
+        """Of a stage, in the file."""
+        return self._numbers[index] if self._numbers else index
 
     def locate(self, path: str, key: str) -> Path:
         """A file or folder that the recipe names, found relative to the recipe.
@@ -557,7 +573,7 @@ class Recipe(Section):
         Raises:
             UserError: a source that is neither there nor a name on the hub.
         """
-        key = f"train.{self.train.index(stage)}.data"
+        key = f"train.{self._number(self.train.index(stage))}.data"
         return tuple(
             name
             if name.startswith("hf://")

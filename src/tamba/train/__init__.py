@@ -171,7 +171,7 @@ def _with_stages(recipe: Recipe, chosen: Sequence[str | int]) -> Recipe:
             names = [*dict.fromkeys(kinds), *map(str, range(len(kinds)))]
             raise UserError(recipe.where("train"), f"has no stage '{one}'", nearest(one, names))
         wanted.update(found)
-    return recipe.model_copy(update={"train": tuple(recipe.train[i] for i in sorted(wanted))})
+    return recipe.with_stages(sorted(wanted))
 
 
 def _loggers(recipe: Recipe) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
     for index, stage in enumerate(recipe.train):
         if not isinstance(stage, LeastSquares) and stage.batch % processes:
             raise UserError(
-                recipe.where(f"train.{index} ({stage.stage})"),
+                recipe.where_stage(index),
                 f"batch = {stage.batch} cannot be shared by {processes} processes",
                 "choose a multiple",
             )
@@ -368,8 +368,7 @@ def check_stages(
     for index, stage in enumerate(recipe.train):
         if not isinstance(stage, ChatStage):
             _check_length(stage.length, recipe.data.length, recipe)
-        where = recipe.where(f"train.{index} ({stage.stage})")
-        moves.append(KINDS[type(stage)].check(case, stage, where))
+        moves.append(KINDS[type(stage)].check(case, stage, recipe.where_stage(index)))
     return moves
 
 
