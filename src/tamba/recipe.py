@@ -174,7 +174,8 @@ class _GradientStage(_Stage):
         ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
             for the parameters themselves.
         checkpointing: keep a layer's input alone and compute the layer again for its gradient.
-        compile: compile layers one by one; ``auto`` does on a GPU.
+        compile: compile layers one by one; ``auto`` does on a GPU. Without effect where layers are
+            replaced by and by.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
