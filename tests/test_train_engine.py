@@ -259,7 +259,7 @@ def test_layers_that_wait_do_not_move() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's tracer makes them itself
+@pytest.mark.filterwarnings("default")  # torch's tracer causes some itself
 def test_compiled_layers_are_one_graph_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many layers, steps and rows with documents; the graphs run as they are."""
     from torch._dynamo.testing import CompileCounter
