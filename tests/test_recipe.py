@@ -106,6 +106,13 @@ WRONG = {
     "in a list": ('["text.txt"]', "[3]", "data.train[0]: should be a string, got 3"),
     "out of range": ("lr = 1e-3", "lr = -1", "train[0].lr: should be greater than 0, got -1"),
     "not finite": ("lr = 1e-3", "lr = nan", "train[0].lr: should be"),
+    "infinite": ("lr = 1e-3", "lr = inf", "train[0].lr: should be a finite number"),
+    "no mean": ("lr = 1e-3", "lr = 1e-3\nbetas = [1.0, 0.9]", "train[0].betas[0]: should be less"),
+    "layer twice": (
+        "lr = 1\n",
+        "lr = 1\nreplacement = 'one_by_one'\norder = [2, 2]\n",
+        "order = [2, 2] names a layer twice",
+    ),
     "unknown kind": (
         '"align"',
         '"algin"',

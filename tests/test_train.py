@@ -14,11 +14,13 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import tamba
 from compare import assert_same
@@ -34,6 +36,7 @@ from tamba.surgery import convert_layer
 from tamba.text import RecipeText, prepare_text
 from tamba.train import align, distil, engine, kinds, least_squares, objectives, trained_parameters
 from tamba.train.engine import Engine
+from tamba.train.log import StageLog
 from tamba.train.memory import Memory
 from tokens import character_tokenizer
 
@@ -662,6 +665,49 @@ def test_curves_end_beside_the_weights(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("report_to = []", 'report_to = ["tensorboard"]'))
     run_training(tmp_path)
     assert list((tmp_path / "student" / "logs" / "0-align").rglob("events.*"))
+
+
+@pytest.mark.parametrize(
+    "name, problem", [("wandbb", "did you mean 'wandb'"), ("mlflow", "mlflow")]
+)
+def test_a_logger_that_cannot_be_is_refused_before_any_stage(
+    tmp_path: Path, name: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise RuntimeError("mlflow is not installed")
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "mlflow", missing)
+    path = prepare(tmp_path, STAGES)
+    path.write_text(path.read_text().replace("report_to = []", f'report_to = ["{name}"]'))
+    with pytest.raises(UserError, match=f"output.report_to: .*{problem}"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
+def test_a_batch_that_processes_cannot_share_is_refused_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, STAGES)
+    three = SimpleNamespace(num_processes=3, is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr(train_module, "PartialState", lambda **_: three)
+    with pytest.raises(UserError, match=r"train.0 \(align\): batch = 4 cannot be shared by 3"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
+def test_a_stage_alone_keeps_its_number_in_messages(tmp_path: Path) -> None:
+    path = prepare(tmp_path, STAGES.replace("ce = 0.5", 'dtype = "float16"'))
+    told = {"student": tmp_path / "built", "text": tmp_path / "text"}
+    with pytest.raises(UserError, match=r"train.1 \(distil\): float16"):
+        tamba.train(path, tmp_path / "second", stages=["distil"], **told)
+
+
+def test_what_was_kept_of_other_parameters_leaves_no_trace(tmp_path: Path) -> None:
+    small, large = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    Memory(tmp_path, "same").keep(StageLog("align", 4), small, ["bias", "weight"])
+    before, memory = large.weight.detach().clone(), Memory(tmp_path, "same")
+    assert memory.restore(large) == [] == memory.logs
+    assert_same(large.weight.detach(), before, "exact")
 
 
 def test_a_stage_alone(tmp_path: Path) -> None:

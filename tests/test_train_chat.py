@@ -441,6 +441,17 @@ def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
     log = stages("sft")(model, Place())
     assert log.skipped == 2
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    # A gradient of no number beside a loss that is one is counted too.
+    norms, right = [], chat_steps.get_total_norm
+    bad.clear()
+
+    def too_large(*args, **options):
+        norms.append(0)
+        return right(*args, **options) * (math.inf if len(norms) == 2 else 1.0)
+
+    with monkeypatch.context() as once:
+        once.setattr(chat_steps, "get_total_norm", too_large)
+        assert stages("sft")(student(), Place()).skipped == 1
     calls.clear()
     bad.update(range(10))
     with pytest.raises(UserError, match=r"in 3 steps, up to step 3; .*not-a-number-3") as raised:
@@ -574,3 +585,40 @@ def test_sections_are_strict(line, said, tmp_path) -> None:
     (tmp_path / "recipe.toml").write_text(f"{told}{line}\n")
     with pytest.raises(UserError, match=said):
         read_recipe(tmp_path / "recipe.toml")
+
+
+def test_a_recipe_goes_all_the_way_with_conversations(tmp_path) -> None:
+    tiny_model(["attention"] * 2, vocab_size=257).save_pretrained(tmp_path / "teacher")
+    tokenizer().save_pretrained(tmp_path / "teacher")
+    for name, some in (("chats", rows()), ("pairs", pairs())):
+        lines = "".join(json.dumps(row.fields) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    (tmp_path / "text.txt").write_text("measured on this text alone. " * 20)
+    (tmp_path / "recipe.toml").write_text(
+        """
+        name = "talks"
+        teacher.path = "teacher"
+        data = {heldout = ["text.txt"], length = 32}
+        build.plan = ["keep 0", "convert 1"]
+        evaluate = {tokens = 64, prompts = ["hi"], new_tokens = 4}
+        output = {report_to = [], html = false}
+        [[train]]
+        stage = "sft"
+        data = ["chats.jsonl"]
+        steps = 2
+        batch = 2
+        lr = 1e-3
+        packed = true
+        [[train]]
+        stage = "dpo"
+        data = ["pairs.jsonl"]
+        steps = 1
+        batch = 2
+        lr = 1e-3
+        """
+    )
+    tamba.run(tmp_path / "recipe.toml", tmp_path / "out")
+    stages = json.loads((tmp_path / "out" / "student" / "train.json").read_text())["stages"]
+    assert [s["stage"] for s in stages] == ["sft", "dpo"] and not any(s["skipped"] for s in stages)
+    assert stages[1]["losses"][0][1] > 0
+    assert (tmp_path / "out" / "report.json").is_file()

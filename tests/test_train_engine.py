@@ -151,6 +151,24 @@ def test_a_step_that_moves_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         check_skipped(monkeypatch)
 
 
+def test_a_gradient_of_no_number_counts_though_its_loss_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = Engine._norm
+    calls: list[int] = []
+
+    def now_and_then(self: Engine, most: float) -> Tensor:
+        calls.append(1)
+        norm = right(self, most)
+        return norm * math.inf if len(calls) == 2 else norm
+
+    monkeypatch.setattr(Engine, "_norm", now_and_then)
+    student, teacher = pair()
+    stage = distil_stage(tokens=256, clip=1.0)
+    log = distil(student, teacher, named(student, "mixers"), rows(), stage)
+    assert len(calls) == 4 and log.skipped == 1 and len(log.losses) == 3
+
+
 def test_the_last_batch_is_kept_for_a_look(tmp_path: Path) -> None:
     student, teacher = pair()
     with torch.no_grad():

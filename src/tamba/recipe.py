@@ -25,6 +25,7 @@ from tamba.sections import Section, dump_toml, nearest_file, read_toml, validate
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Count = Annotated[int, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 WRITTEN = "teacher-written"
 TEXT_SOURCES = ("python-docs", WRITTEN, "package-docs:")
@@ -173,7 +174,8 @@ class _GradientStage(_Stage):
         ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
             for the parameters themselves.
         checkpointing: keep a layer's input alone and compute the layer again for its gradient.
-        compile: compile layers one by one; ``auto`` does on a GPU.
+        compile: compile layers one by one; ``auto`` does on a GPU. Without effect where layers are
+            replaced by and by.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
@@ -185,7 +187,7 @@ class _GradientStage(_Stage):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
     checkpointing: bool = False
@@ -254,6 +256,12 @@ class Distil(_GradientStage):
     chance: float = Field(default=0.5, ge=0, le=1)
 
     @model_validator(mode="after")
+    def _replaces_each_once(self) -> Distil:
+        if not isinstance(self.order, str) and len({*self.order}) < len(self.order):
+            raise ValueError(f"order = {[*self.order]} names a layer twice")
+        return self
+
+    @model_validator(mode="after")
     def _has_a_loss(self) -> Distil:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
@@ -311,7 +319,7 @@ class ChatStage(Section):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     cooldown: float = Field(default=0.2, gt=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=1.0, ge=0)
     checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -462,6 +470,7 @@ class Recipe(Section):
 
     _file: Path = PrivateAttr(default=Path("recipe.toml"))
     _text: str = PrivateAttr(default="")
+    _numbers: tuple[int, ...] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
@@ -500,6 +509,21 @@ class Recipe(Section):
     def where(self, key: str) -> str:
         """How messages name a key of this recipe."""
         return f"{self._file}: {key}"
+
+    def with_stages(self, numbers: Iterable[int]) -> Recipe:
+        """The recipe with some of its stages alone, which keep their numbers in messages."""
+        numbers = tuple(numbers)
+        some = self.model_copy(update={"train": tuple(self.train[i] for i in numbers)})
+        some._numbers = tuple(self._number(i) for i in numbers)
+        return some
+
+    def where_stage(self, index: int) -> str:
+        """How messages name a stage."""
+        return self.where(f"train.{self._number(index)} ({self.train[index].stage})")
+
+    def _number(self, index: int) -> int:
+        """Of a stage, in the file."""
+        return self._numbers[index] if self._numbers else index
 
     def locate(self, path: str, key: str) -> Path:
         """A file or folder that the recipe names, found relative to the recipe.
@@ -550,7 +574,7 @@ class Recipe(Section):
         Raises:
             UserError: a source that is neither there nor a name on the hub.
         """
-        key = f"train.{self.train.index(stage)}.data"
+        key = f"train.{self._number(self.train.index(stage))}.data"
         return tuple(
             name
             if name.startswith("hf://")

@@ -186,7 +186,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
     built = "built" if recipe.train else "student"
     steps.append(Step("build", (*models, "build", *shards), before, built, _build))
     if recipe.train:
-        needed = ("text", "build")
+        needed = ("text", "build") if train else ("build",)
         steps.append(Step("train", (*models, "train", *shards), needed, "student", _train))
     last = ("heldout", *before, steps[-1].name)
     everything = tuple(Recipe.model_fields)
@@ -243,7 +243,9 @@ def _build(recipe: Recipe, out: Path) -> None:
 
 
 def _train(recipe: Recipe, out: Path) -> None:
-    tamba.train(recipe, out / "student", student=out / "built", text=out / "text")
+    # Stages on conversations need no other text.
+    text = out / "text" if recipe.data.train else None
+    tamba.train(recipe, out / "student", student=out / "built", text=text)
 
 
 def _evaluate(recipe: Recipe, out: Path) -> None:

@@ -23,9 +23,10 @@ S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """Base of every table of a recipe or plan: unknown keys refused, no coercion, immutable."""
+    """Base of every table of a recipe or plan: unknown keys refused, no coercion, finite numbers,
+    immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def read_toml(path: Path) -> tuple[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import tamba
 from tamba import progress
@@ -43,7 +44,7 @@ from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import WRITTEN, ChatStage, Distil, Recipe, Stage, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Distil, LeastSquares, Recipe, Stage, as_recipe
 from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
@@ -114,7 +115,9 @@ def train(
     moves = check_stages(
         recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
     )
+    loggers = _loggers(recipe)
     processes = PartialState(cpu=not torch.cuda.is_available())
+    _check_shares(recipe, processes.num_processes)
     writes = processes.is_main_process
     prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
@@ -134,7 +137,7 @@ def train(
         place = Place(
             memory.stage_folder(index),
             memory.logs_folder / f"{index}-{stage.stage}",
-            _loggers(recipe),
+            loggers,
         )
         signal, teacher = teachers.of(stage, texts[index])
         job = Job(
@@ -168,14 +171,40 @@ def _with_stages(recipe: Recipe, chosen: Sequence[str | int]) -> Recipe:
             names = [*dict.fromkeys(kinds), *map(str, range(len(kinds)))]
             raise UserError(recipe.where("train"), f"has no stage '{one}'", nearest(one, names))
         wanted.update(found)
-    return recipe.model_copy(update={"train": tuple(recipe.train[i] for i in sorted(wanted))})
+    return recipe.with_stages(sorted(wanted))
 
 
 def _loggers(recipe: Recipe) -> tuple[str, ...]:
+    """Who hears of the steps.
+
+    Raises:
+        UserError: one that transformers does not know, or that is not installed.
+    """
     asked = recipe.output.report_to
-    if asked is not None:
-        return asked
-    return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    if asked is None:
+        return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    where = recipe.where("output.report_to")
+    for name in {*asked} - {"all", "none"}:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                where, f"no logger called '{name}'", nearest(name, [*INTEGRATION_TO_CALLBACK])
+            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(where, f"'{name}' cannot be used ({error})", "install it") from error
+    return asked
+
+
+def _check_shares(recipe: Recipe, processes: int) -> None:
+    """Refuse a batch that so many processes cannot share, before any stage runs."""
+    for index, stage in enumerate(recipe.train):
+        if not isinstance(stage, LeastSquares) and stage.batch % processes:
+            raise UserError(
+                recipe.where_stage(index),
+                f"batch = {stage.batch} cannot be shared by {processes} processes",
+                "choose a multiple",
+            )
 
 
 class _Teachers:
@@ -339,8 +368,7 @@ def check_stages(
     for index, stage in enumerate(recipe.train):
         if not isinstance(stage, ChatStage):
             _check_length(stage.length, recipe.data.length, recipe)
-        where = recipe.where(f"train.{index} ({stage.stage})")
-        moves.append(KINDS[type(stage)].check(case, stage, where))
+        moves.append(KINDS[type(stage)].check(case, stage, recipe.where_stage(index)))
     return moves
 
 

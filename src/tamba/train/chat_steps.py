@@ -288,6 +288,7 @@ class _Steps(Trainer):
         if math.isfinite(loss) and math.isfinite(size):
             self.skipped_running = 0
         else:
+            self.losses[-1] = math.nan  # counted, though the gradient alone was no number
             for parameter in moving:
                 parameter.grad = None
             self.skipped_running += 1

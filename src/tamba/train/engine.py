@@ -321,6 +321,8 @@ class Engine(Trainer):
         if all(map(math.isfinite, (*parts, norm))):
             self._skipped_running = 0
         else:
+            # Its loss may be a number where its gradient is none: the curve has neither.
+            self.losses[-1] = [math.nan] * len(parts)
             model.zero_grad(set_to_none=True)
             self._skipped_running += 1
             if self._skipped_running == min(MOST_SKIPPED, self.steps):

@@ -226,7 +226,7 @@ def frame_all(
         if isinstance(stage, Sft | Dpo | OnPolicy):
             if tokenizer is None:
                 raise UserError(
-                    recipe.where(f"train.{index} ({stage.stage})"),
+                    recipe.where_stage(index),
                     "the student has no tokenizer",
                     "put tokenizer.json beside its weights",
                 )

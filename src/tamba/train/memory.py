@@ -60,12 +60,14 @@ class Memory:
                     return []
                 self.logs = [StageLog.from_dict(log) for log in json.loads(facts["logs"])]
                 parameters = dict(model.named_parameters())
+                kept = {name: parameters[name] for name in file.keys()}  # noqa: SIM118
                 with torch.no_grad():
-                    for name in file.keys():  # noqa: SIM118
-                        parameters[name].copy_(file.get_tensor(name))
-                        self._moved.add(name)
+                    for name, parameter in kept.items():
+                        parameter.copy_(file.get_tensor(name))
+                self._moved.update(kept)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             # Nothing of use is there: the run begins anew, which is always right.
+            self.logs = []
             return []
         return list(self.logs)
 
