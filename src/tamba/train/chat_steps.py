@@ -14,7 +14,6 @@ import json
 import math
 import os
 import random
-import shutil
 import tempfile
 import time
 import warnings
@@ -26,7 +25,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -43,7 +41,7 @@ from tamba.recipe import ChatStage, Sft
 from tamba.train import engine
 from tamba.train.engine import Place, full
 from tamba.train.log import StageLog, stage_log
-from tamba.train.memory import full_disk, write_tensors
+from tamba.train.memory import new_checkpoint, write_tensors
 from tamba.train.schedules import rate_factor
 
 IGNORED = -100
@@ -328,30 +326,13 @@ class _Steps(Trainer):
         return str(self._run_folder or self.folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        main = self.is_world_process_zero()
-        partial_folder = self.folder / "partial"
-        name = f"checkpoint-{self.state.global_step}"
+        main, name = self.is_world_process_zero(), f"checkpoint-{self.state.global_step}"
+        wait = self.accelerator.wait_for_everyone
         try:
-            if main:
-                shutil.rmtree(partial_folder, ignore_errors=True)
-                (partial_folder / name).mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self._run_folder = partial_folder
-            super()._save_checkpoint(model, trial)
-            if main:
-                (partial_folder / name / _CURVE).write_text(json.dumps(self.losses))
-            self.accelerator.wait_for_everyone()
-            if main:
-                # What was kept before goes when this has its name, and not earlier.
-                os.replace(partial_folder / name, self.folder / name)
-                for old in self.folder.glob("checkpoint-*"):
-                    if old.name != name:
-                        shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            if isinstance(error, RuntimeError) and not engine._is_writing(error):
-                raise
-            raise full_disk(self.folder, error) from error
+            with new_checkpoint(self.folder, name, main, wait) as self._run_folder:
+                super()._save_checkpoint(model, trial)
+                if main:
+                    (self._run_folder / name / _CURVE).write_text(json.dumps(self.losses))
         finally:
             self._run_folder = None
         self.kept = time.monotonic()

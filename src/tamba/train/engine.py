@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -39,7 +37,7 @@ from tamba.errors import UserError
 from tamba.model.recurrent import RecurrentMixer
 from tamba.recipe import Align, Distil
 from tamba.train.log import StageLog, stage_log
-from tamba.train.memory import full_disk, write_tensors
+from tamba.train.memory import new_checkpoint, write_tensors
 from tamba.train.objectives import Objective
 from tamba.train.pieces import Piece, Pieces
 from tamba.train.schedules import n_steps, rate_factor
@@ -406,34 +404,17 @@ class Engine(Trainer):
         return str(self._run_folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        main = self.is_world_process_zero()
-        partial_folder = self._folder / "partial"
-        name = f"checkpoint-{self.state.global_step}"
+        main, name = self.is_world_process_zero(), f"checkpoint-{self.state.global_step}"
+        wait = self.accelerator.wait_for_everyone
         try:
-            if main:
-                shutil.rmtree(partial_folder, ignore_errors=True)
-                (partial_folder / name).mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self._run_folder = partial_folder
-            super()._save_checkpoint(model, trial)
-            means = {n: full(mean).cpu() for n, mean in self._mean.items()}
-            if main:
-                curve = {"losses": self.losses, "seconds": self.seconds}
-                (partial_folder / name / _CURVE).write_text(json.dumps(curve))
-                if means:
-                    save_file(means, partial_folder / name / _MEAN)
-            self.accelerator.wait_for_everyone()
-            if main:
-                # What was kept before goes when this has its name, and not earlier.
-                os.replace(partial_folder / name, self._folder / name)
-                for old in self._folder.glob("checkpoint-*"):
-                    if old.name != name:
-                        shutil.rmtree(old, ignore_errors=True)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            if isinstance(error, RuntimeError) and not _is_writing(error):
-                raise
-            raise full_disk(self._folder, error) from error
+            with new_checkpoint(self._folder, name, main, wait) as self._run_folder:
+                super()._save_checkpoint(model, trial)
+                means = {n: full(mean).cpu() for n, mean in self._mean.items()}
+                if main:
+                    curve = {"losses": self.losses, "seconds": self.seconds}
+                    (self._run_folder / name / _CURVE).write_text(json.dumps(curve))
+                    if means:
+                        save_file(means, self._run_folder / name / _MEAN)
         finally:
             self._run_folder = self._folder
         self._kept = time.monotonic()
@@ -490,11 +471,6 @@ class Engine(Trainer):
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; every process has to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _is_writing(error: RuntimeError) -> bool:
-    """Whether torch's own writer failed, which has no error class for a full disk."""
-    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos"))
 
 
 class _Watch(TrainerCallback):

@@ -7,8 +7,10 @@ stage at hand keeps checkpoints of its own in a folder below.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -108,6 +110,45 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         write_file(path, lambda partial: save_file(dict(tensors), partial, metadata=dict(facts)))
     except (OSError, SafetensorError) as error:
         raise full_disk(path.parent, error) from error
+
+
+@contextmanager
+def new_checkpoint(folder: Path, name: str, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
+    """A checkpoint that appears as `name` in `folder` when it is whole; those before go after that.
+
+    Args:
+        main: whether this process makes and renames folders.
+        wait: for all processes.
+
+    Yields:
+        The folder in which a folder `name` is to be filled.
+
+    Raises:
+        UserError: a disk without room; what was kept before is still there.
+    """
+    partial = folder / "partial"
+    try:
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / name).mkdir(parents=True)
+        wait()
+        yield partial
+        wait()
+        if main:
+            os.replace(partial / name, folder / name)
+            for old in folder.glob("checkpoint-*"):
+                if old.name != name:
+                    shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, RuntimeError) and not _is_writing(error):
+            raise
+        raise full_disk(folder, error) from error
+
+
+def _is_writing(error: RuntimeError) -> bool:
+    """Whether torch's own writer failed, which has no error class for a full disk."""
+    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos"))
 
 
 def full_disk(folder: Path, error: Exception) -> UserError:
