@@ -125,6 +125,8 @@ def test_the_operator_is_known_to_the_compiler() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# torch's compiler warns of much that is not ours.
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("weights", [WEIGHTS[-2], WEIGHTS[-4]], ids=str)
 def test_float32_weights_under_autocast(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products in bfloat16, the head's gradient summed over slices in float32; compiled or not."""

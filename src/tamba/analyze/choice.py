@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from tamba.errors import UserError, nearest
-from tamba.model.config import AttentionSpec, BlockSpec, Mamba1Spec, TambaConfig
+from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.plan import ConvertOptions, LayerPlan, PlanEntry
 from tamba.surgery import converted_block
 
@@ -81,11 +81,11 @@ class Facts:
             for i, spec in enumerate(specs)
             if isinstance(spec.mixer, AttentionSpec) and i not in always_keep
         ]
-        kept = [_state_bytes(spec, context, bytes_per_value) for spec in specs]
+        kept = [spec.cache_bytes(context, bytes_per_value) for spec in specs]
         replaced = list(kept)
         for i in free:
             made = converted_block(specs[i], options, config.d_model)
-            replaced[i] = _state_bytes(made, context, bytes_per_value)
+            replaced[i] = made.cache_bytes(context, bytes_per_value)
         return cls(len(specs), tuple(free), tuple(kept), tuple(replaced))
 
     def cache_bytes(self, chosen: Sequence[int]) -> int:
@@ -95,15 +95,6 @@ class Facts:
             self.replaced_bytes[i] if i in some else self.kept_bytes[i]
             for i in range(self.n_layers)
         )
-
-
-def _state_bytes(block: BlockSpec, context: int, bytes_per_value: int) -> int:
-    mixer = block.mixer
-    if isinstance(mixer, AttentionSpec):
-        seen = context if mixer.sliding_window is None else min(context, mixer.sliding_window)
-        return 2 * mixer.n_kv_heads * mixer.head_dim * seen * bytes_per_value
-    channels = mixer.d_inner if isinstance(mixer, Mamba1Spec) else mixer.d_conv_channels
-    return 4 * mixer.d_inner * mixer.d_state + channels * (mixer.d_conv - 1) * bytes_per_value
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -720,15 +721,18 @@ def versions() -> dict[str, str]:
         version = getattr(module, "__version__", None)
         if version is None:
             version = _version_in(Path(next(iter(module.__path__))) / "__init__.py")
-        found[name] = version
+        if version is None:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                version = importlib.metadata.version(name)
+        found[name] = version or "unknown"
     return found
 
 
-def _version_in(path: Path) -> str:
+def _version_in(path: Path) -> str | None:
     for line in path.read_text().splitlines():
         if line.startswith("__version__"):
             return str(json.loads(line.split("=")[1].strip().replace("'", '"')))
-    return "unknown"
+    return None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tamba import progress
 from tamba.errors import UserError
 from tamba.evaluate.measure import Models, Request, Stores, Subject
 from tamba.model.cache import RecurrentLayer, TambaCache
-from tamba.model.config import AttentionSpec, Mamba1Spec, TambaConfig
+from tamba.model.config import TambaConfig
 from tamba.report import Measured
 
 CONTEXTS = {"cpu": (512, 1024, 2048, 4096), "cuda": tuple(2**k * 1024 for k in range(6))}
@@ -34,19 +34,7 @@ def cache_bytes(config: TambaConfig, context: int, *, bytes_per_value: int = 2) 
         bytes_per_value: of keys, values and convolution states (2 for half precision); SSM states
             are float32 always.
     """
-    total = 0
-    for block in config.block_specs:
-        mixer = block.mixer
-        if isinstance(mixer, AttentionSpec):
-            seen = context if mixer.sliding_window is None else min(context, mixer.sliding_window)
-            total += 2 * mixer.n_kv_heads * mixer.head_dim * seen * bytes_per_value
-        elif isinstance(mixer, Mamba1Spec):
-            total += mixer.d_inner * (mixer.d_conv - 1) * bytes_per_value
-            total += mixer.d_inner * mixer.d_state * 4
-        else:
-            total += mixer.d_conv_channels * (mixer.d_conv - 1) * bytes_per_value
-            total += mixer.n_heads * mixer.head_dim * mixer.d_state * 4
-    return total
+    return sum(block.cache_bytes(context, bytes_per_value) for block in config.block_specs)
 
 
 def break_even(

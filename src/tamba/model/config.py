@@ -196,6 +196,21 @@ class BlockSpec:
     norm: NormSpec = NormSpec()
     residual: Literal["sequential", "parallel"] = "sequential"
 
+    def cache_bytes(self, context: int, bytes_per_value: int) -> int:
+        """Bytes that the layer's cache holds of one sequence after `context` tokens.
+
+        Args:
+            bytes_per_value: of keys, values and convolution windows; SSM states are float32.
+        """
+        mixer = self.mixer
+        if isinstance(mixer, AttentionSpec):
+            # A window's last place is the next token's own.
+            window = mixer.sliding_window
+            seen = context if window is None else min(context, window - 1)
+            return 2 * mixer.n_kv_heads * mixer.head_dim * seen * bytes_per_value
+        channels = mixer.d_inner if isinstance(mixer, Mamba1Spec) else mixer.d_conv_channels
+        return 4 * mixer.d_inner * mixer.d_state + channels * (mixer.d_conv - 1) * bytes_per_value
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON file; `from_dict` reads it back."""
         out = dataclasses.asdict(self)
