@@ -375,6 +375,22 @@ def check_conversion(case, mixer, which, tmp_path):
     assert torch.isfinite(logits(load(tmp_path / "student")[0])).all()
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
+def test_random_weights_hold_nothing_of_the_attention(mixer, tmp_path):
+    teacher = opened("llama", tmp_path / "teacher")
+    options = ConvertOptions(weights="random", d_state=4)
+    plan = plan_of("keep 0", f"convert 1 {mixer}", "keep 2", convert=options)
+    report = build_student(teacher, plan, tmp_path / "student")
+    mixer_rows = [r for r in report.rows if ".layers.1.mixer." in r.tensor]
+    assert mixer_rows and {r.how for r in mixer_rows} == {"new"}
+    other = build_student(teacher, plan, tmp_path / "other", seed=1)
+    one, two = (open_checkpoint(tmp_path / name) for name in ("student", "other"))
+    name = "model.layers.1.mixer.out_proj.weight"
+    assert other.rows == report.rows and not torch.equal(one.read(name), two.read(name))
+    mlp = next(n for n in teacher.parameters if ".layers.1.mlp." in n)
+    assert_same(one.read(mlp), teacher.read_parameter(mlp), "exact")
+
+
 def test_an_open_gate_is_one_for_every_channel(tmp_path):
     model = tiny_model(["attention"], dtype=torch.float64)
     layer, hidden = model.model.layers[0], torch.randn(1, 9, D_MODEL, dtype=torch.float64)

@@ -46,6 +46,8 @@ class ConvertOptions(Section):
 
     Args:
         mixer: kind of a converted layer, where the layer's own line does not say.
+        weights: of the projections: the attention's (Q→C, K→B, V→x, O→out), or ``random`` ones, to
+            see what the attention's are worth.
         d_conv: taps of the causal convolution.
         conv: first weights of the convolution; ``identity`` passes each token through unchanged.
         conv_activation: after the convolution.
@@ -60,6 +62,7 @@ class ConvertOptions(Section):
     """
 
     mixer: Mixer = "mamba2"
+    weights: Literal["attention", "random"] = "attention"
     d_conv: int = Field(default=4, ge=1, le=32)
     conv: Literal["identity", "random"] = "identity"
     conv_activation: Literal["identity", "silu"] = "identity"

@@ -168,16 +168,16 @@ def convert_mixer(
     spec = block.mixer
     assert isinstance(spec, Mamba1Spec | Mamba2Spec)
     fresh = _fresh_mixer(block, attention.n_heads, options, config, seed)
+    pieces = {name: Piece(tensor, (), tensor.numel()) for name, tensor in fresh.items()}
+    if options.weights == "random":
+        return pieces
     slices = _slices(spec)
-    pieces = {}
     for name, tensor in fresh.items():
-        piece = Piece(tensor, (), tensor.numel())
         if name == "in_proj.weight" or (name == "in_proj.bias" and attention.qkv_bias):
-            piece = _filled(tensor, read, name.rpartition(".")[2], slices)
+            pieces[name] = _filled(tensor, read, name.rpartition(".")[2], slices)
         elif name == "out_proj.weight" or (name == "out_proj.bias" and attention.out_bias):
             source = name.replace("out_proj", "o_proj")
-            piece = Piece(read(source), (source,))
-        pieces[name] = piece
+            pieces[name] = Piece(read(source), (source,))
     return pieces
 
 
