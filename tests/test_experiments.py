@@ -10,8 +10,9 @@ from types import ModuleType
 
 import pytest
 
+from hf_models import tiny_hf_model
 from tamba.errors import UserError
-from tamba.recipe import read_recipe
+from tokens import character_tokenizer
 
 ROOT = Path(__file__).parent.parent / "experiments"
 
@@ -30,28 +31,75 @@ def asked(tmp_path: Path) -> argparse.Namespace:
         train=[str(tmp_path / "train.jsonl")],
         heldout=[str(tmp_path / "heldout.jsonl")],
         teacher=str(tmp_path / "teacher"),
+        out=str(tmp_path / "runs"),
         set=["name=mine"],
     )
 
 
 def test_rows_are_recipes(llama: ModuleType, asked: argparse.Namespace) -> None:
-    converted = set()
+    order = [*range(15, 30), *range(15)]
+    bench = llama.Bench(asked)
+    kept = {}
     for name, row in llama.ROWS.items():
-        recipe = read_recipe(llama.RECIPE, llama.overrides(row, asked, seed=3))
+        recipe = bench.recipe(row, seed=3, order=order)
         assert (recipe.name, recipe.seed) == ("mine", 3), name
         kinds = [stage.stage for stage in recipe.train]
-        assert kinds[llama.ALIGN] == "align" and kinds[llama.DISTIL] == "distil"
-        if recipe.build.plan != "analyze":
-            plan = recipe.layer_plan(llama.LAYERS)
-            assert len(plan.entries) == llama.LAYERS
-            converted.add(len(plan.converted))
+        assert kinds == [("least_squares", "align", "distil")[i] for i in row.stages], name
+        plan = recipe.layer_plan(llama.LAYERS)
+        kept[name] = sum(entry.action == "keep" for entry in plan.entries)
+        if row.converted not in (None, 0):
+            assert {e.index for e in plan.entries if e.action == "keep"} == {
+                *order[row.converted :]
+            }
         assert row.finding
-    assert converted == {23}  # placements are compared at one share of attention
+    shares = {f"attention-{n}": k for n, k in (("50", 15), ("25", 7), ("12.5", 4), ("0", 0))}
+    # Everything else is compared at a quarter of the attention.
+    assert kept == dict.fromkeys(kept, 7) | shares | {"teacher-tuned": 30}
 
 
 def test_a_wrong_row_shows(llama: ModuleType, asked: argparse.Namespace) -> None:
     with pytest.raises(UserError, match="did you mean"):
-        read_recipe(llama.RECIPE, llama.overrides(llama.Row("", ("analyze.convrt=3",)), asked, 0))
+        llama.Bench(asked).recipe(llama.Row("", ("analyze.convrt=3",)), 0, [*range(30)])
+
+
+def test_a_row_from_text_to_figures(
+    llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of a tiny teacher share what they have in common, and are not made again."""
+    tiny_hf_model("llama").save_pretrained(tmp_path / "teacher")
+    character_tokenizer().save_pretrained(tmp_path / "teacher")
+    nouns = ["cat", "dog", "owl", "fox", "elk", "bee", "ant", "hen"]
+    text = [f"the {a} is in the house of the {b}. " * 4 for a in nouns for b in nouns]
+    lines = [json.dumps({"text": one}) for one in text]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(llama, "LAYERS", 3)
+    small = ["data.length=32", "analyze.tokens=128", "analyze.convert=2", "evaluate.tokens=64"]
+    small += ["evaluate.prompts=[]", "train.0.tokens=128", "train.1.tokens=64", "train.1.batch=2"]
+    small += ["train.2.tokens=64", "train.2.batch=2"]
+    given = ["--train", "text.jsonl", "--heldout", "text.jsonl", "--teacher", "teacher"]
+    monkeypatch.chdir(tmp_path)
+    asked = llama.parser().parse_args([*given, *(w for s in small for w in ("--set", s))])
+    monkeypatch.setattr(llama, "ROWS", {
+        "all": llama.Row("", converted=2),
+        "fewer": llama.Row("", converted=2, stages=(llama.LEAST_SQUARES, llama.DISTIL)),
+        "removed": llama.Row("", converted=1, others="drop", stages=(llama.DISTIL,)),
+    })  # fmt: skip
+    asked.teacher = str(tmp_path / "teacher")
+    bench = llama.Bench(asked)
+    rows = {name: bench.run(name, 0) for name in llama.ROWS}
+    made = sorted(p.name.partition("-")[0] for p in (tmp_path / "runs/shared").glob("*.seconds"))
+    assert made == sorted(
+        ["train", "heldout", "analysis", "built", "built", "least_squares", "align"]
+        + ["distil"] * 3
+    )
+    assert [len(row["stages"]) for row in rows.values()] == [3, 2, 1]
+    assert rows["all"]["tokens"] == 128 + 64 + 64
+    assert rows["removed"]["plan"] == [
+        f"keep {i}" for i in (0, 1, 2) if f"keep {i}" in rows["removed"]["plan"]
+    ]
+    assert len(rows["removed"]["plan"]) == 2 and rows["removed"]["converted"] == 0
+    again = bench.run("all", 0)
+    assert again["ratio"] == rows["all"]["ratio"] and again["seconds"] == rows["all"]["seconds"]
 
 
 def test_a_record_keeps_one_row_of_a_name_and_seed(llama: ModuleType, tmp_path: Path) -> None:
