@@ -106,6 +106,31 @@ WRONG = {
     ),
     "in a list": ('["text.txt"]', "[3]", "data.train[0]: should be a string, got 3"),
     "out of range": ("lr = 1e-3", "lr = -1", "train[0].lr: should be greater than 0, got -1"),
+    "cooldown of no schedule": (
+        "lr = 1e-3",
+        "lr = 1e-3\ncooldown = 0.1",
+        'cooldown is without effect unless schedule = "wsd"; leave it out',
+    ),
+    "shares of no phases": (
+        "lr = 1\n",
+        "lr = 1\nshares = [0.5]\n",
+        'shares is without effect unless replacement = "progressive"',
+    ),
+    "order of what comes at once": (
+        "lr = 1\n",
+        'lr = 1\norder = "bottom_up"\n',
+        "order is without effect unless layers are replaced by and by",
+    ),
+    "chance of no draw": (
+        "lr = 1\n",
+        "lr = 1\nchance = 0.1\n",
+        'chance is without effect unless replacement = "theseus"',
+    ),
+    "beta of no middle": (
+        "lr = 1\n",
+        "lr = 1\nbeta = 0.1\n",
+        'beta is without effect unless divergence = "js"',
+    ),
     "not finite": ("lr = 1e-3", "lr = nan", "train[0].lr: should be"),
     "infinite": ("lr = 1e-3", "lr = inf", "train[0].lr: should be a finite number"),
     "no mean": ("lr = 1e-3", "lr = 1e-3\nbetas = [1.0, 0.9]", "train[0].betas[0]: should be less"),

@@ -91,7 +91,7 @@ def check_by_hand(**options) -> None:
     def decayed(name: str, p: Tensor) -> bool:
         return p.dim() == 2 and not name.endswith(("A_log", "dt_bias", ".D"))
 
-    plain = distil_stage(**(stage.model_dump() | {"micro_batch": None}))
+    plain = distil_stage(**(stage.model_dump(exclude_unset=True) | {"micro_batch": None}))
     want = by_hand(theirs, teacher, named(ours, "all"), rows(), plain, 5, decayed)
     assert [loss for _, loss in log.losses] == pytest.approx(want.tolist(), rel=1e-4)
     for (name, got), (_, p) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):

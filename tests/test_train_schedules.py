@@ -64,7 +64,7 @@ def test_layers_stay_replaced() -> None:
             assert set(active(step)) <= set(active(step + 1))
     spread = replacement_order(distil(), range(8))
     assert spread == [0, 4, 2, 6, 1, 5, 3, 7]
-    assert replacement_order(distil(order=(5, 2)), [2, 3, 5]) == [5, 2, 3]
+    assert replacement_order(distil(replacement="one_by_one", order=(5, 2)), [2, 3, 5]) == [5, 2, 3]
 
 
 def check_theseus(seed: int) -> None:

@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -35,6 +35,12 @@ TEXT_SOURCES = ("python-docs", WRITTEN, "package-docs:")
 ``package-docs:NAME`` that of an installed package, ``teacher-written`` what the teacher writes when
 asked to.
 """
+
+
+def _takes_effect(section: Section, key: str, unless: str, value: bool) -> None:
+    """Raise ValueError where `key` is given though what it is for is not asked for."""
+    if key in section.model_fields_set and not value:
+        raise ValueError(f"{key} is without effect unless {unless}; leave it out")
 
 
 class ModelSource(Section):
@@ -193,6 +199,11 @@ class _GradientStage(_Stage):
     checkpointing: bool = False
     compile: Literal["auto"] | bool = "auto"
 
+    @model_validator(mode="after")
+    def _cools_down(self) -> Self:
+        _takes_effect(self, "cooldown", 'schedule = "wsd"', self.schedule == "wsd")
+        return self
+
 
 class Align(_GradientStage):
     """Every converted mixer learns the teacher mixer's output on the teacher's own input, apart.
@@ -262,6 +273,17 @@ class Distil(_GradientStage):
         return self
 
     @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Distil:
+        by_and_by = self.replacement in ("progressive", "one_by_one")
+        steps = self.replacement == "progressive"
+        chance = self.replacement == "theseus"
+        _takes_effect(self, "shares", 'replacement = "progressive"', steps)
+        _takes_effect(self, "order", "layers are replaced by and by", by_and_by)
+        _takes_effect(self, "chance", 'replacement = "theseus"', chance)
+        _takes_effect(self, "beta", 'divergence = "js"', self.divergence == "js")
+        return self
+
+    @model_validator(mode="after")
     def _has_a_loss(self) -> Distil:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
@@ -324,6 +346,11 @@ class ChatStage(Section):
     checkpointing: bool = False
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     train: Literal["mixers", "mixers+norms", "all"] = "all"
+
+    @model_validator(mode="after")
+    def _cools_down(self) -> Self:
+        _takes_effect(self, "cooldown", 'schedule = "wsd"', self.schedule == "wsd")
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> ChatStage:
