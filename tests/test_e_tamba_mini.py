@@ -228,7 +228,6 @@ def leaked(documents: list[Any], scored: dict[str, list[Any]], tokenizer: Any) -
 def test_nothing_that_is_scored_is_taught(scored: dict[str, list[Any]]) -> None:
     tokenizer = word_tokenizer()
     maker = lessons.Lessons(tokenizer, scored)
-    # One word for all lists but one: a list that is drawn again and again is a scored one.
     longest = {task: max(sizes) for task, sizes in SIZES.items()}
     taught = list(itertools.islice(maker.documents("a seed", longest), 300))
     taught += [d for task in SIZES for d in maker.held_out(task, longest[task], 30)]
@@ -255,17 +254,14 @@ def determined(tokens: list[int], answers: list[int]) -> bool:
     text = tokenizer.decode(tokens)
     if "<" not in text.replace("<|endoftext|>", ""):
         length = len(tokens) // 3
-        return all(tokens[i] == tokens[i - length] for i in answers)
+        return all(i > length and tokens[i] == tokens[i - length] for i in answers)
     entries = re.findall(r"<(\w+), ([\d-]+)>", text)
-    first: dict[str, str] = {}
-    again = "".join(f" {n}>" for name, n in entries if first.setdefault(name, n) and 0)
-    seen: set[str] = set()
+    first, again = dict[str, str](), ""
     for name, number in entries:
-        if name in seen:
+        if name in first:
             again += f" {number}>"
-            if first[name] != number:
-                return False
-        seen.add(name)
+        if first.setdefault(name, number) != number:
+            return False
     return again == tokenizer.decode([tokens[i] for i in answers])
 
 
