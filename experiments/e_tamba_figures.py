@@ -3,7 +3,7 @@
     python experiments/e_tamba_figures.py e-tamba-mini.json --out docs/results/images
 
 Draws what the record has rows for: the heat maps of both models, the ablation by seeds, copying and
-phone book by size, and memory of the paper's models by cause.
+phone book by size, as tuned and as taught, and memory of the paper's models by cause.
 """
 
 from __future__ import annotations
@@ -140,19 +140,33 @@ def ablation(rows: Mapping[str, Row]) -> Any:
     return figure
 
 
-def recall(rows: Mapping[str, Row]) -> Any:
-    """Figures 4 and 5: copying and phone book."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+def taught_lines(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """A line a model that was taught: those of the first seed that has any."""
+    best, lines = best_group(rows), dict[str, Row]()
+    found = [name.split("/") for name in rows if name.startswith("recall/taught/")]
+    for _, _, system, seed in found:
+        if seed == found[0][3]:
+            lines[spoken(system, best)] = rows[f"recall/taught/{system}/{seed}"]
+    return lines
 
-    best = best_group(rows)
-    lines = {}
+
+def recall_lines(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """A line a model, tuned or not, that was not taught."""
+    best, lines = best_group(rows), dict[str, Row]()
     for name, row in rows.items():
-        if name.startswith("recall/"):
+        if name.startswith("recall/") and not name.startswith("recall/taught/"):
             parts = name.split("/")
             tuned = len(parts) > 2
             system = spoken(parts[2] if tuned else parts[1], best)
             lines[f"{system}, tuned" if system in ("base", "donor") and tuned else system] = row
+    return lines
+
+
+def recall(lines: Mapping[str, Row], what: str) -> Any:
+    """Figures 4 and 5: copying and phone book, a line a model."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     with drawing():
         figure = Figure(figsize=(9.2, 3.9))
         for k, (task, axis) in enumerate(
@@ -165,6 +179,13 @@ def recall(rows: Mapping[str, Row]) -> Any:
                 ax.plot(x, [p["acc"] for p in row[task]], "o-", ms=3.5, color=color, label=name)
                 low, high = ([p[side] for p in row[task]] for side in ("low", "high"))
                 ax.fill_between(x, low, high, color=color, alpha=0.13, linewidth=0)
+            longest = next(iter(lines.values())).get("longest")
+            if longest:
+                ax.axvline(longest[task], color=LIGHT["muted"], lw=1, ls=(0, (4, 3)), zorder=1)
+                ax.annotate(
+                    "taught up to here", (longest[task], 1.0), (-4, 0), ha="right", va="top",
+                    textcoords="offset points", fontsize=8.5, color=LIGHT["muted"], rotation=90,
+                )  # fmt: skip
             ax.set_ylim(-0.03, 1.03)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
             ax.set_xscale("log", base=2)
@@ -181,10 +202,10 @@ def recall(rows: Mapping[str, Row]) -> Any:
             frameon=False, fontsize=9,
         )  # fmt: skip
         figure.suptitle(
-            f"Right answers, {n} cases a point, 95 % intervals",
+            f"{what}: right answers, {n} cases a point, 95 % intervals",
             x=0.02, y=0.985, ha="left", fontsize=11, fontweight="semibold",
         )  # fmt: skip
-        figure.set_label("Copying and phone book, a line a model: " + ", ".join(lines))
+        figure.set_label(f"Copying and phone book, {what.lower()}: " + ", ".join(lines))
     return figure
 
 
@@ -254,11 +275,15 @@ def main(arguments: list[str] | None = None) -> None:
         figures |= {"distances": maps(rows), **layers(rows)}
     if any(name.startswith("grid/") for name in rows):
         figures["ablation"] = ablation(rows)
-    points = [p for n, r in rows.items() if n.startswith("recall/") for t in TASKS for p in r[t]]
-    if any(point["acc"] for point in points):
-        figures["recall"] = recall(rows)
-    elif points:
-        print(f"no model gave a right answer at any of {len(points)} points of recall: not drawn")
+    for name, what, lines in (
+        ("recall", "As tuned", recall_lines(rows)),
+        ("taught", "As taught", taught_lines(rows)),
+    ):
+        points = [point for row in lines.values() for task in TASKS for point in row[task]]
+        if any(point["acc"] for point in points):
+            figures[name] = recall(lines, what)
+        elif points:
+            print(f"{what.lower()}, no right answer at any of {len(points)} points: not drawn")
     if any(n.startswith("shapes/") and r["memory"][0].get("peak") for n, r in rows.items()):
         figures["memory"] = memory(rows)
     args.out.mkdir(parents=True, exist_ok=True)

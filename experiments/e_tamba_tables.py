@@ -117,6 +117,53 @@ def end_to_end(rows: Mapping[str, Row]) -> str:
     return table([*head, "perplexity, pretrained on", "− base, nats", "t"], body)
 
 
+RECALL = (("copy", "copy"), ("phonebook", "phone book"))
+"""Tasks of recall, as rows of the record and as people call them."""
+
+
+def teaching(rows: Mapping[str, Row]) -> str:
+    """The rates that models were taught at: their answers in documents that are not scored."""
+    body = []
+    for name, row in rows.items():
+        if name.startswith("teaching/"):
+            judged = row["held_out"]
+            cells = [f"`{name}`", str(row["steps"])]
+            for task, _ in RECALL:
+                cells += [f"{judged[task]['nll']:.3f}", f"{100 * judged[task]['exact']:.0f} %"]
+            body.append([*cells, *(f"{row[s]['ppl']:.1f}" for s in ("report", "general"))])
+    first = next(row for name, row in rows.items() if name.startswith("teaching/"))["held_out"]
+    head = ["row", "steps"]
+    for task, what in RECALL:
+        head += [f"{what} of {first[task]['size']}, nats", "right"]
+    return table([*head, "perplexity, tuned for", "perplexity, pretrained on"], body)
+
+
+def interval(point: Row, few: bool = False) -> str:
+    """``share [low, high]`` in hundredths: of all cases, or of the first few."""
+    keys = ("few", "few_low", "few_high") if few else ("acc", "low", "high")
+    mid, low, high = (100 * point[key] for key in keys)
+    return f"{mid:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def taught(rows: Mapping[str, Row], task: str) -> str:
+    """Right answers in a hundred by size, with Wilson intervals; sizes never taught in italics.
+
+    The second line of a model is the first few of the same cases, as many as the paper has.
+    """
+    found = {n: row for n, row in rows.items() if n.startswith("recall/taught/")}
+    first = next(iter(found.values()))
+    head = [
+        f"{p['size']}" if p["size"] <= first["longest"][task] else f"*{p['size']}*"
+        for p in first[task]
+    ]
+    body = []
+    for name, row in found.items():
+        body.append([f"`{name}`", str(row["cases"]), *(interval(p) for p in row[task])])
+        if name.endswith("/0"):
+            body.append(["", str(row["few"]), *(interval(p, few=True) for p in row[task])])
+    return table([dict(RECALL)[task], "cases", *head], body)
+
+
 def rates(rows: Mapping[str, Row]) -> str:
     """The search of the learning rate."""
     found: dict[str, dict[str, float]] = {}
@@ -179,9 +226,13 @@ def tables(rows: Mapping[str, Row]) -> dict[str, str]:
     """All that the record has rows for, by name."""
     have = {name.partition("/")[0] for name in rows}
     makers = {
-        "search": rates, "analysis": layers, "grid": ablation, "final": end_to_end, "shapes": memory
+        "search": rates, "analysis": layers, "grid": ablation, "final": end_to_end,
+        "teaching": teaching, "shapes": memory,
     }  # fmt: skip
-    return {part: make(rows) for part, make in makers.items() if part in have}
+    found = {part: make(rows) for part, make in makers.items() if part in have}
+    if any(name.startswith("recall/taught/") for name in rows):
+        found |= {f"taught, {what}": taught(rows, task) for task, what in RECALL}
+    return found
 
 
 def read_rows(path: Path) -> dict[str, Row]:

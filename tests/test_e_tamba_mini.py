@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import math
+import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tamba.checkpoint import open_checkpoint
 from tamba.errors import UserError
+from tamba.evaluate import SUITES, Options
+from tamba.evaluate.measure import Request
 from tamba.plan import read_plan
 from tamba.recipe import read_recipe
 from tamba.sections import read_toml, validate
-from tokens import LETTERS, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import e_tamba_lessons as lessons  # noqa: E402
 import e_tamba_mini as driver  # noqa: E402
 import e_tamba_tables as printed  # noqa: E402
 
@@ -37,7 +44,7 @@ heads = 2
 base_layers = 4
 donor_layers = 6
 d_state = 4
-vocabulary = 40
+vocabulary = 192
 positions = 128
 
 [text]
@@ -76,6 +83,17 @@ copy_lengths = [4]
 phonebook = [2]
 places = 400
 
+[teach]
+steps = 3
+seconds = 60
+rates = [1e-3, 1e-4]
+warmup = 0.1
+copy_length = 6
+phonebook = 2
+held_out = 4
+held_out_copy = 4
+held_out_phonebook = 2
+
 [memory]
 contexts = [8, 16]
 
@@ -85,7 +103,7 @@ heads = 2
 base_layers = 24
 donor_layers = 48
 d_state = 4
-vocabulary = 40
+vocabulary = 192
 positions = 32
 """
 
@@ -113,6 +131,9 @@ WRONG = {
     "positions": ("contexts = [8, 16]", "contexts = [8, 512]", "are fewer than 512"),
     "one context": ("contexts = [8, 16]", "contexts = [8]", "name two or more"),
     "no seed": ("seeds = [0]", "seeds = []", "name one at least"),
+    "no rate to teach at": ("rates = [1e-3, 1e-4]", "rates = []", "name one at least"),
+    "judged beyond what is taught": ("held_out_copy = 4", "held_out_copy = 8", "not among"),
+    "no row for text": ("rows = 4", "rows = 1", "half text"),
 }
 
 
@@ -124,19 +145,195 @@ def test_mistakes_are_one_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-# The whole of it, with models that a letter at a time is enough for.
+# What models are taught.
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Some hundred words, each a token after a space; else a token a character."""
+    words = [f" {a}{b}{c}" for a, b, c in itertools.product("bdgklm", "aeiou", "nrst")]
+    marks = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789<>,-\n "
+    vocabulary = {t: i for i, t in enumerate(["<|endoftext|>", "[unk]", *words, *marks])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" [a-z]{3,}|[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="[unk]"
+    )
+
+
+SIZES = {"copy": (3, 8), "phonebook": (2, 5)}
+
+
+@pytest.fixture(scope="module")
+def scored() -> dict[str, list[Any]]:
+    """Cases as the suites of `tamba evaluate` draw them."""
+    config = driver.base_config(
+        driver.Shape(
+            d_model=16, heads=2, base_layers=2, donor_layers=2, d_state=4, vocabulary=190,
+            positions=512,
+        )
+    )  # fmt: skip
+    found = {}
+    for task, sizes in SIZES.items():
+        options = Options(lengths={task: sizes}, cases=20)
+        request = Request(
+            suite=task, data=(), configs={"student": config}, tokenizer=word_tokenizer(),
+            options=options,
+        )  # fmt: skip
+        measure: Any = SUITES[task].prepare(request)
+        found[task] = [case for _, case in measure.cases.values()]
+    return found
+
+
+def read_book(text: str) -> tuple[list[str], list[str], str]:
+    """Names, numbers, and the name asked for, of a prompt."""
+    entries = re.findall(r"<(\w+), ([\d-]+)>", text)
+    return [n for n, _ in entries], [n for _, n in entries], text.rpartition("<")[2][:-1]
+
+
+def test_lessons_begin_as_scored_cases_do(scored: dict[str, list[Any]]) -> None:
+    tokenizer = word_tokenizer()
+    maker = lessons.Lessons(tokenizer, scored)
+    for case in scored["copy"]:
+        length = len(case.prompt) // 2
+        random_words = maker.copy(random.Random(0), length)
+        whole = random_words.tokens[:length] * 2 + random_words.tokens[:1]
+        assert len(whole) == len(case.prompt) and random_words.tokens[: 2 * length + 1] == whole
+        assert len(random_words.tokens) == len(case.prompt) + len(case.answer)
+        assert set(case.prompt) <= set(maker.words)
+    for case in scored["phonebook"]:
+        names, numbers, asked = read_book(tokenizer.decode(case.prompt))
+        document = maker.book(names, numbers, [names.index(asked)])
+        first = document.answers[0]
+        assert document.tokens[:first] == case.prompt
+        said = tokenizer.decode([document.tokens[i] for i in document.answers])
+        assert said == f" {case.text}>"
+        assert document.tokens != maker.book(names[::-1], numbers, [0]).tokens
+
+
+def leaked(documents: list[Any], scored: dict[str, list[Any]], tokenizer: Any) -> list[str]:
+    """Names, numbers and lists of documents that are in a scored case too."""
+    text = "".join(tokenizer.decode(case.prompt) for case in scored["phonebook"])
+    known = set(re.findall(r"[A-Z][a-z]+|[\d-]{12}", text))
+    lists = {tuple(c.prompt[: len(c.prompt) // 2]) for c in scored["copy"]}
+    found = []
+    for document in documents:
+        text = tokenizer.decode(document.tokens)
+        found += known.intersection(re.findall(r"[A-Z][a-z]+|[\d-]{12}", text))
+        third = tuple(document.tokens[: len(document.tokens) // 3])
+        found += ["a list"] * (third in lists)
+    return found
+
+
+def test_nothing_that_is_scored_is_taught(scored: dict[str, list[Any]]) -> None:
+    tokenizer = word_tokenizer()
+    maker = lessons.Lessons(tokenizer, scored)
+    longest = {task: max(sizes) for task, sizes in SIZES.items()}
+    taught = list(itertools.islice(maker.documents("a seed", longest), 300))
+    taught += [d for task in SIZES for d in maker.held_out(task, longest[task], 30)]
+    assert leaked(taught, scored, tokenizer) == []
+    names, numbers, _ = read_book(tokenizer.decode(scored["phonebook"][0].prompt))
+    assert leaked([maker.book(names, numbers, [0])], scored, tokenizer)
+    words = scored["copy"][0].prompt[:3]
+    assert leaked([lessons.Document(words * 3, [])], scored, tokenizer) == ["a list"]
+
+    class Twice(random.Random):
+        """Draws a scored list first."""
+
+        def choices(self, *args: Any, **kwargs: Any) -> Any:
+            self.drawn = getattr(self, "drawn", 0) + 1
+            return list(words) if self.drawn == 1 else super().choices(*args, **kwargs)
+
+    rng = Twice(0)
+    assert maker.copy(rng, 3).tokens[:3] != words and rng.drawn == 2
+
+
+def determined(tokens: list[int], answers: list[int]) -> bool:
+    """Whether each answer follows from what was there before: the same words, or the same name."""
+    tokenizer = word_tokenizer()
+    text = tokenizer.decode(tokens)
+    if "<" not in text.replace("<|endoftext|>", ""):
+        length = len(tokens) // 3
+        return all(i > length and tokens[i] == tokens[i - length] for i in answers)
+    entries = re.findall(r"<(\w+), ([\d-]+)>", text)
+    first, again = dict[str, str](), ""
+    for name, number in entries:
+        if name in first:
+            again += f" {number}>"
+        if first.setdefault(name, number) != number:
+            return False
+    return again == tokenizer.decode([tokens[i] for i in answers])
+
+
+def test_answers_are_what_earlier_tokens_determine(scored: dict[str, list[Any]]) -> None:
+    maker = lessons.Lessons(word_tokenizer(), scored)
+    longest = {"copy": 9, "phonebook": 6}
+    documents = list(itertools.islice(maker.documents("a seed", longest), 60))
+    assert all(determined(d.tokens, d.answers) for d in documents)
+    assert not any(determined(d.tokens, [1, *d.answers]) for d in documents)
+    # Rows hold these documents one after another, and the marks go with them.
+    tokens, answers = maker.rows(3, 200, "a seed", longest)
+    flat: list[int] = []
+    places: list[int] = []
+    for document in documents:
+        if len(flat) < 200:
+            places += [len(flat) + i for i in document.answers]
+            flat += [*document.tokens, 0]
+    assert tokens[0].tolist() == flat[:200]
+    assert answers[0].nonzero().flatten().tolist() == [i for i in places if i < 200]
+    for task, size in longest.items():
+        for document in maker.held_out(task, size, 5):
+            assert document.answers[-1] == len(document.tokens) - 1
+            assert task == "phonebook" or len(document.answers) == size - 1
+
+
+def test_each_step_learns_from_as_many_answers() -> None:
+    answers = torch.rand(8, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    places, share = lessons.batches_of_answers(answers, 2, 0)
+    per_step = answers.view(4, 80)
+    assert places.shape == (4, int(per_step.sum(1).min()))
+    for step, found in enumerate(places):
+        assert per_step[step, found].all() and len(set(found.tolist())) == len(found)
+    assert share == pytest.approx(places.numel() / int(answers.sum()))
+
+
+def test_lessons_count_their_answers_alone() -> None:
+    torch.manual_seed(0)
+    shape = driver.Shape(
+        d_model=16, heads=2, base_layers=2, donor_layers=2, d_state=4, vocabulary=40, positions=64
+    )
+    model = driver.new_model(driver.base_config(shape), 0, torch.device("cpu"))
+    loss = driver.Loss(torch.device("cpu"), 1, shape)
+    text, taught = torch.randint(2, 40, (2, 2, 12))
+    answers = torch.tensor([3, 7, 20])
+    with torch.no_grad():
+        parts = loss.taught(model, text, taught, answers)
+        ids = torch.cat([text, taught])
+        with torch.autocast("cpu", torch.bfloat16):
+            said = model(input_ids=ids).logits.float().log_softmax(-1)
+    nats = -said[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+    # Place 20 is token 8 of the second row, which has 12.
+    of_answers = torch.stack([nats[2, 2], nats[2, 6], nats[3, 7]]).mean()
+    assert parts[0].item() == pytest.approx(nats[:2].mean().item(), rel=1e-2)
+    assert parts[1].item() == pytest.approx(of_answers.item(), rel=1e-2)
+    with torch.no_grad():
+        shifted = loss.taught(model, text, taught, answers - 1)[1].item()
+    assert shifted != pytest.approx(of_answers.item(), rel=1e-2)
+
+
+# The whole of it, with models that some hundred words are enough for.
 
 
 def text_of(folder: Path) -> Path:
-    """Streams of letters that follow one another by a rule, so that there is something to learn."""
+    """Streams of words that follow one another by a rule, so that there is something to learn."""
     tokens = folder / "tokens"
     tokens.mkdir()
     (tokens / "tokens.json").write_text("{}")
-    character_tokenizer().backend_tokenizer.save(str(tokens / "tokenizer.json"))
+    word_tokenizer().backend_tokenizer.save(str(tokens / "tokenizer.json"))
     order = np.random.default_rng(0)
     for name in ("pretrain", "finetune", "analysis", "general", "choice", "report"):
         steps = order.integers(1, 4, size=48 * 24)
-        ids = (2 + np.cumsum(steps) % len(LETTERS)).astype(np.uint16)
+        ids = (2 + np.cumsum(steps) % 36).astype(np.uint16)
         with lzma.open(tokens / f"{name}.npy.xz", "wb", preset=0) as file:
             np.save(file, ids)
     return tokens
@@ -155,8 +352,17 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_driver_does_all_of_it(toy: Path) -> None:
     record = json.loads((toy / "out" / driver.RECORD).read_text())
     rows, not_run = record["rows"], record["not_run"]
-    # The tokenizer of letters has no words for the lists of recall; nothing else is left out.
-    assert all(name.startswith("recall/") for name in not_run), not_run
+    assert not_run == {}
+    taught = {n: row for n, row in rows.items() if n.startswith("taught/")}
+    assert [n.split("/")[1] for n in taught][1:] == ["base", "fitted", "donor", "fresh", "none"]
+    for name, row in taught.items():
+        # The better of the rates, by what no case is scored on; all learned from the same answers.
+        found = [rows[n] for n in row["of"]]
+        judged = [sum(task["nll"] for task in r["held_out"].values()) for r in found]
+        assert len(found) == 2 and row["lr"] == found[judged.index(min(judged))]["lr"]
+        assert row["answers"] == rows["taught/base/0"]["answers"] and len(row["loss"]) == 3
+        assert [p["n"] for p in rows[f"recall/{name}"]["copy"]] == [2]
+        assert (toy / "out" / "work" / row["model"]).is_dir()
     systems = [n.split("/")[1] for n in rows if n.startswith("grid/") and n.endswith("/0")]
     assert systems[:2] == ["none", "fresh"] and systems[-2:] == ["fitted", "shuffled"]
     assert {n.split("/")[1] for n in rows if n.startswith("final/")} >= {"base", "donor", "fitted"}
@@ -165,6 +371,28 @@ def test_the_driver_does_all_of_it(toy: Path) -> None:
     assert (toy / "out" / "work" / "students" / "fitted").is_dir()
     for text in printed.tables(rows).values():
         assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+@pytest.mark.slow
+def test_a_second_call_goes_on_where_the_first_stopped(toy: Path) -> None:
+    arguments = ["--tokens", str(toy / "tokens"), "--out", str(toy / "out"), "--smoke"]
+    arguments += ["--settings", str(toy / "toy.toml")]
+    before = json.loads((toy / "out" / driver.RECORD).read_text())["rows"]
+    name = "taught/fresh/0"
+    lost = [name, f"recall/{name}", before[name]["model"]]
+    for gone in lost:
+        (toy / "out" / "rows" / f"{gone.replace('/', '__')}.json").unlink()
+    # The first of two calls has no time for them; its checkpoint was written and its row was not.
+    assert driver.main([*arguments, "--seconds", "0"]) == 0
+    record = json.loads((toy / "out" / driver.RECORD).read_text())
+    assert set(record["not_run"]) == set(lost) and set(before) - set(record["rows"]) == set(lost)
+    assert driver.main(arguments) == 0
+    record = json.loads((toy / "out" / driver.RECORD).read_text())
+    assert record["not_run"] == {} and set(record["rows"]) == set(before)
+    for gone in lost:
+        kept, again = before[gone], record["rows"][gone]
+        for task, found in kept.get("held_out", {}).items():
+            assert again["held_out"][task] == pytest.approx(found), gone
 
 
 @pytest.mark.slow
