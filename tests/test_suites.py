@@ -11,7 +11,7 @@ import torch
 
 from models import tiny_model
 from tamba.errors import UserError
-from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed
+from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed, windows
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.memory import break_even
 from tamba.evaluate.suites import assign_data, find_suites
@@ -28,9 +28,10 @@ def folder(tmp_path_factory):
     for name, stack in (
         ("teacher", ["attention", "attention"]),
         ("student", ["mamba2_gqa", "attention"]),
+        ("other", ["attention", "attention"]),
     ):
         config = tiny_model(stack).config.to_dict() | {"vocab_size": 257}
-        torch.manual_seed(len(name))
+        torch.manual_seed(len(name) + ord(name[0]))
         TambaForCausalLM(TambaConfig(**config)).save_pretrained(folder / name)
         byte_tokenizer(chat=True).save_pretrained(folder / name)
     (folder / "text.txt").write_text("\n\n".join(document(i) for i in range(3)))
@@ -88,6 +89,39 @@ def test_one_run_of_several_suites_goes_on_where_it_stopped(folder, tmp_path, mo
     again = call()  # nothing is left to compute
     assert again.suites["copy"].scores == first.suites["copy"].scores
     assert again.suites["preference"].scores == first.suites["preference"].scores
+
+
+def test_what_is_compared_belongs_to_both_models(folder, tmp_path, monkeypatch):
+    """Beside another teacher in the same folder, nothing of the first one is taken over."""
+
+    def kl(teacher, out):
+        found = evaluate(
+            folder / "student",
+            folder / "text.txt",
+            suites=["kl"],
+            against=folder / teacher,
+            out=out,
+            length=64,
+            limit=3,
+            dtype="float64",
+        )
+        return found.suites["kl"].scores["student"]["kl"].value
+
+    def check(out):
+        assert kl("teacher", out) == kl("teacher", tmp_path / "apart")
+        assert kl("other", out) == kl("other", tmp_path / "other")
+
+    check(tmp_path / "one")
+    # Items that are named by the student alone are those of whichever teacher came first.
+    monkeypatch.setattr(
+        windows._Divergence,
+        "sums",
+        lambda self, both, n, store, *rest, real=windows._Divergence.sums: real(
+            self, both, n, Store(store.path.with_name("student.jsonl")), *rest
+        ),
+    )
+    with pytest.raises(AssertionError):
+        check(tmp_path / "two")
 
 
 def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):

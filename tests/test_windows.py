@@ -29,7 +29,7 @@ def subject(role="student", stack="mixed", tokens_at_once=40):
 
 
 def run(measure, *subjects, store=None):
-    return measure.run(Models(*subjects), lambda _: Store() if store is None else store)
+    return measure.run(Models(*subjects), lambda *_: Store() if store is None else store)
 
 
 @torch.no_grad()

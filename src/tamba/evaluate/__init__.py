@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import tamba
 from tamba import report
 from tamba.checkpoint import (
     Checkpoint,
@@ -179,11 +180,12 @@ def _measured(
 ) -> report.Measured:
     """Run one suite; what stops it is remembered, so that the others still run."""
 
-    def stores(subject: Subject) -> Store:
+    def stores(*subjects: Subject) -> Store:
         if out is None:
             return Store()
         what = {k: v for k, v in measure.settings.items() if k not in _AMOUNTS}
-        mark = digest(model=subject.digest, dtype=str(subject.model.dtype), suite=name, what=what)
+        which = [(subject.digest, str(subject.model.dtype)) for subject in subjects]
+        mark = digest(models=which, suite=name, what=what, tamba=tamba.__version__)
         return Store(Path(out) / "items" / f"{name}-{mark[:16]}.jsonl")
 
     try:

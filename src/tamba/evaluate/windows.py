@@ -258,7 +258,7 @@ class _Divergence(_WindowMeasure):
         items = self.sums(
             [teacher.model, student.model],
             student.tokens_at_once,
-            stores(student),
+            stores(student, teacher),
             "divergence from the teacher",
             of,
         )
