@@ -120,12 +120,15 @@ def _separator(blocks: TokenBlocks) -> int:
     return int(blocks.tokens[row, column])
 
 
-def _read(request: Request, length: int) -> tuple[TokenBlocks, dict[str, Any]]:
+def _read(
+    request: Request, length: int, stride: int | None = None
+) -> tuple[TokenBlocks, dict[str, Any]]:
     options = request.options
     if not request.data:
         raise UserError(f"suite {request.suite}", "needs text and was given none", "--data FILE")
     request.check_length(length)
-    enough = None if options.limit is None else (options.limit + 1) * length
+    # So much and no more: bytes a token are those of the text that is measured.
+    enough = None if options.limit is None else length + (options.limit - 1) * (stride or length)
     texts = read_enough(request.data, options.text_key, enough)
     blocks = TokenBlocks.from_texts(texts, request.tokenizer, length, fill=True, max_tokens=enough)
     settings = {
@@ -315,20 +318,25 @@ def _pairs(items: Items, name: str) -> list[tuple[float, float]]:
 
 def prepare_ppl(request: Request) -> _Perplexity:
     """Perplexity and bits per byte on windows of 1,024 tokens, or sliding ones with `stride`."""
-    request.check_vocabulary()
-    blocks, settings = _read(request, request.options.length or 1024)
-    stride = request.options.stride
-    windows = Windows(blocks) if stride is None else sliding(blocks, stride)
-    return _Perplexity(_limited(windows, request), settings | {"stride": stride})
+    return _Perplexity(*_windows(request))
 
 
 def prepare_kl(request: Request) -> _Divergence:
-    """KL(teacher, student) and how often both find the same token likeliest."""
+    """KL(teacher, student) and how often both find the same token likeliest, on the same windows."""
     if "teacher" not in request.configs:
         raise UserError("suite kl", "compares with a teacher and there is none", "--against MODEL")
+    return _Divergence(*_windows(request))
+
+
+def _windows(request: Request) -> tuple[Windows, dict[str, Any]]:
     request.check_vocabulary()
-    blocks, settings = _read(request, request.options.length or 1024)
-    return _Divergence(_limited(Windows(blocks), request), settings)
+    length, stride = request.options.length or 1024, request.options.stride
+    if stride is not None and not 1 <= stride <= length:
+        raise UserError("stride", f"{stride} is not between 1 and the length {length}")
+    blocks, settings = _read(request, length, stride)
+    return Windows(blocks) if stride is None else sliding(blocks, stride), settings | {
+        "stride": stride
+    }
 
 
 def prepare_position(request: Request) -> _ByPosition:
@@ -339,20 +347,4 @@ def prepare_position(request: Request) -> _ByPosition:
     if length < 2:
         raise UserError("--lengths", f"{length} leaves nothing to predict", "use 2 or more")
     blocks, settings = _read(request, length)
-    return _ByPosition(_limited(joined(blocks), request), settings)
-
-
-def _limited(windows: Windows, request: Request) -> Windows:
-    limit = request.options.limit
-    if limit is None or limit >= len(windows):
-        return windows
-    picked = windows.pick(range(limit))
-    return Windows(
-        TokenBlocks(
-            picked.blocks.tokens,
-            picked.blocks.starts,
-            min(windows.blocks.n_tokens, limit * windows.blocks.length),
-            windows.blocks.bytes_per_token,
-        ),
-        picked.scored,
-    )
+    return _ByPosition(joined(blocks), settings)
