@@ -609,10 +609,13 @@ def _numbers(flag: str, text: str | None, kind: type[Number]) -> tuple[Number, .
 
 
 def _by_suite(flag: str, given: list[str]) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for text in given:
         suite, _, numbers = text.rpartition("=")
-        found[suite] = _numbers(flag, numbers, int)
+        sizes = _numbers(flag, numbers, int)
+        if not sizes:
+            raise UserError(flag, f"'{text}' holds no numbers", "e.g. copy=64,128")
+        found[suite] = (*found.get(suite, ()), *sizes)
     return found
 
 

@@ -25,7 +25,7 @@ from tamba.checkpoint import (
     open_checkpoint,
 )
 from tamba.data import Source
-from tamba.errors import UserError
+from tamba.errors import UserError, nearest
 from tamba.evaluate.measure import Measure, Models, Options, Request, Role, Subject
 from tamba.evaluate.memory import cache_bytes
 from tamba.evaluate.parts import (
@@ -94,6 +94,7 @@ def evaluate(
     sources = [data] if isinstance(data, str | os.PathLike) else list(data)
     names = list(suites) if suites is not None else ["ppl"] + ["kl"] * (against is not None)
     wanted = find_suites(names)
+    _check_lengths(settings, [suite.name for suite, _ in wanted])
     given = assign_data(
         [suite.name for suite, _ in wanted],
         [os.fspath(source) for source in sources],
@@ -208,6 +209,20 @@ def _options(given: Mapping[str, Any]) -> Options:
     if options.new_tokens is not None and options.new_tokens < 1:
         raise UserError("new_tokens", f"{options.new_tokens} is not above 0")
     return options
+
+
+def _check_lengths(options: Options, wanted: Sequence[str]) -> None:
+    """Refuse sizes for a suite that is not asked for or has none, which nobody would miss."""
+    if not isinstance(options.lengths, Mapping):
+        return
+    swept = [name for name in wanted if name == "position" or name in SETS["recall"]]
+    for name in options.lengths:
+        if name and name not in swept:
+            raise UserError(
+                f"--lengths {name}",
+                "no suite that is asked for has this name and a length",
+                nearest(name, swept) if swept else "leave it out",
+            )
 
 
 def _check_folder(out: Path) -> None:
