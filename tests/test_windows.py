@@ -103,6 +103,8 @@ def test_suites_equal_the_functions():
     assert (scores["ratio"].value, scores["ratio"].error) == pytest.approx(
         (want.ratio, want.ratio_error)
     )
+    # The difference is that of the two means, though windows differ in length.
+    assert got.paired["nll"].difference == pytest.approx(want.student.nll - want.teacher.nll)
     assert got.scores["teacher"]["perplexity"].value == pytest.approx(want.teacher.ppl)
     found = run(windows._Divergence(Windows(part), {}), student, teacher).scores["student"]
     assert found["kl"].value == pytest.approx(want.kl)

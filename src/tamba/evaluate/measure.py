@@ -184,8 +184,8 @@ class Request:
 
 
 Stores = Callable[..., Store]
-"""``stores(*subjects)``: the finished items of the suite at hand for a model, or, where an item is a
-comparison, for all the models that it depends on."""
+"""``stores(*subjects)``: the finished items of the suite at hand for a model; where an item
+compares models, for all of them."""
 
 
 class Measure(Protocol):

@@ -21,7 +21,7 @@ from tamba.data import Batch, TokenBlocks, text_digest
 from tamba.errors import UserError
 from tamba.evaluate.measure import ItemMeasure, Items, Models, Request, Role, Stores, Subject
 from tamba.evaluate.perplexity import token_scores
-from tamba.evaluate.statistics import exponential, paired_bootstrap, ratio_score
+from tamba.evaluate.statistics import exponential, paired_bootstrap, permutation, ratio_score
 from tamba.evaluate.texts import read_enough
 from tamba.report import Curve, Measured, Paired, Point, Score
 from tamba.store import Store
@@ -230,18 +230,19 @@ class _Perplexity(_WindowMeasure):
 
 
 def _paired_nll(pairs: list[tuple[float, float]]) -> dict[str, Paired]:
-    means = [value / tokens for value, tokens in pairs]
-    low, high, p = paired_bootstrap(means)
+    """Of nats a window, student minus teacher, and its tokens; long windows weigh more."""
+    nats, tokens = zip(*pairs, strict=True)
+    low, high = paired_bootstrap(nats, tokens)
     return {
         "nll": Paired(
-            difference=math.fsum(means) / len(means),
-            n=len(means),
+            difference=math.fsum(nats) / math.fsum(tokens),
+            n=len(nats),
             low=low,
             high=high,
-            p=p,
-            test="bootstrap",
-            student_higher=sum(m > 0 for m in means),
-            teacher_higher=sum(m < 0 for m in means),
+            p=permutation(nats),
+            test="permutation",
+            student_higher=sum(d > 0 for d in nats),
+            teacher_higher=sum(d < 0 for d in nats),
         )
     }
 
@@ -322,7 +323,7 @@ def prepare_ppl(request: Request) -> _Perplexity:
 
 
 def prepare_kl(request: Request) -> _Divergence:
-    """KL(teacher, student) and how often both find the same token likeliest, on the same windows."""
+    """KL(teacher, student) and how often both find the same token likeliest, as `prepare_ppl`."""
     if "teacher" not in request.configs:
         raise UserError("suite kl", "compares with a teacher and there is none", "--against MODEL")
     return _Divergence(*_windows(request))
