@@ -214,6 +214,15 @@ def test_a_judge_that_stays_silent_is_given_up_and_work_is_kept(server, tmp_path
     assert len(server.asked) == asked + 2
 
 
+@pytest.mark.parametrize("usage", [{"prompt_tokens": {}}, {"prompt_tokens": "many"}, [1], None])
+def test_odd_bills_cost_no_verdict(usage, server):
+    answer = {"choices": [{"message": {"content": "[[7]]"}}], "usage": usage}
+    server.say = lambda prompt, n: json.dumps(answer).encode()
+    verdicts = Verdicts(at(server, price=(1.0, 1.0)), Store())
+    assert verdicts.ask("q", "x", r"\[\[(\d)\]\]") == "7"
+    assert verdicts.cost()["dollars"] == 0
+
+
 def test_timeouts_and_refusals(server, monkeypatch):
     release = threading.Event()
 

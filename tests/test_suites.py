@@ -143,6 +143,25 @@ def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):
     assert found.suites["ppl"].scores["student"]["perplexity"].value > 1
 
 
+def test_running_out_of_memory_names_the_way_out(folder, tmp_path, monkeypatch):
+    def full(self, models, stores):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(windows._Perplexity, "run", full)
+    with pytest.raises(UserError, match="--tokens-at-once 512") as caught:
+        evaluate(
+            folder / "student",
+            folder / "text.txt",
+            suites=["ppl", "copy"],
+            out=tmp_path / "out",
+            length=64,
+            lengths=(4,),
+            cases=1,
+        )
+    assert "suite ppl" in str(caught.value) and "is kept" in str(caught.value)
+    assert read_record(tmp_path / "out" / "report.json").suites["copy"].problem is None
+
+
 def models():
     found = {}
     for role, stack in (("student", "mamba2"), ("teacher", "attention")):
@@ -212,6 +231,23 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
     swapped = Models(replace(both.teacher, role="student"), replace(both.student, role="teacher"))
     got = speed.prepare(sweep("speed", contexts=(32,))).run(swapped, lambda _: Store())
     assert "break_even_decode_tokens" not in got.scores["student"]
+
+
+def test_contexts_that_neither_model_runs_decide_nothing():
+    def row(role, context, speed):
+        found = {"role": role, "context": context, "batch": 1}
+        return found | ({"decode_tokens_per_second": speed} if speed else {"note": "out of memory"})
+
+    rows = [row("student", 16, 2.0), row("teacher", 16, 1.0), row("student", 64, 0.0)]
+    found = speed._even([*rows, row("teacher", 64, 0.0)], 1)
+    assert found["break_even_decode_tokens"].value == 16
+    assert "break_even_decode_tokens" not in speed._even([*rows, row("teacher", 64, 1.0)], 1)
+
+
+def test_a_model_of_few_positions_is_measured_at_them():
+    config = {"student": tiny_model("attention", max_position_embeddings=32).config}
+    request = Request("memory", (), config, byte_tokenizer(), Options())
+    assert memory.contexts_for(request, "cpu") == [32]
 
 
 def test_break_even_of_memory_by_counting():

@@ -308,6 +308,12 @@ def evaluate(
     judge_price: Annotated[
         str | None, typer.Option(metavar="IN,OUT", help="Dollars a million tokens.")
     ] = None,
+    text_key: Annotated[
+        str, typer.Option(help="Field of JSON lines that holds the text.")
+    ] = "text",
+    tokens_at_once: Annotated[
+        int | None, typer.Option(help="Tokens of a batch; changes no result.", min=1)
+    ] = None,
     listing: Annotated[
         bool, typer.Option("--list", help="List suites and sets (MODEL is not opened).")
     ] = False,
@@ -349,6 +355,8 @@ def evaluate(
             judge_model=judge_model,
             judge_key=judge_key,
             judge_price=_price(judge_price),
+            text_key=text_key,
+            tokens_at_once=tokens_at_once,
             dtype=dtype,
             device=device,
         )

@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
+_KEPT = "what is done is kept; the same call goes on"
 # Settings that say how much is measured, not what an item's result is.
 _AMOUNTS = frozenset({"limit", "cases", "lengths", "left_out", "windows", "n"})
 
@@ -191,12 +192,22 @@ def _measured(
 
     try:
         found = measure.run(models, stores)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as caught:
+        error = caught if isinstance(caught, UserError) else _too_much(models)
         problems[name] = error
         return report.Measured(about=suite.about, settings=measure.settings, problem=str(error))
     if found.problem is not None:
-        problems[name] = UserError("not complete", found.problem)
+        problems[name] = UserError("not complete", found.problem, _KEPT)
     return found.model_copy(update={"about": suite.about})
+
+
+def _too_much(models: Models) -> UserError:
+    at_once = models.student.tokens_at_once
+    return UserError(
+        f"{models.student.model.device}",
+        f"out of memory with batches of {at_once:,} tokens",
+        f"--tokens-at-once {max(1, at_once // 4)} changes no result; {_KEPT}",
+    )
 
 
 def _options(given: Mapping[str, Any]) -> Options:
