@@ -660,6 +660,9 @@ def _evaluation_lines(record: Record) -> Iterator[str]:
                 f"{name} {metric}, student - teacher: {paired.difference:+.4g} "
                 f"[{paired.low:+.3g}, {paired.high:+.3g}], p {paired.p:.3g} ({paired.test})"
             )
+        if bill := measured.settings.get("judge_usage"):
+            told = ", ".join(f"{k.replace('_', ' ')} {v:,.6g}" for k, v in bill.items())
+            yield f"{name} judge: {told}"
         for row in measured.rows:
             yield f"{name}: " + ", ".join(
                 f"{k.replace('_', ' ')} {cell(k, v)}" for k, v in row.items()

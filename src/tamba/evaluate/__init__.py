@@ -56,7 +56,9 @@ __all__ = [
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
 _KEPT = "what is done is kept; the same call goes on"
 # Settings that say how much is measured, not what an item's result is.
-_AMOUNTS = frozenset({"limit", "cases", "lengths", "left_out", "windows", "n"})
+_AMOUNTS = frozenset(
+    {"limit", "cases", "lengths", "left_out", "windows", "n", "questions", "pairs"}
+)
 
 
 def evaluate(
