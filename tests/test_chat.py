@@ -159,7 +159,8 @@ def test_a_preference_for_one_model_wins(server):
     )  # fmt: skip
     measure = chat._Answers.__new__(chat._Answers)
     measure.questions, measure.tool = {"81": {"turns": ["Say."]}}, "mt_bench"
-    _, wins = measure._judged(Verdicts(at(server), Store()), answers)
+    wins: list[float] = []
+    measure._judged(Verdicts(at(server), Store()), answers, {}, wins)
     assert wins == [1.0]
 
 
@@ -207,11 +208,21 @@ def test_a_judge_that_stays_silent_is_given_up_and_work_is_kept(server, tmp_path
     got = measure.run(Models(subject()), lambda _: store)
     assert "2 verdicts in a row failed" in got.problem and "is kept" in got.problem
     assert (tmp_path / got.files["student answers"]).is_file()
+    assert got.scores["student"]["score"].n == 2  # what was judged until then
     asked = len(server.asked)
     server.say = lambda prompt, n: "[[7]]"
     again = measure.run(Models(subject()), lambda _: Store(tmp_path / "items.jsonl"))
     assert again.problem is None and again.scores["student"]["score"].value == 7.0
     assert len(server.asked) == asked + 2
+
+
+@pytest.mark.parametrize("usage", [{"prompt_tokens": {}}, {"prompt_tokens": "many"}, [1], None])
+def test_odd_bills_cost_no_verdict(usage, server):
+    answer = {"choices": [{"message": {"content": "[[7]]"}}], "usage": usage}
+    server.say = lambda prompt, n: json.dumps(answer).encode()
+    verdicts = Verdicts(at(server, price=(1.0, 1.0)), Store())
+    assert verdicts.ask("q", "x", r"\[\[(\d)\]\]") == "7"
+    assert verdicts.cost()["dollars"] == 0
 
 
 def test_timeouts_and_refusals(server, monkeypatch):
@@ -244,6 +255,32 @@ def test_judges_are_named_in_full(monkeypatch):
             judge_from(*given)
     monkeypatch.setenv("JUDGE_KEY", "secret")
     assert judge_from("http://h/v1/", "m", "JUDGE_KEY", None).key == "secret"
+
+
+def test_other_questions_cost_the_answered_ones_nothing(tmp_path, monkeypatch):
+    """Fewer, more and in another order: each question is answered once."""
+    asked = []
+    genuine = chat.decode
+
+    def counting(model, prompts, *rest, **options):
+        asked.extend(map(tuple, prompts))
+        return genuine(model, prompts, *rest, **options)
+
+    monkeypatch.setattr(chat, "decode", counting)
+    store, one = Store(), subject()
+
+    def answers(rows):
+        measure = prepare_mt_bench(request("mt_bench", rows, tmp_path, new_tokens=3))
+        got = measure.run(Models(one), lambda *_: store)
+        lines = (tmp_path / got.files["student answers"]).read_text().splitlines()
+        return {row["question_id"]: row["choices"] for row in map(json.loads, lines)}
+
+    first = answers(QUESTIONS[:1])
+    both = answers(QUESTIONS[::-1])
+    assert both[81] == first[81] and len(asked) == len(set(asked)) == 4
+    # Another question under the same number is another question.
+    answers([QUESTIONS[0] | {"turns": ["Say c.", "Now d."]}])
+    assert len(asked) == 6
 
 
 @torch.no_grad()

@@ -484,6 +484,9 @@ def test_one_call_measures_a_model_alone(folder):
         ("short", {"length": 64}, "length: 64 is beyond the model's 32 positions"),
         ("student", {"limit": 0}, "limit: 0"),
         ("student", {"length": 1}, "leave nothing to predict"),
+        ("student", {"suites": []}, "names no suite"),
+        ("student", {"suites": ["ppl"], "lengths": {"copy": (4,)}}, "--lengths copy"),
+        ("student", {"suites": ["ppl", "copy"], "lengths": {"coppy": (4,)}}, "did you mean 'copy'"),
         ("student", {"data": "missing.txt"}, "no such file"),
     ],
 )

@@ -136,7 +136,7 @@ def likelihood(model, context, target):
     return logp[torch.arange(start - 1, ids.shape[1] - 1), ids[0, start:]].sum().item()
 
 
-def test_local_rows_by_hand(tmp_path):
+def test_local_rows_by_hand(tmp_path, capsys):
     model = model_of()
     (row,) = ROWS["arc_easy"]
     found = [
@@ -163,6 +163,7 @@ def test_local_rows_by_hand(tmp_path):
     assert got["acc"].value == 0.5 and found[0] != found[1]
     got = measured("winogrande", [row], tmp_path, model).scores["student"]
     assert got["acc"].value == float(found[0] > found[1])
+    assert "it/s" not in capsys.readouterr().err  # no bar of lm-eval among ours
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from tamba.report import (
     RepairStep,
     Score,
     compare,
+    is_share,
     number,
     read_record,
     render,
@@ -285,6 +286,47 @@ def test_the_best_leads_by_more_than_the_noise():
     assert best(0.2, 0.5, "exact_match") == "b"
     assert best(0.2, 0.35, "acc") is None
     assert best(1.0, 9.0, "something") is None
+
+
+def test_other_text_or_items_are_not_compared(tmp_path):
+    def row(metric, **settings):
+        runs = {
+            name: Record(
+                name=name,
+                perplexity=Perplexity(student=v, tokens=settings.get(name, 9)),
+                suites={
+                    "t": Measured(
+                        settings={"data": settings.get(name, "x"), "judge_usage": v},
+                        scores={"student": {"acc": Score(value=v / 9, n=9, error=0.01)}},
+                    )
+                },
+            )
+            for name, v in (("a", 2.0), ("b", 4.0))
+        }
+        found = compare(runs)
+        page = report._render_comparison(runs, found)
+        (row,) = (r for r in found.rows if r.name == metric)
+        assert (" *</th>" in page) == (not row.alike) == ("do not compare" in page)
+        return row
+
+    assert row("acc").best == "b" and row("perplexity").best == "a"
+    assert row("acc", b=8).best is row("perplexity", b=8).best is None
+
+
+def test_a_grade_is_no_share():
+    assert is_share("acc", [Score(value=1.0, n=3)])
+    assert not is_share("score", [Score(value=1.0, n=3)])
+    assert not is_share("score, turn 1", [Score(value=1.0, n=3)])
+
+
+def test_places_of_a_curve_are_those_that_were_measured():
+    points = [Point(x=x, value=0.5, n=3, low=0.4, high=0.6) for x in (1000, 2048)]
+    page = render(
+        full_record(
+            suites={"s": Measured(curves={"acc": Curve(axis="x", points={"student": points})})}
+        )
+    )
+    assert ">1000<" in page and ">2k<" in page and not re.search(r">\d\.\d{3,}k<", page)
 
 
 def test_one_run_is_drawn_again(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -16,6 +17,7 @@ from tamba.evaluate.statistics import (
     mean_score,
     pair,
     paired_bootstrap,
+    permutation,
     ratio_score,
     wilson,
 )
@@ -88,13 +90,43 @@ def test_mcnemar_is_the_binomial_tail(b, c):
 def test_bootstrap_agrees_with_the_normal_approximation():
     rng = random.Random(0)
     values = [rng.gauss(0.1, 1.0) for _ in range(400)]
-    low, high, p = paired_bootstrap(values)
     want = mean_score(values)
-    assert (low, high) == pytest.approx((want.low, want.high), abs=0.02)
-    z = want.value / want.error
-    assert p == pytest.approx(math.erfc(abs(z) / math.sqrt(2)), abs=0.02)
-    assert paired_bootstrap(values) == (low, high, p)
-    assert paired_bootstrap([0.0] * 9)[2] == 1.0
+    assert paired_bootstrap(values) == pytest.approx((want.low, want.high), abs=0.02)
+    assert paired_bootstrap(values) == paired_bootstrap(values)
+    weights = [rng.uniform(1, 9) for _ in values]
+    want = ratio_score(list(zip(values, weights, strict=True)))
+    assert paired_bootstrap(values, weights) == pytest.approx((want.low, want.high), abs=0.01)
+
+
+def check_permutation(test):
+    """By going through all swaps, with fractions; and by the normal law where items are many."""
+    for values in ([3, 1, 2], [1, -1, 2, 5], [0, 0], [2, 2, 2, 2, 2, 2]):
+        sums = [
+            abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(values))
+        ]
+        want = Fraction(sum(s >= abs(sum(values)) for s in sums), len(sums))
+        assert test([v / 10 for v in values]) == pytest.approx(float(want))
+    rng = random.Random(0)
+    values = [rng.gauss(0.1, 1.0) for _ in range(400)]
+    want = mean_score(values)
+    assert test(values) == pytest.approx(
+        math.erfc(abs(want.value / want.error) / math.sqrt(2)), abs=0.02
+    )
+    assert test([1.0] * 400) == pytest.approx(1e-4, rel=0.01)
+
+
+def test_permutation_by_all_swaps():
+    check_permutation(permutation)
+    # Few items of one sign are no proof, whatever a bootstrap of them says.
+    assert permutation([0.1, 0.2]) == 0.5
+
+    def sign_of_resamples(values):
+        low, high = paired_bootstrap(values)
+        return 1 / 5000 if low > 0 or high < 0 else 1.0
+
+    with pytest.raises(AssertionError):
+        check_permutation(sign_of_resamples)
 
 
 def test_pairs_are_made_item_by_item():
@@ -103,7 +135,7 @@ def test_pairs_are_made_item_by_item():
     teacher = {k: {"acc": 0, "nll": 1.0} for k in "dcba"} | {"e": {"acc": 1, "nll": 0.0}}
     found = pair(student, teacher, ["acc", "nll", "unknown"])
     assert set(found) == {"acc", "nll"}
-    assert (found["acc"].test, found["nll"].test) == ("mcnemar", "bootstrap")
+    assert (found["acc"].test, found["nll"].test) == ("mcnemar", "permutation")
     assert found["acc"].difference == 0.75 and found["acc"].n == 4
     assert (found["acc"].student_higher, found["acc"].teacher_higher) == (3, 0)
     assert found["acc"].p == pytest.approx(0.25)

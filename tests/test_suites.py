@@ -11,7 +11,7 @@ import torch
 
 from models import tiny_model
 from tamba.errors import UserError
-from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed
+from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed, windows
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.memory import break_even
 from tamba.evaluate.suites import assign_data, find_suites
@@ -28,9 +28,10 @@ def folder(tmp_path_factory):
     for name, stack in (
         ("teacher", ["attention", "attention"]),
         ("student", ["mamba2_gqa", "attention"]),
+        ("other", ["attention", "attention"]),
     ):
         config = tiny_model(stack).config.to_dict() | {"vocab_size": 257}
-        torch.manual_seed(len(name))
+        torch.manual_seed(len(name) + ord(name[0]))
         TambaForCausalLM(TambaConfig(**config)).save_pretrained(folder / name)
         byte_tokenizer(chat=True).save_pretrained(folder / name)
     (folder / "text.txt").write_text("\n\n".join(document(i) for i in range(3)))
@@ -90,6 +91,39 @@ def test_one_run_of_several_suites_goes_on_where_it_stopped(folder, tmp_path, mo
     assert again.suites["preference"].scores == first.suites["preference"].scores
 
 
+def test_what_is_compared_belongs_to_both_models(folder, tmp_path, monkeypatch):
+    """Beside another teacher in the same folder, nothing of the first one is taken over."""
+
+    def kl(teacher, out):
+        found = evaluate(
+            folder / "student",
+            folder / "text.txt",
+            suites=["kl"],
+            against=folder / teacher,
+            out=out,
+            length=64,
+            limit=3,
+            dtype="float64",
+        )
+        return found.suites["kl"].scores["student"]["kl"].value
+
+    def check(out):
+        assert kl("teacher", out) == kl("teacher", tmp_path / "apart")
+        assert kl("other", out) == kl("other", tmp_path / "other")
+
+    check(tmp_path / "one")
+    # Items that are named by the student alone are those of whichever teacher came first.
+    monkeypatch.setattr(
+        windows._Divergence,
+        "sums",
+        lambda self, both, n, store, *rest, real=windows._Divergence.sums: real(
+            self, both, n, Store(store.path.with_name("student.jsonl")), *rest
+        ),
+    )
+    with pytest.raises(AssertionError):
+        check(tmp_path / "two")
+
+
 def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):
     def broken(self, models, stores):
         raise UserError("here", "is broken", "mend it")
@@ -107,6 +141,25 @@ def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):
     found = read_record(tmp_path / "out" / "report.json")
     assert found.suites["copy"].problem == "here: is broken; mend it"
     assert found.suites["ppl"].scores["student"]["perplexity"].value > 1
+
+
+def test_running_out_of_memory_names_the_way_out(folder, tmp_path, monkeypatch):
+    def full(self, models, stores):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(windows._Perplexity, "run", full)
+    with pytest.raises(UserError, match="--tokens-at-once 512") as caught:
+        evaluate(
+            folder / "student",
+            folder / "text.txt",
+            suites=["ppl", "copy"],
+            out=tmp_path / "out",
+            length=64,
+            lengths=(4,),
+            cases=1,
+        )
+    assert "suite ppl" in str(caught.value) and "is kept" in str(caught.value)
+    assert read_record(tmp_path / "out" / "report.json").suites["copy"].problem is None
 
 
 def models():
@@ -178,6 +231,23 @@ def test_running_out_of_memory_is_a_row(monkeypatch):
     swapped = Models(replace(both.teacher, role="student"), replace(both.student, role="teacher"))
     got = speed.prepare(sweep("speed", contexts=(32,))).run(swapped, lambda _: Store())
     assert "break_even_decode_tokens" not in got.scores["student"]
+
+
+def test_contexts_that_neither_model_runs_decide_nothing():
+    def row(role, context, speed):
+        found = {"role": role, "context": context, "batch": 1}
+        return found | ({"decode_tokens_per_second": speed} if speed else {"note": "out of memory"})
+
+    rows = [row("student", 16, 2.0), row("teacher", 16, 1.0), row("student", 64, 0.0)]
+    found = speed._even([*rows, row("teacher", 64, 0.0)], 1)
+    assert found["break_even_decode_tokens"].value == 16
+    assert "break_even_decode_tokens" not in speed._even([*rows, row("teacher", 64, 1.0)], 1)
+
+
+def test_a_model_of_few_positions_is_measured_at_them():
+    config = {"student": tiny_model("attention", max_position_embeddings=32).config}
+    request = Request("memory", (), config, byte_tokenizer(), Options())
+    assert memory.contexts_for(request, "cpu") == [32]
 
 
 def test_break_even_of_memory_by_counting():

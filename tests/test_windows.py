@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -11,9 +12,9 @@ from models import VOCAB, random_ids, tiny_model
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import compare, perplexity, texts, windows
-from tamba.evaluate.measure import Models, Subject
+from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.texts import read_enough
-from tamba.evaluate.windows import Windows, joined, sliding
+from tamba.evaluate.windows import Windows, joined, prepare_kl, prepare_ppl, sliding
 from tamba.store import Store
 from texts import byte_tokenizer
 
@@ -29,7 +30,7 @@ def subject(role="student", stack="mixed", tokens_at_once=40):
 
 
 def run(measure, *subjects, store=None):
-    return measure.run(Models(*subjects), lambda _: Store() if store is None else store)
+    return measure.run(Models(*subjects), lambda *_: Store() if store is None else store)
 
 
 @torch.no_grad()
@@ -102,6 +103,8 @@ def test_suites_equal_the_functions():
     assert (scores["ratio"].value, scores["ratio"].error) == pytest.approx(
         (want.ratio, want.ratio_error)
     )
+    # The difference is that of the two means, though windows differ in length.
+    assert got.paired["nll"].difference == pytest.approx(want.student.nll - want.teacher.nll)
     assert got.scores["teacher"]["perplexity"].value == pytest.approx(want.teacher.ppl)
     found = run(windows._Divergence(Windows(part), {}), student, teacher).scores["student"]
     assert found["kl"].value == pytest.approx(want.kl)
@@ -157,3 +160,37 @@ def test_text_is_read_until_there_is_enough(tmp_path, monkeypatch):
 def test_tokens_are_those_of_the_vocabulary():
     wide = blocks()
     assert int(wide.tokens.max()) < VOCAB
+
+
+def request(tmp_path, texts, suite="ppl", **options):
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    configs = {"student": tiny_model("attention").config, "teacher": tiny_model("mixed").config}
+    return Request(suite, (str(file),), configs, byte_tokenizer(), Options(**options))
+
+
+def check_density(tmp_path):
+    """Bytes a token are those of the windows that are measured, not of all text that was read."""
+    short, long = ["ab"] * 9, ["c" * 80]  # 2 bytes of 3 tokens, and 80 of 81
+    for limit, want in ((1, 8 / 12), (2, 16 / 24), (3, (18 + 9) / 36)):
+        got = prepare_ppl(request(tmp_path, short + long, length=12, limit=limit))
+        assert len(got.windows) == limit
+        assert got.windows.blocks.bytes_per_token == pytest.approx(want, abs=1e-9)
+
+
+def test_bytes_are_those_of_the_windows(tmp_path, monkeypatch):
+    check_density(tmp_path)
+    monkeypatch.setattr("tamba.data._bytes_of_last", lambda *rest: 0)
+    with pytest.raises(AssertionError):
+        check_density(tmp_path)
+
+
+@pytest.mark.parametrize("stride", [None, 4])
+def test_divergence_and_perplexity_see_the_same_windows(tmp_path, stride):
+    texts = ["the quick brown fox", "jumps", "over the lazy dog"]
+    options = {"length": 12, "stride": stride, "limit": 3}
+    ppl = prepare_ppl(request(tmp_path, texts, **options))
+    kl = prepare_kl(request(tmp_path, texts, "kl", **options))
+    assert len(ppl.windows) == 3 and ppl.windows.digest() == kl.windows.digest()
+    with pytest.raises(UserError, match="stride: 13 is not between"):
+        prepare_kl(request(tmp_path, texts, "kl", length=12, stride=13))

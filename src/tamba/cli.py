@@ -308,6 +308,12 @@ def evaluate(
     judge_price: Annotated[
         str | None, typer.Option(metavar="IN,OUT", help="Dollars a million tokens.")
     ] = None,
+    text_key: Annotated[
+        str, typer.Option(help="Field of JSON lines that holds the text.")
+    ] = "text",
+    tokens_at_once: Annotated[
+        int | None, typer.Option(help="Tokens of a batch; changes no result.", min=1)
+    ] = None,
     listing: Annotated[
         bool, typer.Option("--list", help="List suites and sets (MODEL is not opened).")
     ] = False,
@@ -349,6 +355,8 @@ def evaluate(
             judge_model=judge_model,
             judge_key=judge_key,
             judge_price=_price(judge_price),
+            text_key=text_key,
+            tokens_at_once=tokens_at_once,
             dtype=dtype,
             device=device,
         )
@@ -609,10 +617,13 @@ def _numbers(flag: str, text: str | None, kind: type[Number]) -> tuple[Number, .
 
 
 def _by_suite(flag: str, given: list[str]) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for text in given:
         suite, _, numbers = text.rpartition("=")
-        found[suite] = _numbers(flag, numbers, int)
+        sizes = _numbers(flag, numbers, int)
+        if not sizes:
+            raise UserError(flag, f"'{text}' holds no numbers", "e.g. copy=64,128")
+        found[suite] = (*found.get(suite, ()), *sizes)
     return found
 
 
@@ -649,6 +660,9 @@ def _evaluation_lines(record: Record) -> Iterator[str]:
                 f"{name} {metric}, student - teacher: {paired.difference:+.4g} "
                 f"[{paired.low:+.3g}, {paired.high:+.3g}], p {paired.p:.3g} ({paired.test})"
             )
+        if bill := measured.settings.get("judge_usage"):
+            told = ", ".join(f"{k.replace('_', ' ')} {v:,.6g}" for k, v in bill.items())
+            yield f"{name} judge: {told}"
         for row in measured.rows:
             yield f"{name}: " + ", ".join(
                 f"{k.replace('_', ' ')} {cell(k, v)}" for k, v in row.items()

@@ -377,6 +377,17 @@ def text_digest(texts: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def _bytes_of_last(
+    text: str, tokens: Sequence[int], n: int, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """UTF-8 bytes that the last `n` tokens of a document with its closing token stand for."""
+    kept = len(tokens) - n
+    if not tokenizer.is_fast:  # knows no places; its tokens count as equally long
+        return round(len(text.encode()) * n / len(tokens))
+    places = tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+    return len(text[places[kept - 1][1] :].encode())
+
+
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
@@ -496,6 +507,11 @@ class TokenBlocks:
                 documents.append(ids if ids and ids[-1] == separator else [*ids, separator])
                 size += len(documents[-1])
                 n_bytes += len(text.encode())
+                if max_tokens is not None and size >= max_tokens:
+                    cut = size - max_tokens
+                    n_bytes -= _bytes_of_last(text, documents[-1], cut, tokenizer) if cut else 0
+                    size = max_tokens
+                    break
             if max_tokens is not None and size >= max_tokens:
                 break
         return cls.from_tokens(

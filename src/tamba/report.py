@@ -8,6 +8,7 @@ knows nothing about models; `tamba.plots` draws.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -152,7 +153,7 @@ class Paired(_Part):
     low: float
     high: float
     p: float
-    test: Literal["mcnemar", "bootstrap"]
+    test: Literal["mcnemar", "permutation", "bootstrap"]  # the last in records of before
     student_higher: int
     teacher_higher: int
 
@@ -346,6 +347,8 @@ class Row(_Part):
         values: by run, and of the ``teacher`` where it was measured too.
         best: the run that is best, where more or less is better and it is ahead of the next by
             more than both standard errors.
+        alike: whether it was measured on the same items in the same way in all runs that have it;
+            where not, none is best.
         share: whether it is a share, shown in percent.
     """
 
@@ -354,6 +357,7 @@ class Row(_Part):
     values: dict[str, Score]
     best: str | None = None
     share: bool = False
+    alike: bool = True
 
 
 class Comparison(_Part):
@@ -368,17 +372,33 @@ def compare(runs: Mapping[str, Record]) -> Comparison:
     rows: list[Row] = []
 
     def add(
-        name: str, values: dict[str, Score], *, suite: str | None = None, sign: int = 0
+        name: str,
+        values: dict[str, Score],
+        *,
+        suite: str | None = None,
+        sign: int = 0,
+        alike: bool = True,
     ) -> None:
         if any(run in values for run in runs):
             share = sign > 0 and is_share(name, values.values())
-            best = _best({run: v for run, v in values.items() if run in runs}, sign)
-            rows.append(Row(name=name, suite=suite, values=values, best=best, share=share))
+            known = {run: v for run, v in values.items() if run in runs}
+            best = _best(known, sign if alike else 0)
+            row = Row(name=name, suite=suite, values=values, best=best, share=share, alike=alike)
+            rows.append(row)
 
     def of(part: Callable[[Record], float | None]) -> dict[str, Score]:
         found = {run: part(record) for run, record in runs.items()}
         return {run: Score(value=v, n=1) for run, v in found.items() if v is not None}
 
+    # Held-out text that is not the same gives perplexities that say nothing of the models.
+    on = {
+        (p.tokens, p.length, _what_decides(r.suites["ppl"]))
+        if "ppl" in r.suites
+        else (p.tokens, p.length, f"{p.teacher:.3g}" if p.teacher else "")
+        for r in runs.values()
+        if (p := r.perplexity)
+    }
+    same = len(on) < 2
     add("layers converted", of(lambda r: r.layers.converted if r.layers else None))
     add(
         "perplexity ratio to the teacher",
@@ -388,16 +408,18 @@ def compare(runs: Mapping[str, Record]) -> Comparison:
             if (p := record.perplexity) and p.ratio
         },
         sign=-1,
+        alike=same,
     )
     perplexity = of(lambda r: r.perplexity.student if r.perplexity else None)
     teachers = {r.perplexity.teacher for r in runs.values() if r.perplexity} - {None}
     if len(teachers) == 1 and (known := next(iter(teachers))) is not None:
         perplexity["teacher"] = Score(value=known, n=1)
-    add("perplexity", perplexity, sign=-1)
+    add("perplexity", perplexity, sign=-1, alike=same)
     add(
         "KL from the teacher, nats",
         of(lambda r: r.perplexity.kl if r.perplexity else None),
         sign=-1,
+        alike=same,
     )
     for context in (8192, 32768):
         name = f"cache at {context // 1024}k tokens, MiB"
@@ -405,6 +427,7 @@ def compare(runs: Mapping[str, Record]) -> Comparison:
     add("seconds, all steps", of(lambda r: sum(r.seconds.values()) or None))
     for suite in dict.fromkeys(s for record in runs.values() for s in record.suites):
         parts = {run: r.suites[suite] for run, r in runs.items() if suite in r.suites}
+        alike = len({_what_decides(part) for part in parts.values()}) == 1
         for metric in dict.fromkeys(
             m for part in parts.values() for m in part.scores.get("student", {})
         ):
@@ -421,8 +444,20 @@ def compare(runs: Mapping[str, Record]) -> Comparison:
             # Runs of one teacher on the same items agree to the last digit or so.
             if beside and all(math.isclose(t.value, beside[0].value, rel_tol=1e-3) for t in beside):
                 values["teacher"] = beside[0]
-            add(metric, values, suite=suite, sign=direction(metric))
+            add(metric, values, suite=suite, sign=direction(metric), alike=alike)
     return Comparison(runs=list(runs), rows=rows)
+
+
+_TELLING = frozenset({"judge_usage", "left_out", "data", "scored_tokens"})
+"""Settings that tell where items came from or what they cost; digests decide what they are."""
+
+
+def _what_decides(measured: Measured) -> str:
+    """The settings of a suite that decide its figures, as a text."""
+    settings = measured.settings
+    if "tokens" not in settings and "text" not in settings:  # windows have `tokens`, recall `text`
+        return json.dumps({k: v for k, v in settings.items() if k != "judge_usage"}, sort_keys=True)
+    return json.dumps({k: v for k, v in settings.items() if k not in _TELLING}, sort_keys=True)
 
 
 def _cache_mib(record: Record, context: int) -> float | None:
@@ -450,8 +485,9 @@ def direction(metric: str) -> int:
 
 
 def is_share(metric: str, scores: Iterable[Score]) -> bool:
-    """Whether a metric's scores are shares of cases."""
-    return direction(metric) > 0 and all(0 <= s.value <= 1 for s in scores)
+    """Whether a metric's scores are shares of cases; grades of a judge never are."""
+    graded = metric.startswith("score") or "likelihood" in metric
+    return not graded and direction(metric) > 0 and all(0 <= s.value <= 1 for s in scores)
 
 
 def _best(values: dict[str, Score], sign: int) -> str | None:

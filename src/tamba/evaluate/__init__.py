@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import tamba
 from tamba import report
 from tamba.checkpoint import (
     Checkpoint,
@@ -24,7 +25,7 @@ from tamba.checkpoint import (
     open_checkpoint,
 )
 from tamba.data import Source
-from tamba.errors import UserError
+from tamba.errors import UserError, nearest
 from tamba.evaluate.measure import Measure, Models, Options, Request, Role, Subject
 from tamba.evaluate.memory import cache_bytes
 from tamba.evaluate.parts import (
@@ -53,8 +54,11 @@ __all__ = [
 ]
 
 _TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 32_768}
+_KEPT = "what is done is kept; the same call goes on"
 # Settings that say how much is measured, not what an item's result is.
-_AMOUNTS = frozenset({"limit", "cases", "lengths", "left_out", "windows", "n"})
+_AMOUNTS = frozenset(
+    {"limit", "cases", "lengths", "left_out", "windows", "n", "questions", "pairs"}
+)
 
 
 def evaluate(
@@ -93,6 +97,7 @@ def evaluate(
     sources = [data] if isinstance(data, str | os.PathLike) else list(data)
     names = list(suites) if suites is not None else ["ppl"] + ["kl"] * (against is not None)
     wanted = find_suites(names)
+    _check_lengths(settings, [suite.name for suite, _ in wanted])
     given = assign_data(
         [suite.name for suite, _ in wanted],
         [os.fspath(source) for source in sources],
@@ -179,21 +184,32 @@ def _measured(
 ) -> report.Measured:
     """Run one suite; what stops it is remembered, so that the others still run."""
 
-    def stores(subject: Subject) -> Store:
+    def stores(*subjects: Subject) -> Store:
         if out is None:
             return Store()
         what = {k: v for k, v in measure.settings.items() if k not in _AMOUNTS}
-        mark = digest(model=subject.digest, dtype=str(subject.model.dtype), suite=name, what=what)
+        which = [(subject.digest, str(subject.model.dtype)) for subject in subjects]
+        mark = digest(models=which, suite=name, what=what, tamba=tamba.__version__)
         return Store(Path(out) / "items" / f"{name}-{mark[:16]}.jsonl")
 
     try:
         found = measure.run(models, stores)
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as caught:
+        error = caught if isinstance(caught, UserError) else _too_much(models)
         problems[name] = error
         return report.Measured(about=suite.about, settings=measure.settings, problem=str(error))
     if found.problem is not None:
-        problems[name] = UserError("not complete", found.problem)
+        problems[name] = UserError("not complete", found.problem, _KEPT)
     return found.model_copy(update={"about": suite.about})
+
+
+def _too_much(models: Models) -> UserError:
+    at_once = models.student.tokens_at_once
+    return UserError(
+        f"{models.student.model.device}",
+        f"out of memory with batches of {at_once:,} tokens",
+        f"--tokens-at-once {max(1, at_once // 4)} changes no result; {_KEPT}",
+    )
 
 
 def _options(given: Mapping[str, Any]) -> Options:
@@ -206,6 +222,20 @@ def _options(given: Mapping[str, Any]) -> Options:
     if options.new_tokens is not None and options.new_tokens < 1:
         raise UserError("new_tokens", f"{options.new_tokens} is not above 0")
     return options
+
+
+def _check_lengths(options: Options, wanted: Sequence[str]) -> None:
+    """Refuse sizes for a suite that is not asked for or has none, which nobody would miss."""
+    if not isinstance(options.lengths, Mapping):
+        return
+    swept = [name for name in wanted if name == "position" or name in SETS["recall"]]
+    for name in options.lengths:
+        if name and name not in swept:
+            raise UserError(
+                f"--lengths {name}",
+                "no suite that is asked for has this name and a length",
+                nearest(name, swept) if swept else "leave it out",
+            )
 
 
 def _check_folder(out: Path) -> None:

@@ -44,6 +44,7 @@ class _Answers:
             "questions": digest(questions=questions),
             "n": len(questions),
             "new_tokens": self.new_tokens,
+            "positions": self.positions,  # those of a teacher may leave less room
             "decoding": "greedy",
             "chat_template": True,
         }
@@ -65,6 +66,7 @@ class _Answers:
             for role, found in answers.items()
         }
         items: dict[Role, Items] = {}
+        wins: list[float] = []
         problem = None
         settings = self.settings | ({"judge": self.judged_by} if self.judge else {})
         if models.teacher is not None:
@@ -75,11 +77,11 @@ class _Answers:
             store = stores(models.student)
             verdicts = Verdicts(self.judge, store)
             try:
-                items, wins = self._judged(verdicts, answers)
-                if len(answers) == 2 and wins:
-                    scores["student"]["win_rate"] = mean_score(wins)
+                self._judged(verdicts, answers, items, wins)
             except UserError as error:
-                problem = str(error)
+                problem = str(error)  # what was judged until then still counts
+            if wins:
+                scores["student"]["win_rate"] = mean_score(wins)
             for role, found in items.items():
                 if any(found.values()):
                     scores[role] |= _judge_scores(found)
@@ -107,7 +109,7 @@ class _Answers:
         with progress.task(f"{self.tool}, {subject.role}", total) as advance:
             for turn in range(turns):
                 here = [n for n, q in self.questions.items() if len(q["turns"]) > turn]
-                todo = [n for n in here if f"{n}/{turn}" not in store]
+                todo = [n for n in here if self._key(n, turn) not in store]
                 advance(len(here) - len(todo))
                 prompts = [chat_tokens(tokenizer, self._messages(n, turn, store)) for n in todo]
                 limits = [self._room(n, len(p)) for n, p in zip(todo, prompts, strict=True)]
@@ -121,20 +123,25 @@ class _Answers:
                     done = {}
                     for k, tokens in batch.items():
                         text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                        done[f"{todo[k]}/{turn}"] = {"text": text, "tokens": len(tokens)}
+                        done[self._key(todo[k], turn)] = {"text": text, "tokens": len(tokens)}
                     store.add(done)
                     advance(len(batch))
         return {
-            name: [store[f"{name}/{turn}"] for turn in range(len(q["turns"]))]
+            name: [store[self._key(name, turn)] for turn in range(len(q["turns"]))]
             for name, q in self.questions.items()
         }
+
+    def _key(self, name: str, turn: int) -> str:
+        """Of an answer, by what was asked so far: it stays when other questions come or go."""
+        asked = self.questions[name]["turns"][: turn + 1]
+        return f"answer/{digest(asked=asked)[:32]}"
 
     def _messages(self, name: str, turn: int, store: Mapping[str, Any]) -> Messages:
         messages: Messages = []
         for k, said in enumerate(self.questions[name]["turns"][: turn + 1]):
             messages.append({"role": "user", "content": said})
             if k < turn:
-                messages.append({"role": "assistant", "content": store[f"{name}/{k}"]["text"]})
+                messages.append({"role": "assistant", "content": store[self._key(name, k)]["text"]})
         return messages
 
     def _room(self, name: str, prompt: int) -> int:
@@ -161,7 +168,7 @@ class _Answers:
                 context = chat_tokens(teacher.tokenizer, [asked])
                 ids = teacher.tokenizer(said[0]["text"], add_special_tokens=False)["input_ids"]
                 if ids:
-                    names.append(f"likelihood/{name}/{digest(ids=ids)[:16]}")
+                    names.append(f"likelihood/{digest(tokens=[context, ids])[:32]}")
                     pairs.append((context, ids))
             _score_into(store, names, pairs, teacher, f"{self.tool}, teacher's view of {role}")
             if names:
@@ -172,11 +179,14 @@ class _Answers:
         return found
 
     def _judged(
-        self, verdicts: Verdicts, answers: Mapping[Role, Any]
-    ) -> tuple[dict[Role, Items], list[float]]:
-        """Scores of each answer, and of each pair 1, 0.5 or 0 for the student."""
-        items: dict[Role, Items] = {role: {} for role in answers}
-        wins: list[float] = []
+        self,
+        verdicts: Verdicts,
+        answers: Mapping[Role, Any],
+        items: dict[Role, Items],
+        wins: list[float],
+    ) -> None:
+        """Fill in scores of each answer, and of each pair 1, 0.5 or 0 for the student."""
+        items.update({role: {} for role in answers})
         n = sum(len(q["turns"]) for q in self.questions.values())
         total = n * (len(answers) + 2 * (len(answers) == 2))
         with progress.task(f"{self.tool}, judge", total) as advance:
@@ -199,7 +209,6 @@ class _Answers:
                         won = self._compared(verdicts, f"verdict/{name}/{turn}", told, reference)
                         wins += [] if won is None else [won]
                         advance(2)
-        return items, wins
 
     def _compared(
         self, verdicts: Verdicts, name: str, told: Mapping[Role, str], reference: str
@@ -298,17 +307,17 @@ class _Preference(ItemMeasure):
 
     def answer(self, subject: Subject, store: Store) -> Items:
         names, pairs = [], []
-        for k, row in enumerate(self.rows):
+        for row in self.rows:
             context = _framed(subject.tokenizer, row["prompt"])
             for side in ("chosen", "rejected"):
                 ids = subject.tokenizer(row[side], add_special_tokens=False)["input_ids"]
                 # The end belongs to the answer: a short one must be meant to be short.
                 pairs.append((context, [*ids, subject.tokenizer.eos_token_id]))
-                names.append(f"{k}/{side}")
+                names.append(digest(tokens=pairs[-1])[:32])
         _score_into(store, names, pairs, subject, f"preference, {subject.role}")
         items: Items = {}
         for k, row in enumerate(self.rows):
-            (good, n), (bad, m) = store[f"{k}/chosen"], store[f"{k}/rejected"]
+            (good, n), (bad, m) = store[names[2 * k]], store[names[2 * k + 1]]
             items[str(k)] = {
                 "acc": int(good > bad),
                 "acc_norm": int(good / n > bad / m),

@@ -7,6 +7,7 @@ only file that imports lm-eval.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -529,16 +530,23 @@ def _local(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets report to loggers; only their errors are let through."""
+    """lm-eval and datasets report to loggers; only their errors are let through, and no second bar
+    runs through ours."""
     logs = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     before = [(log, log.level) for log in logs]
     from datasets.utils import logging as datasets_logging
+    from lm_eval.api import task as asking
 
+    bar = getattr(asking, "tqdm", None)
     try:
+        if bar is not None:
+            asking.tqdm = functools.partial(bar, disable=True)
         for log in logs:
             log.setLevel(logging.ERROR)
         datasets_logging.disable_progress_bar()
         yield
     finally:
+        if bar is not None:
+            asking.tqdm = bar
         for log, level in before:
             log.setLevel(level)

@@ -175,9 +175,9 @@ class Verdicts:
         if not isinstance(said, str):
             raise ValueError("the completion holds no text")
         usage = data.get("usage") if isinstance(data.get("usage"), Mapping) else {}
-        return said, {
-            side: int(usage.get(f"{side}_tokens") or 0) for side in ("prompt", "completion")
-        }
+        counts = {side: usage.get(f"{side}_tokens") for side in ("prompt", "completion")}
+        # What is no number costs nothing that could be shown; the verdict counts all the same.
+        return said, {k: int(n) if isinstance(n, int | float) else 0 for k, n in counts.items()}
 
     def cost(self) -> dict[str, float]:
         """Tokens in and out of all that was asked here, stored verdicts among it, and dollars where

@@ -183,8 +183,9 @@ class Request:
         return path
 
 
-Stores = Callable[[Subject], Store]
-"""The finished items of the suite at hand for a model."""
+Stores = Callable[..., Store]
+"""``stores(*subjects)``: the finished items of the suite at hand for a model; where an item
+compares models, for all of them."""
 
 
 class Measure(Protocol):

@@ -72,9 +72,11 @@ def break_even(
 
 
 def contexts_for(request: Request, device: str) -> list[int]:
-    """Contexts to measure at: those asked for, or those of `CONTEXTS` that fit."""
+    """Contexts to measure at: those asked for, or those of `CONTEXTS` that fit; the
+    model's positions where all are longer."""
     wanted = request.options.contexts or CONTEXTS.get(device, CONTEXTS["cuda"])
-    return sorted(c for c in set(wanted) if request.positions is None or c <= request.positions)
+    fit = sorted(c for c in set(wanted) if request.positions is None or c <= request.positions)
+    return fit or [int(request.positions or 1)]
 
 
 def check_sweep(request: Request) -> None:

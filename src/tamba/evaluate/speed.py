@@ -142,6 +142,8 @@ def _even(rows: list[dict[str, str | int | float | None]], batch: int) -> dict[s
         first = None
         for context in sorted(speeds, reverse=True):
             ours, theirs = speeds[context]["student"], speeds[context]["teacher"]
+            if not ours and not theirs:
+                continue  # neither ran there, which says nothing
             if not ours or ours < theirs:
                 break
             first = context

@@ -94,24 +94,58 @@ def mcnemar(first_only: int, second_only: int) -> float:
 
 
 def paired_bootstrap(
-    differences: Sequence[float], *, draws: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(low, high, p) of the mean of `differences`: 95 % percentile interval, two-sided p-value.
+    differences: Sequence[float],
+    weights: Sequence[float] | None = None,
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95 % percentile interval of a mean of differences, items drawn anew (Efron and Tibshirani
+    1993, ch. 13).
 
-    The p-value is that of the sign of the mean over resamples (Efron and Tibshirani 1993, ch. 15),
-    with the observed sample counted among them, so it is never 0.
+    Args:
+        weights: differences are sums over so much each (tokens of a window), and the mean is their
+            sum over that of the weights; equal weights of 1 if None.
     """
     values = np.asarray(differences, dtype=np.float64)
+    sizes = np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64)
     generator = np.random.default_rng(seed)
     means = np.empty(draws)
     step = max(1, 4_000_000 // max(1, len(values)))
     for first in range(0, draws, step):
         size = (min(step, draws - first), len(values))
         picked = generator.integers(0, len(values), size=size)
-        means[first : first + step] = values[picked].mean(axis=1)
+        means[first : first + step] = values[picked].sum(axis=1) / sizes[picked].sum(axis=1)
     low, high = (float(x) for x in np.quantile(means, [0.025, 0.975]))
-    smaller = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    return low, high, min(1.0, 2 * (smaller + 1) / (draws + 1))
+    return low, high
+
+
+_ALL_SIGNS = 13
+"""Items up to which every way of swapping the two models is gone through."""
+
+
+def permutation(differences: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> float:
+    """Two-sided p-value that two models are alike on each item (Fisher's randomization test).
+
+    Were they alike, each difference could as well have the other sign; `p` is the share of such
+    swaps whose sum is as far from 0. All swaps are counted where items are few, so that `n` items
+    give ``2 / 2**n`` at least; else `draws` random ones, with the observed one among them
+    (Noreen 1989).
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    n = len(values)
+    # Sums of the same numbers in another order differ in the last digits.
+    seen = abs(math.fsum(values)) - 1e-12 * float(np.abs(values).sum())
+    if n <= _ALL_SIGNS:
+        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return float((np.abs(signs @ values) >= seen).mean())
+    generator = np.random.default_rng(seed)
+    far = 0
+    step = max(1, 4_000_000 // n)
+    for first in range(0, draws, step):
+        flips = generator.integers(0, 2, size=(min(step, draws - first), n), dtype=np.int8)
+        far += int((np.abs((1.0 - 2.0 * flips) @ values) >= seen).sum())
+    return (far + 1) / (draws + 1)
 
 
 def pair(
@@ -121,7 +155,8 @@ def pair(
 ) -> dict[str, Paired]:
     """Student minus teacher on the items that both have, a test for each metric.
 
-    Right-or-wrong metrics get McNemar's test, others the paired bootstrap.
+    Right-or-wrong metrics get McNemar's test, others the permutation test; intervals are those of
+    the paired bootstrap.
     """
     found = {}
     for metric in metrics:
@@ -133,7 +168,7 @@ def pair(
         if len(both) < 2:
             continue
         differences = [s - t for s, t in both]
-        low, high, p = paired_bootstrap(differences)
+        low, high = paired_bootstrap(differences)
         binary = all(x in (0, 1) for couple in both for x in couple)
         wins, losses = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
         found[metric] = Paired(
@@ -141,8 +176,8 @@ def pair(
             n=len(both),
             low=low,
             high=high,
-            p=mcnemar(wins, losses) if binary else p,
-            test="mcnemar" if binary else "bootstrap",
+            p=mcnemar(wins, losses) if binary else permutation(differences),
+            test="mcnemar" if binary else "permutation",
             student_higher=wins,
             teacher_higher=losses,
         )

@@ -65,7 +65,7 @@ def find_suites(names: Iterable[str]) -> list[tuple[Suite, int | None]]:
     """Suites by name, sets taken apart, each once; with the worked examples of ``NAME@N``.
 
     Raises:
-        UserError: an unknown name, with the nearest known one.
+        UserError: an unknown name, with the nearest known one, or no name at all.
     """
     found: dict[str, tuple[Suite, int | None]] = {}
     for name in names:
@@ -79,6 +79,8 @@ def find_suites(names: Iterable[str]) -> list[tuple[Suite, int | None]]:
                     "--suite", f"'{part}' is no task with a number of worked examples", "NAME@5"
                 )
             found[part] = (replace(SUITES[plain], name=part), int(shots) if at else None)
+    if not found:
+        raise UserError("--suite", "names no suite", "see --list")
     return list(found.values())
 
 

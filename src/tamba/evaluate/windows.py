@@ -21,7 +21,7 @@ from tamba.data import Batch, TokenBlocks, text_digest
 from tamba.errors import UserError
 from tamba.evaluate.measure import ItemMeasure, Items, Models, Request, Role, Stores, Subject
 from tamba.evaluate.perplexity import token_scores
-from tamba.evaluate.statistics import exponential, paired_bootstrap, ratio_score
+from tamba.evaluate.statistics import exponential, paired_bootstrap, permutation, ratio_score
 from tamba.evaluate.texts import read_enough
 from tamba.report import Curve, Measured, Paired, Point, Score
 from tamba.store import Store
@@ -120,12 +120,15 @@ def _separator(blocks: TokenBlocks) -> int:
     return int(blocks.tokens[row, column])
 
 
-def _read(request: Request, length: int) -> tuple[TokenBlocks, dict[str, Any]]:
+def _read(
+    request: Request, length: int, stride: int | None = None
+) -> tuple[TokenBlocks, dict[str, Any]]:
     options = request.options
     if not request.data:
         raise UserError(f"suite {request.suite}", "needs text and was given none", "--data FILE")
     request.check_length(length)
-    enough = None if options.limit is None else (options.limit + 1) * length
+    # So much and no more: bytes a token are those of the text that is measured.
+    enough = None if options.limit is None else length + (options.limit - 1) * (stride or length)
     texts = read_enough(request.data, options.text_key, enough)
     blocks = TokenBlocks.from_texts(texts, request.tokenizer, length, fill=True, max_tokens=enough)
     settings = {
@@ -227,18 +230,19 @@ class _Perplexity(_WindowMeasure):
 
 
 def _paired_nll(pairs: list[tuple[float, float]]) -> dict[str, Paired]:
-    means = [value / tokens for value, tokens in pairs]
-    low, high, p = paired_bootstrap(means)
+    """Of nats a window, student minus teacher, and its tokens; long windows weigh more."""
+    nats, tokens = zip(*pairs, strict=True)
+    low, high = paired_bootstrap(nats, tokens)
     return {
         "nll": Paired(
-            difference=math.fsum(means) / len(means),
-            n=len(means),
+            difference=math.fsum(nats) / math.fsum(tokens),
+            n=len(nats),
             low=low,
             high=high,
-            p=p,
-            test="bootstrap",
-            student_higher=sum(m > 0 for m in means),
-            teacher_higher=sum(m < 0 for m in means),
+            p=permutation(nats),
+            test="permutation",
+            student_higher=sum(d > 0 for d in nats),
+            teacher_higher=sum(d < 0 for d in nats),
         )
     }
 
@@ -258,7 +262,7 @@ class _Divergence(_WindowMeasure):
         items = self.sums(
             [teacher.model, student.model],
             student.tokens_at_once,
-            stores(student),
+            stores(student, teacher),
             "divergence from the teacher",
             of,
         )
@@ -315,20 +319,25 @@ def _pairs(items: Items, name: str) -> list[tuple[float, float]]:
 
 def prepare_ppl(request: Request) -> _Perplexity:
     """Perplexity and bits per byte on windows of 1,024 tokens, or sliding ones with `stride`."""
-    request.check_vocabulary()
-    blocks, settings = _read(request, request.options.length or 1024)
-    stride = request.options.stride
-    windows = Windows(blocks) if stride is None else sliding(blocks, stride)
-    return _Perplexity(_limited(windows, request), settings | {"stride": stride})
+    return _Perplexity(*_windows(request))
 
 
 def prepare_kl(request: Request) -> _Divergence:
-    """KL(teacher, student) and how often both find the same token likeliest."""
+    """KL(teacher, student) and how often both find the same token likeliest, as `prepare_ppl`."""
     if "teacher" not in request.configs:
         raise UserError("suite kl", "compares with a teacher and there is none", "--against MODEL")
+    return _Divergence(*_windows(request))
+
+
+def _windows(request: Request) -> tuple[Windows, dict[str, Any]]:
     request.check_vocabulary()
-    blocks, settings = _read(request, request.options.length or 1024)
-    return _Divergence(_limited(Windows(blocks), request), settings)
+    length, stride = request.options.length or 1024, request.options.stride
+    if stride is not None and not 1 <= stride <= length:
+        raise UserError("stride", f"{stride} is not between 1 and the length {length}")
+    blocks, settings = _read(request, length, stride)
+    return Windows(blocks) if stride is None else sliding(blocks, stride), settings | {
+        "stride": stride
+    }
 
 
 def prepare_position(request: Request) -> _ByPosition:
@@ -339,20 +348,4 @@ def prepare_position(request: Request) -> _ByPosition:
     if length < 2:
         raise UserError("--lengths", f"{length} leaves nothing to predict", "use 2 or more")
     blocks, settings = _read(request, length)
-    return _ByPosition(_limited(joined(blocks), request), settings)
-
-
-def _limited(windows: Windows, request: Request) -> Windows:
-    limit = request.options.limit
-    if limit is None or limit >= len(windows):
-        return windows
-    picked = windows.pick(range(limit))
-    return Windows(
-        TokenBlocks(
-            picked.blocks.tokens,
-            picked.blocks.starts,
-            min(windows.blocks.n_tokens, limit * windows.blocks.length),
-            windows.blocks.bytes_per_token,
-        ),
-        picked.scored,
-    )
+    return _ByPosition(joined(blocks), settings)

@@ -279,7 +279,7 @@ def _short(value: float) -> str:
 
 
 def _context(tokens: float) -> str:
-    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+    return f"{tokens / 1024:.3g}k" if tokens >= 1024 else f"{tokens:g}"
 
 
 def _ratio(value: float) -> str:
@@ -534,10 +534,9 @@ def _curve(title: str, axis: str, lines: dict[str, list[Point]], top: float) -> 
     if len(places) > 2 and places[0] > 0 and places[-1] >= 8 * places[0]:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_minor_locator(NullLocator())
-        shown = places if len(places) <= 8 else places[:: math.ceil(len(places) / 8)]
-        ax.xaxis.set_major_locator(FixedLocator(shown))
-    else:
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    # Where it was measured, and nowhere else.
+    shown = places if len(places) <= 8 else places[:: math.ceil(len(places) / 8)]
+    ax.xaxis.set_major_locator(FixedLocator(shown))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _context(v)))
     ax.set_xlabel(axis)
     if len(lines) > 1:
@@ -578,6 +577,8 @@ def _runs(points: dict[str, tuple[int, float]], top: float) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True))
     ax.set_xlabel("layers converted")
     ax.margins(x=0.12)
+    low, high = ax.get_xlim()
+    ax.set_xlim(min(low, most - 2), max(high, most + 2))  # layers are whole, also where all agree
     figure.set_label(
         "Perplexity ratio by layers converted. "
         + "; ".join(f"{name}, {n} layers: {_ratio(ratio)}" for name, (n, ratio) in points.items())
