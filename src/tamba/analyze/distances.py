@@ -129,9 +129,9 @@ def state_scores(
     def inputs() -> Iterable[tuple[Mapping[str, Any], Tensor]]:
         with progress.task(label, len(blocks)) as advance:
             for batch in blocks.batches(size):
-                here = batch.to(model.device)
-                yield here.inputs, counted(here)
-                advance(len(here.tokens))
+                # What counts stays on the CPU: a GPU is not waited for to know it.
+                yield batch.to(model.device).inputs, counted(batch)
+                advance(len(batch.tokens))
 
     return scores_of_inputs(model, inputs(), dtype=dtype)
 
@@ -197,25 +197,25 @@ def _batch_size(model: TambaForCausalLM, length: int) -> int:
 
 
 class _Moments:
-    """Mean and standard error of a table over rows, from sums. float64, on the CPU."""
+    """Mean and standard error of a table over rows, from sums. float64, where the model is."""
 
-    def __init__(self, *shape: int) -> None:
-        self.total = torch.zeros(*shape, dtype=torch.float64)
-        self.squares = torch.zeros(*shape, dtype=torch.float64)
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        self.total = torch.zeros(*shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.total)
         self.n = 0
 
     def add(self, rows: Tensor) -> None:
         """[k, *shape], a value a row."""
-        rows = rows.double().cpu()
+        rows = rows.double()
         self.total += rows.sum(0)
         self.squares += rows.square().sum(0)
         self.n += len(rows)
 
     def estimate(self) -> Estimate:
-        mean = self.total / self.n
+        mean = self.total.cpu() / self.n
         if self.n < 2:
             return Estimate(mean, torch.full_like(mean, math.nan))
-        spread = (self.squares - self.n * mean.square()).clamp_min(0.0) / (self.n - 1)
+        spread = (self.squares.cpu() - self.n * mean.square()).clamp_min(0.0) / (self.n - 1)
         return Estimate(mean, (spread / self.n).sqrt())
 
 
@@ -225,16 +225,20 @@ class _Sums:
     def __init__(self, n_layers: int, device: torch.device) -> None:
         self.n_layers = n_layers
         S = n_layers + 2
-        self.all_tokens = _Moments(S, S)
-        self.last_token = _Moments(S, S)
-        self.apart = _Moments(n_layers)
-        self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64)
+        self.all_tokens = _Moments(S, S, device=device)
+        self.last_token = _Moments(S, S, device=device)
+        self.apart = _Moments(n_layers, device=device)
+        self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64, device=device)
         self.batches = 0
         self.tokens = 0
 
     def add(self, states: list[Tensor], counts: Tensor) -> None:
         """Take in a batch: L + 1 states and the normed last one [B, T, D], and what counts."""
         first_row = self.all_tokens.n
+        device = states[0].device
+        # All that only depends on which tokens count is worked out on the CPU: every question to
+        # a GPU would have to wait for the layers.
+        counts = counts.cpu()
         empty = (~counts.any(1)).nonzero()
         if len(empty):
             raise UserError(
@@ -243,24 +247,19 @@ class _Sums:
                 "give rows of text",
             )
         rows = counts.nonzero()[:, 0]
+        per_row = counts.sum(1)
         unit = _directions(states, counts, rows, first_row)
-        cosine = unit @ unit.mT
-        angle = _angles(unit, cosine)
-        B = len(counts)
-        per_row = counts.sum(1).to(angle.dtype)
-        flat = angle.double().flatten(1)
-        means = torch.zeros(B, flat.shape[1], dtype=torch.float64, device=flat.device)
-        means.index_add_(0, rows, flat)
-        means /= per_row[:, None]
+        angle = _angles(unit, unit @ unit.mT)
+        # [B, n], the mean over the tokens of a row as a product: no additions in turns.
+        share = (torch.arange(len(counts))[:, None] == rows).double() / per_row[:, None]
+        share = share.to(device)
+        means = share @ angle.double().flatten(1)
         self.all_tokens.add(means.unflatten(1, angle.shape[1:]))
-        last = per_row.long().cumsum(0) - 1
-        self.last_token.add(angle[last])
+        self.last_token.add(angle[(per_row.cumsum(0) - 1).to(device)])
         # 1 - cos t = 2 sin(t/2)^2 keeps its digits where the layer hardly turns.
         own = angle.diagonal(1, 1, 2)[:, : self.n_layers].double()
-        influence = 2.0 * torch.sin(own * (math.pi / 2)).square()
-        sums = torch.zeros(B, self.n_layers, dtype=torch.float64, device=flat.device)
-        self.apart.add(sums.index_add_(0, rows, influence) / per_row[:, None])
-        self.kernels[self.batches % _FOLDS] += _dependence(unit).cpu()
+        self.apart.add(share @ (2.0 * torch.sin(own * (math.pi / 2)).square()))
+        self.kernels[self.batches % _FOLDS] += _dependence(unit)
         self.batches += 1
         self.tokens += len(rows)
 
@@ -273,7 +272,7 @@ class _Sums:
             _by_distance(every, L),
             _by_distance(self.last_token.estimate(), L),
             self.apart.estimate(),
-            _by_distance(_alignment(self.kernels), L),
+            _by_distance(_alignment(self.kernels.cpu()), L),
             every[:L, L + 1],
             self.all_tokens.n,
             self.tokens,
@@ -294,15 +293,16 @@ def _by_distance(table: Estimate, n_layers: int) -> Estimate:
 
 def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: int) -> Tensor:
     """[n, S, D]: the states of tokens that count, each of length one, float32 at least."""
+    device = states[0].device
     wide = torch.promote_types(states[0].dtype, torch.float32)
-    whole = bool(counts.all())
-    unit = torch.empty(
-        len(rows), len(states), states[0].shape[-1], dtype=wide, device=counts.device
-    )
-    lengths = torch.empty(len(states), len(rows), dtype=wide, device=counts.device)
+    where = None if bool(counts.all()) else counts.flatten().nonzero()[:, 0].to(device)
+    unit = torch.empty(len(rows), len(states), states[0].shape[-1], dtype=wide, device=device)
+    lengths = torch.empty(len(states), len(rows), dtype=wide, device=device)
     for index, state in enumerate(states):
-        here = (state.flatten(0, 1) if whole else state[counts]).to(wide)
-        lengths[index] = torch.linalg.vector_norm(here, dim=-1)
+        here = state.flatten(0, 1)
+        if where is not None:
+            here = here.index_select(0, where)
+        torch.linalg.vector_norm(here, dim=-1, dtype=wide, out=lengths[index])
         torch.div(here, lengths[index, :, None], out=unit[:, index])
     good = torch.isfinite(lengths) & (lengths > 0)
     if not bool(good.all()):
@@ -311,11 +311,11 @@ def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: i
         what = "zero and has no direction" if lengths[index, token] == 0 else "not a finite number"
         n_layers = len(states) - 2
         if index == 0:
-            where = "the embedding"
+            source = "the embedding"
         else:
-            where = f"layer {index - 1}" if index <= n_layers else "the final norm"
+            source = f"layer {index - 1}" if index <= n_layers else "the final norm"
         raise UserError(
-            where,
+            source,
             f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
             "check the weights, or compute in a wider type",
         )
@@ -352,24 +352,25 @@ def _dependence(unit: Tensor) -> Tensor:
     """
     n, S, _ = unit.shape
     size = min(_KERNEL_TOKENS, n)
-    total = torch.zeros(S, S, dtype=torch.float64, device=unit.device)
     if size < 4:
-        return total
+        return torch.zeros(S, S, dtype=torch.float64, device=unit.device)
     groups = n // size
-    # Tokens of a group lie far apart in the text: neighbours are not independent.
-    for group in range(groups):
-        some = unit[group : groups * size : groups].transpose(0, 1)
-        kernel = some @ some.mT
-        kernel.diagonal(0, 1, 2).zero_()
-        flat = kernel.flatten(1).double()
-        sums = kernel.sum(2, dtype=torch.float64)
-        whole = sums.sum(1)
-        total += (
-            flat @ flat.mT
-            + torch.outer(whole, whole) / ((size - 1) * (size - 2))
-            - 2.0 / (size - 2) * (sums @ sums.mT)
-        ) / (size * (size - 3))
-    return total
+    kernels = unit.new_empty(S, groups, size, size)
+    for state, kernel in enumerate(kernels):
+        # Tokens of a group lie far apart in the text: neighbours are not independent.
+        some = unit[: groups * size, state].unflatten(0, (size, groups)).transpose(0, 1)
+        torch.bmm(some, some.mT, out=kernel)
+    kernels.diagonal(0, -2, -1).zero_()
+    kernels = kernels.double()
+    sums = kernels.sum(3)
+    whole = sums.sum(2)
+    # Products of flattened groups are sums over groups.
+    flat, ends = kernels.flatten(1), sums.flatten(1)
+    return (
+        flat @ flat.mT
+        + whole @ whole.mT / ((size - 1) * (size - 2))
+        - 2.0 / (size - 2) * (ends @ ends.mT)
+    ) / (size * (size - 3))
 
 
 def _alignment(folds: Tensor) -> Estimate:
