@@ -32,9 +32,9 @@ from tamba.trace import computing
 _NEAR = 0.999
 """Cosines beyond which an angle is taken from a difference: arccos loses half the digits there."""
 _KERNEL_TOKENS = 64
-"""Tokens of one kernel matrix; the estimate does not depend on how many."""
+"""Tokens of one kernel matrix, all of one row; its estimate is unbiased for any number."""
 _FOLDS = 16
-"""Parts of the text that the error of a ratio is told from by leaving out one at a time."""
+"""Parts of the rows that the error of a ratio is told from by leaving out one at a time."""
 _VALUES_AT_ONCE = 1 << 25
 """Numbers of the states held at once beside the model's own."""
 
@@ -63,7 +63,8 @@ class StateScores:
         block_influence: [L], one minus the mean cosine of `x^(l)` and `x^(l+1)` (*ShortGPT*, arXiv
             2403.03853, equation 1).
         kernel_similarity: centred kernel alignment, 1 for representations that are rotations of
-            one another (Kornblith et al. 2019, arXiv 1905.00414), of the cosine kernel.
+            one another (Kornblith et al. 2019, arXiv 1905.00414), of the cosine kernel, between
+            tokens of a row.
         after_norm: [L], mean angle of `x^(l)` and `x^(L)` after the final norm: what reading the
             last state there would add.
         sequences: rows read.
@@ -229,7 +230,6 @@ class _Sums:
         self.last_token = _Moments(S, S, device=device)
         self.apart = _Moments(n_layers, device=device)
         self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64, device=device)
-        self.batches = 0
         self.tokens = 0
 
     def add(self, states: list[Tensor], counts: Tensor) -> None:
@@ -259,8 +259,10 @@ class _Sums:
         # 1 - cos t = 2 sin(t/2)^2 keeps its digits where the layer hardly turns.
         own = angle.diagonal(1, 1, 2)[:, : self.n_layers].double()
         self.apart.add(share @ (2.0 * torch.sin(own * (math.pi / 2)).square()))
-        self.kernels[self.batches % _FOLDS] += _dependence(unit)
-        self.batches += 1
+        for size, found in _groups(per_row).items():
+            sums = _dependence(unit, [groups for _, groups in found])
+            for (row, _), hsic in zip(found, sums, strict=True):
+                self.kernels[(first_row + row) % _FOLDS] += size * hsic
         self.tokens += len(rows)
 
     def result(self) -> StateScores:
@@ -344,33 +346,57 @@ def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
     return angle
 
 
-def _dependence(unit: Tensor) -> Tensor:
-    """[S, S] float64: sums of the unbiased HSIC of every two states over groups of tokens.
+def _groups(per_row: Tensor) -> dict[int, list[tuple[int, Tensor]]]:
+    """Tokens that are compared with one another, by how many: (row, [k, size] token numbers).
+
+    Groups lie in one row, so that what they say does not depend on how rows are batched and rows
+    can be left out one by one; far apart in it, since neighbours are not independent.
+
+    Args:
+        per_row: [B], tokens that count, which are numbered through.
+    """
+    found: dict[int, list[tuple[int, Tensor]]] = {}
+    first = 0
+    for row, n in enumerate(per_row.tolist()):
+        size = min(_KERNEL_TOKENS, n)
+        if size >= 4:
+            places = torch.arange(n // size * size).view(size, -1).T
+            found.setdefault(size, []).append((row, first + places))
+        first += n
+    return found
+
+
+def _dependence(unit: Tensor, groups: list[Tensor]) -> list[Tensor]:
+    """[S, S] float64 for each of `groups` [k, size]: sums over k of the unbiased HSIC of every two
+    states.
 
     HSIC of linear kernels, estimator 5 of Song et al. (2012, JMLR 13): unbiased in groups of any
     size, so that groups can be added up (Nguyen et al. 2021, arXiv 2010.15327, section 3.1).
     """
-    n, S, _ = unit.shape
-    size = min(_KERNEL_TOKENS, n)
-    if size < 4:
-        return torch.zeros(S, S, dtype=torch.float64, device=unit.device)
-    groups = n // size
-    kernels = unit.new_empty(S, groups, size, size)
+    S = unit.shape[1]
+    together = torch.cat(groups).to(unit.device)
+    n, size = together.shape
+    kernels = unit.new_empty(S, n, size, size)
     for state, kernel in enumerate(kernels):
-        # Tokens of a group lie far apart in the text: neighbours are not independent.
-        some = unit[: groups * size, state].unflatten(0, (size, groups)).transpose(0, 1)
+        some = unit[:, state][together]
         torch.bmm(some, some.mT, out=kernel)
     kernels.diagonal(0, -2, -1).zero_()
-    kernels = kernels.double()
-    sums = kernels.sum(3)
-    whole = sums.sum(2)
-    # Products of flattened groups are sums over groups.
-    flat, ends = kernels.flatten(1), sums.flatten(1)
-    return (
-        flat @ flat.mT
-        + whole @ whole.mT / ((size - 1) * (size - 2))
-        - 2.0 / (size - 2) * (ends @ ends.mT)
-    ) / (size * (size - 3))
+    out = []
+    for part in kernels.split([len(g) for g in groups], dim=1):
+        part = part.double()
+        sums = part.sum(3)
+        whole = sums.sum(2)
+        # Products of flattened groups are sums over groups.
+        flat, ends = part.flatten(1), sums.flatten(1)
+        out.append(
+            (
+                flat @ flat.mT
+                + whole @ whole.mT / ((size - 1) * (size - 2))
+                - 2.0 / (size - 2) * (ends @ ends.mT)
+            )
+            / (size * (size - 3))
+        )
+    return out
 
 
 def _alignment(folds: Tensor) -> Estimate:
