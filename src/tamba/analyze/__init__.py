@@ -282,7 +282,10 @@ def _receiver(reading: Reading, donor: Checkpoint) -> int:
 def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str | None:
     if found.choice is None:
         return None
-    return plan_of(found.choice, settings.facts(model.config), settings.convert).to_toml()
+    plan = plan_of(found.choice, settings.facts(model.config), settings.convert)
+    n = len(found.choice.layers)
+    said = f"{found.model}: {n} of {found.n_layers} layers chosen by `{found.choice.strategy}`"
+    return f"# {' '.join(said.split())}; scores.json has the numbers.\n{plan.to_toml()}"
 
 
 def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
@@ -334,10 +337,18 @@ def _files(found: Analysis) -> dict[str, str | bytes]:
     scores = {
         "score": found.score,
         "scores": found.scores,
+        # By the names that `tamba analyze MODEL` writes too.
+        found.score: found.scores,
+        "choice": {
+            "strategy": f"lowest {found.score}",
+            "layers": list(found.plan.converted),
+        },
         "order": found.order,
         "frontier": found.frontier,
-        "distances": found.distances,
     }
+    if found.distances is not None:
+        triangle = [row[: len(row) - low] for low, row in enumerate(found.distances)]
+        scores["angular_distance"] = {"all_tokens": triangle}
     return {
         "scores.json": json.dumps(scores, indent=1) + "\n",
         "record.json": json.dumps(record, indent=1) + "\n",
