@@ -284,7 +284,7 @@ def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str
         return None
     plan = plan_of(found.choice, settings.facts(model.config), settings.convert)
     n = len(found.choice.layers)
-    said = f"{found.model}: {n} of {found.n_layers} layers chosen by `{found.choice.strategy}`"
+    said = f"{found.title}: {n} of {found.n_layers} layers chosen by `{found.choice.strategy}`"
     return f"# {' '.join(said.split())}; scores.json has the numbers.\n{plan.to_toml()}"
 
 

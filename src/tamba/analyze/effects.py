@@ -158,9 +158,9 @@ def change_scores(
             if reference is not None:
                 top = len(reference.model.layers)
                 wanted = trace(reference, blocks, streams=[top], dtype=dtype).streams[top]
-            for who, top in ((model, seen[0][L]), (reference, wanted)):
-                if who is not None and top is not None:
-                    _check_finite(who, top, blocks, dtype)
+            _check_finite(model, seen[0][L], blocks, dtype)
+            if reference is not None and wanted is not None:
+                _check_finite(reference, wanted, blocks, dtype)
             before = [
                 t.measure(
                     model, reference or model, s[L], s[L] if wanted is None else wanted, dtype

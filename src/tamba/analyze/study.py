@@ -190,6 +190,11 @@ class Study:
     groups: Sequence[Group] = ()
     text: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The model's name without folders and endings."""
+        return Path(self.model).stem or self.model
+
     def scores(self) -> tuple[Lists, Lists]:
         """Every score by name, a value a layer, and the standard errors of each."""
         values: Lists = {}
@@ -387,9 +392,9 @@ def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
     figures = {}
     if found.states is not None:
         tables = {name.replace("_", " "): t for name, t in found.distances().items()}
-        figures["distances"] = heat_maps(tables, f"Angular distance, {_short(found.model)}")
+        figures["distances"] = heat_maps(tables, f"Angular distance, {found.title}")
     bars = {name: (values[name], errors[name]) for name in values}
-    figures["scores"] = score_bars(bars, f"Scores by layer, {_short(found.model)}", chosen)
+    figures["scores"] = score_bars(bars, f"Scores by layer, {found.title}", chosen)
     if found.choice is not None:
         entries = [("convert" if i in chosen else "keep", i) for i in range(found.n_layers)]
         figures["plan"] = plan_stack(entries, "Plan")
@@ -402,15 +407,11 @@ def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
     return files
 
 
-def _short(name: str) -> str:
-    return Path(name).stem or name
-
-
 def report(found: Study, pictures: Sequence[str] = ()) -> str:
     """The page for people, in Markdown: scores, where they disagree, and what was chosen."""
     values, errors = found.scores()
     text = ", ".join(f"{key} {value}" for key, value in found.text.items())
-    lines = [f"# Layers of {_short(found.model)}", "", f"Text: {text}." if text else "", ""]
+    lines = [f"# Layers of {found.title}", "", f"Text: {text}." if text else "", ""]
     if found.choice is not None:
         layers = ", ".join(map(str, found.choice.layers)) or "none"
         lines += [f"Chosen by `{found.choice.strategy}`: {layers}.", ""]
