@@ -1,13 +1,17 @@
 """What scoring every pair of layers costs beside reading the text at all.
 
     python benchmarks/analyze_overhead.py MODEL --out benchmarks/results/analyze-overhead.json
+    python benchmarks/analyze_overhead.py random:smollm2-135m random:llama-1b --out ...
 
-Row `analyze_overhead`: the model reads rows of text, plainly (forward pass with logits, and without
+Row `analyze_overhead`: a model reads rows of text, plainly (forward pass with logits, and without
 the head) and with all scores of hidden states (`tamba.analyze.state_scores`: both angular
 distances of every pair of layers, block influence, kernel similarity). Sides take turns on the same
 rows, in an order that flips every round; the overhead is the median over rounds of the ratio of
 neighbours, less one. On a CPU seconds are those that the process computed, not those that it waited
-for others, so run it with one thread. The bar is 15 %.
+for others, so run it with one thread. The bar is 15 %. `angle_error` is the largest difference
+of a mean angle of one row from the same states compared in float64, in half turns.
+
+A random model has the shape that it is named after; weights do not change what a score costs.
 """
 
 from __future__ import annotations
@@ -26,12 +30,88 @@ from statistics import median, quantiles
 import torch
 
 import tamba
-from tamba.analyze import state_scores
+from tamba.analyze.distances import _batch_size, counted, state_scores
 from tamba.data import TokenBlocks, read_texts
+from tamba.model.config import AttentionSpec, BlockSpec, MLPSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.trace import computing
 
 BAR = 0.15
+SHAPES = {
+    # d_model, layers, heads, heads of keys and values, width of the MLP, vocabulary
+    "smollm2-135m": (576, 30, 9, 3, 1536, 49_152),
+    "llama-1b": (2048, 16, 32, 8, 8192, 128_256),
+    "tiny": (64, 4, 4, 2, 128, 256),
+}
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str) -> TambaForCausalLM:
+    """A Llama of some shape with tied embeddings."""
+    d_model, layers, heads, kv_heads, d_mlp, vocabulary = SHAPES[shape]
+    head_dim = d_model // heads
+    block = BlockSpec(
+        mixer=AttentionSpec(
+            n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, rotary_dim=head_dim
+        ),
+        mlp=MLPSpec(d_mlp=d_mlp),
+    )
+    config = TambaConfig(
+        vocab_size=vocabulary,
+        hidden_size=d_model,
+        blocks={"block": block},
+        layers=["block"] * layers,
+        tie_word_embeddings=True,
+    )
+    config.name_or_path = f"random {shape}"
+    torch.manual_seed(0)
+    with torch.device(device):
+        return TambaForCausalLM(config).to(dtype).eval()
+
+
+def random_blocks(vocabulary: int, rows: int, length: int) -> TokenBlocks:
+    """Rows of two documents each."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (rows, length), generator=generator).int()
+    starts = torch.zeros(rows, length, dtype=torch.bool)
+    starts[:, 0] = True
+    starts[torch.arange(rows), torch.randint(1, length - 1, (rows,), generator=generator)] = True
+    return TokenBlocks(tokens, starts, tokens.numel())
+
+
+def opened(
+    name: str, rows: int, length: int, dtype: torch.dtype | None, device: str
+) -> tuple[TambaForCausalLM, TokenBlocks]:
+    """A model and what it reads."""
+    word, colon, shape = name.partition(":")
+    if word == "random" and colon:
+        model = random_model(shape, dtype or torch.float32, device)
+        return model, random_blocks(model.config.vocab_size, rows, length)
+    model, tokenizer = tamba.load(name, device=device)
+    texts = read_texts("python-docs", max_bytes=16 * rows * length)
+    return model, TokenBlocks.from_texts(texts, tokenizer, length, max_tokens=rows * length)
+
+
+def angle_error(model: TambaForCausalLM, blocks: TokenBlocks, dtype: torch.dtype | None) -> float:
+    """Largest difference from float64 of a mean angle of the first row, in half turns."""
+    row = blocks.take(1)
+    batch = next(row.batches(1))
+    states: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out: states.extend((args[0], out)))
+        for layer in model.model.layers
+    ]
+    with computing(model, dtype):
+        model.model(**batch.to(model.device).inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    here = counted(batch)[0].to(model.device)
+    wide = torch.stack([x[0, here] for x in (*states[::2], states[-1])], dim=1).double()
+    unit = wide / wide.norm(dim=-1, keepdim=True)
+    want = (torch.acos((unit @ unit.mT).clamp(-1.0, 1.0)) / torch.pi).mean(0).cpu()
+    found = state_scores(model, row, dtype=dtype).all_tokens.mean
+    L = len(found)
+    cells = ((low, n) for low in range(L) for n in range(1, L - low + 1))
+    return max(abs(float(found[low, n - 1] - want[low, low + n])) for low, n in cells)
 
 
 def sides(
@@ -68,62 +148,74 @@ def machine(device: str) -> str:
     return next((x.partition(": ")[2] for x in lines if x.startswith("model name")), "unknown")
 
 
+def measured(name: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """The record of one model."""
+    device = arguments.device
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    model, blocks = opened(name, arguments.rows, arguments.length, dtype, device)
+    batch_size = arguments.batch or _batch_size(model, arguments.length)
+    timed = sides(model, blocks, dtype, batch_size)
+    for run in timed.values():
+        run()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    seconds: dict[str, list[float]] = {side: [] for side in timed}
+    for turn in range(arguments.rounds):
+        for side in list(timed)[:: 1 if turn % 2 else -1]:
+            wait(model)
+            begun = clock()
+            timed[side]()
+            seconds[side].append(clock() - begun)
+    overhead = {}
+    for side in ("forward", "without head"):
+        ratios = [s / p - 1 for s, p in zip(seconds["scored"], seconds[side], strict=True)]
+        low, _, high = quantiles(ratios, n=4)
+        overhead[side] = {"median": median(ratios), "quartiles": [low, high]}
+    return {
+        "row": "analyze_overhead",
+        "model": model.config.name_or_path if name.startswith("random:") else Path(name).name,
+        "layers": model.config.num_hidden_layers,
+        "d_model": model.config.hidden_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": arguments.dtype or str(model.dtype).removeprefix("torch."),
+        "rows": arguments.rows,
+        "length": arguments.length,
+        "batch": batch_size,
+        "rounds": arguments.rounds,
+        "clock": clock.__name__,
+        "seconds": {side: median(times) for side, times in seconds.items()},
+        "overhead_over": overhead,
+        "angle_error": angle_error(model, blocks, dtype),
+        "bar": BAR,
+        "held": all(found["median"] <= BAR for found in overhead.values()),
+        "machine": machine(device),
+        "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()),
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="or random:SHAPE")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=None, help="the scorer's own if not given")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default=None, help="of matrix products, e.g. bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
+    shapes = [name.partition(":")[2] for name in arguments.models if name.startswith("random:")]
+    if unknown := set(shapes) - set(SHAPES):
+        parser.error(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
 
-    model, tokenizer = tamba.load(arguments.model, device=arguments.device)
-    n = arguments.rows * arguments.length
-    texts = read_texts("python-docs", max_bytes=16 * n)
-    blocks = TokenBlocks.from_texts(texts, tokenizer, arguments.length, max_tokens=n)
-    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    timed = sides(model, blocks, dtype, arguments.batch)
-    for run in timed.values():
-        run()
-    clock = time.process_time if arguments.device == "cpu" else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for turn in range(arguments.rounds):
-        for name in list(timed)[:: 1 if turn % 2 else -1]:
-            begun = clock()
-            timed[name]()
-            seconds[name].append(clock() - begun)
-    overhead = {}
-    for name in ("forward", "without head"):
-        ratios = [s / p - 1 for s, p in zip(seconds["scored"], seconds[name], strict=True)]
-        low, _, high = quantiles(ratios, n=4)
-        overhead[name] = {"median": median(ratios), "quartiles": [low, high]}
-    record = {
-        "row": "analyze_overhead",
-        "model": Path(arguments.model).name,
-        "layers": model.config.num_hidden_layers,
-        "d_model": model.config.hidden_size,
-        "dtype": arguments.dtype or str(model.dtype).removeprefix("torch."),
-        "rows": arguments.rows,
-        "length": arguments.length,
-        "batch": arguments.batch,
-        "rounds": arguments.rounds,
-        "clock": clock.__name__,
-        "seconds": {name: median(times) for name, times in seconds.items()},
-        "overhead_over": overhead,
-        "bar": BAR,
-        "held": all(found["median"] <= BAR for found in overhead.values()),
-        "machine": machine(arguments.device),
-        "threads": torch.get_num_threads(),
-        "load_average": list(os.getloadavg()),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    print(json.dumps(record, indent=1))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    records = []
+    for name in arguments.models:
+        records.append(measured(name, arguments))
+        print(json.dumps(records[-1], indent=1), flush=True)
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,10 +71,19 @@ def test_e_tamba_reads_pythia() -> None:
     assert chosen("e-tamba", 24, 11, scores={"column_mean": columns}) == list(range(12, 23))
 
 
+def test_plans_say_why_a_layer_stays() -> None:
+    known = facts(4, keep=(3,))
+    found = choose("e-tamba a", known, Budget(1), {"a": [3.0, 1.0, 2.0, None]})
+    notes = [entry.note for entry in plan_of(found, known, ConvertOptions()).entries]
+    assert notes == ["a 3", "a 1", "a 2", "no attention, or kept as asked"]
+
+
 def test_gromov_takes_the_block_of_least_distance() -> None:
     table = [[1.0] * (8 - low) for low in range(8)]
     table[3][2] = 0.1
     assert chosen("gromov", 8, 3, distances={"last_token": table}) == [3, 4, 5]
+    told = choose("gromov", facts(8), Budget(3), distances={"last_token": table})
+    assert told.why == dict.fromkeys((3, 4, 5), "3 to 5 together turn by 0.1 (last_token)")
     table[5][2] = 0.05
     assert chosen("gromov last_token", 8, 3, distances={"last_token": table}) == [5, 6, 7]
     with pytest.raises(UserError, match="no distances 'all_tokens'"):

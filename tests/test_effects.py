@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from tamba.analyze.effects import (
     restore_scores,
 )
 from tamba.analyze.probe import Probe, word_probe
+from tamba.analyze.study import Settings, _digest
 from tamba.analyze.swaps import converted_layers
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
@@ -277,6 +279,46 @@ def test_finished_layers_are_not_done_again(
     assert again == whole and sorted([*first, *calls]) == list(range(6))
     lines = path.read_text().splitlines()
     assert len(lines) == 7 and json.loads(lines[0]) == {"inputs": "this"}
+
+
+def test_numbers_that_are_not_finite_name_layer_and_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        model, blocks = made(), rows()
+        with torch.no_grad():
+            model.model.layers[2].mlp.down_proj.weight[0, 0] = math.nan
+        with pytest.raises(UserError, match=r"layer 2: gives a hidden state .* in row 0"):
+            drop_scores(model, blocks, dtype=None)
+        model = made()
+        bad = int(blocks.tokens[2, 3])
+        with torch.no_grad():
+            model.model.embed_tokens.weight[bad] = math.nan
+        first = int((blocks.tokens == bad).nonzero()[0, 0])
+        with pytest.raises(UserError, match=rf"embedding: gives .* in row {first}"):
+            drop_scores(model, blocks, dtype=None)
+
+    check()
+    monkeypatch.setattr(effects, "_bad_rows", lambda stream: [])
+    with pytest.raises(pytest.fail.Exception):
+        check()
+
+
+def test_the_record_is_keyed_by_every_weight(tmp_path: Path) -> None:
+    text = rows()
+
+    def key(model: TambaForCausalLM) -> str:
+        return _digest(model, text, text, Settings(), None, None)
+
+    model = made()
+    before = key(model)
+    assert key(made()) == before
+    for weight in (model.model.embed_tokens.weight, model.model.layers[2].mixer.o_proj.weight):
+        kept = weight.detach().clone()
+        with torch.no_grad():
+            weight.copy_(kept.flip(0))  # its sum stays
+        assert key(model) != before
+        with torch.no_grad():
+            weight.copy_(kept)
+    assert key(model) == before
 
 
 def test_models_that_do_not_match() -> None:

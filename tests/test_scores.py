@@ -199,7 +199,7 @@ def hsic(x: Tensor, y: Tensor) -> float:
 def check_kernels() -> None:
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(8, 3, 5, dtype=torch.float64), dim=-1)
-    got = distances._dependence(unit)
+    (got,) = distances._dependence(unit, [torch.arange(8)[None]])
     for low in range(3):
         for high in range(3):
             want = hsic(unit[:, low], unit[:, high])
@@ -220,10 +220,37 @@ def test_kernel_similarity_knows_rotations() -> None:
     turn = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
     other = torch.randn(2048, 12, dtype=torch.float64)
     unit = torch.nn.functional.normalize(torch.stack([x, x @ turn, other], dim=1), dim=-1)
-    folds = torch.stack([distances._dependence(part) for part in unit.split(256)])
+    groups = torch.arange(2048).view(-1, 64).split(4)
+    folds = torch.stack(distances._dependence(unit, list(groups)))
     found = distances._alignment(folds)
     assert float(found.mean[0, 1]) == pytest.approx(1.0, abs=1e-9)
     assert abs(float(found.mean[0, 2])) < 4 * float(found.error[0, 2]) < 0.2
+
+
+def check_batches() -> None:
+    model = tiny_model("mixed")
+    starts = torch.zeros(12, 80, dtype=torch.bool)
+    starts[:, 0] = starts[::3, 30] = True
+    blocks = TokenBlocks(random_ids(12, 80, 9).int(), starts, 12 * 80)
+    one, all_at_once = (state_scores(model, blocks, batch_size=n) for n in (1, 12))
+    for name in ("all_tokens", "last_token", "block_influence", "kernel_similarity"):
+        first, second = getattr(one, name), getattr(all_at_once, name)
+        for a, b in ((first.mean, second.mean), (first.error, second.error)):
+            assert torch.equal(a.isnan(), b.isnan()) and int((~a.isnan()).sum()) >= 7, name
+            assert float((a - b).nan_to_num().abs().max()) < EXACT, name
+
+
+def test_scores_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do their errors: what one device reads at once another reads row by row."""
+    check_batches()
+    right = distances._groups
+
+    def across_rows(per_row: Tensor) -> dict[int, list[tuple[int, Tensor]]]:
+        return right(per_row.sum()[None])
+
+    monkeypatch.setattr(distances, "_groups", across_rows)
+    with pytest.raises(AssertionError):
+        check_batches()
 
 
 IDLE, LOUD = 1, 3

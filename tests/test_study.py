@@ -77,6 +77,8 @@ def test_a_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scores["choice"] == {"strategy": "lowest drop", "layers": two}
     plan = read_plan(folder / "out" / "plan.toml")
     assert list(plan.converted) == two and plan.n_layers == 7
+    first = (folder / "out" / "plan.toml").read_text().splitlines()[0]
+    assert first.startswith("# model: 2 of 7 layers chosen by `lowest drop`")
     report = (folder / "out" / "report.md").read_text()
     assert "Chosen by `lowest drop`" in report and "| drop |" in report
     found = {p.name for p in (folder / "out").iterdir()}
@@ -194,6 +196,16 @@ WRONG = {
         ["--groups", "2", "--into", "model", "--replace", "5-7"],
         "no layers 5 to 7",
     ),
+    "layers of no teacher": (["--groups", "2", "--replace", "3-5"], "names layers of no model"),
+    "groups for nothing": (["--groups", "2", "--into", "model"], "which layers groups stand for"),
+    "one row for effects": (
+        ["--scores", "drop", "--tokens", "32"],
+        "cannot be divided into text to fit",
+    ),
+    "a student of another depth": (
+        ["--scores", "aligned", "--student", "donor"],
+        "has 3 layers and the teacher 7",
+    ),
     "no run of layers": (["--groups", "2", "--replace", "5..7"], "is no run of layers"),
     "settings of a recipe": (["--set", "analyze.tokens=3"], "changes a recipe"),
     "unknown type": (["--dtype", "int8"], "'int8' is not one to compute in"),
@@ -210,6 +222,8 @@ def test_mistakes_are_told_before_any_work(
     if "wide" in arguments:
         config = tiny_model("attention").config.to_dict() | {"hidden_size": 40}
         TambaForCausalLM(type(tiny_model("attention").config)(**config)).save_pretrained("wide")
+    if "donor" in arguments:
+        checkpoint(folder / "donor", "mamba1")
     if "other" in arguments:
         checkpoint(folder / "other")
         file = folder / "other" / "tokenizer.json"
@@ -223,6 +237,22 @@ def test_mistakes_are_told_before_any_work(
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("given", [{"choose": "uniform"}, {"budget": Budget(2)}])
+def test_nothing_to_convert_is_said(folder: Path, given: dict) -> None:
+    checkpoint(folder / "donor", "mamba1")
+    with pytest.raises(UserError, match="attention to convert, and there is none"):
+        tamba.analyze(
+            "donor", "out", reading=Reading(["text.txt"], 32, 64), settings=Settings(**given)
+        )
+
+
+def test_as_little_text_as_there_can_be(folder: Path) -> None:
+    """Two tokens give no kernel and no error, and pictures all the same."""
+    found = tamba.analyze("model", "out", reading=Reading(["text.txt"], 2, 2))
+    assert found.scores()[0]["kernel_change"] == [None] * 7
+    assert json.loads((folder / "out" / "scores.json").read_text())["own_turn"][0] is not None
 
 
 def test_a_model_of_one_layer(folder: Path) -> None:

@@ -16,8 +16,9 @@ import torch
 
 from tamba.analyze.choice import Budget, plan_of, transplant_plans
 from tamba.analyze.distances import StateScores, state_scores
+from tamba.analyze.effects import student_pairs
 from tamba.analyze.probe import word_probe
-from tamba.analyze.study import Settings, Study, files_of, study
+from tamba.analyze.study import Settings, Study, divided, files_of, study
 from tamba.analyze.swaps import (
     Analysis,
     analyze_model,
@@ -181,7 +182,9 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
         where=checkpoint.location,
     )
     _check_reading(reading, settings, config)
-    into = None if reading.into is None else _receiver(reading, checkpoint, settings)
+    if student is not None:
+        student_pairs(config, student.tamba_config, student.location)
+    into = None if reading.into is None else _receiver(reading, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise UserError(
@@ -189,6 +192,8 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
         )
     texts = read_texts(list(reading.texts), max_bytes=reading.tokens * _BYTES_PER_TOKEN)
     blocks = TokenBlocks.from_texts(texts, tokenizer, reading.length, max_tokens=reading.tokens)
+    if set(settings.measures) - {"states"}:
+        divided(blocks, settings.effect_tokens)
     probe = word_probe(tokenizer, seed=settings.seed) if reading.recall else None
     device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wide = reading.dtype if reading.dtype == "float32" else None
@@ -237,6 +242,12 @@ def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) ->
             f"{reading.tokens} do not fill one row of {reading.length}",
             "read more, or shorter rows",
         )
+    if reading.replaced and reading.into is None:
+        raise UserError("replace", "names layers of no model", "say which with into")
+    if reading.into is not None and not reading.replaced:
+        raise UserError(
+            "into", "does not say which layers groups stand for", "say e.g. replace 12-22"
+        )
     effects = set(settings.measures) - {"states"}
     if reading.recall and not effects:
         raise UserError("recall", "is measured where layers are changed", "ask for drop too")
@@ -246,7 +257,7 @@ def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) ->
         raise UserError("into", "takes groups of layers", "say how many layers make a group")
 
 
-def _receiver(reading: Reading, donor: Checkpoint, settings: Settings) -> int:
+def _receiver(reading: Reading, donor: Checkpoint) -> int:
     """The layers of the teacher that groups are for, after looking whether they can be."""
     assert reading.into is not None
     teacher = open_checkpoint(reading.into)
@@ -271,7 +282,10 @@ def _receiver(reading: Reading, donor: Checkpoint, settings: Settings) -> int:
 def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str | None:
     if found.choice is None:
         return None
-    return plan_of(found.choice, settings.facts(model.config), settings.convert).to_toml()
+    plan = plan_of(found.choice, settings.facts(model.config), settings.convert)
+    n = len(found.choice.layers)
+    said = f"{found.title}: {n} of {found.n_layers} layers chosen by `{found.choice.strategy}`"
+    return f"# {' '.join(said.split())}; scores.json has the numbers.\n{plan.to_toml()}"
 
 
 def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
@@ -323,10 +337,18 @@ def _files(found: Analysis) -> dict[str, str | bytes]:
     scores = {
         "score": found.score,
         "scores": found.scores,
+        # By the names that `tamba analyze MODEL` writes too.
+        found.score: found.scores,
+        "choice": {
+            "strategy": f"lowest {found.score}",
+            "layers": list(found.plan.converted),
+        },
         "order": found.order,
         "frontier": found.frontier,
-        "distances": found.distances,
     }
+    if found.distances is not None:
+        triangle = [row[: len(row) - low] for low, row in enumerate(found.distances)]
+        scores["angular_distance"] = {"all_tokens": triangle}
     return {
         "scores.json": json.dumps(scores, indent=1) + "\n",
         "record.json": json.dumps(record, indent=1) + "\n",

@@ -161,9 +161,9 @@ def choose(
             pick = _lowest(_ratio(argument, scores, facts, where), why, argument)
         case "e-tamba":
             name = argument or "column_mean"
-            pick = _run(_score(name, scores, facts, where), facts, where)
+            pick = _run(_score(name, scores, facts, where), facts, where, why, name)
         case "gromov":
-            pick = _block(argument or "last_token", distances, facts, where)
+            pick = _block(argument or "last_token", distances, facts, where, why)
         case "uniform":
             pick = _uniform(facts)
         case _:
@@ -296,8 +296,11 @@ def _uniform(facts: Facts) -> Pick:
     return pick
 
 
-def _run(score: Mapping[int, float], facts: Facts, where: str) -> Pick:
+def _run(
+    score: Mapping[int, float], facts: Facts, where: str, why: dict[int, str], name: str
+) -> Pick:
     """Neighbours of the lowest sum among all layers but the last."""
+    why |= {i: f"{name} {value:.4g}" for i, value in score.items()}
 
     def pick(n: int) -> list[int]:
         runs = [r for r in _runs(facts, n) if not n or r[-1] != facts.n_layers - 1]
@@ -308,7 +311,9 @@ def _run(score: Mapping[int, float], facts: Facts, where: str) -> Pick:
     return pick
 
 
-def _block(which: str, distances: Mapping[str, Table], facts: Facts, where: str) -> Pick:
+def _block(
+    which: str, distances: Mapping[str, Table], facts: Facts, where: str, why: dict[int, str]
+) -> Pick:
     """The n layers from l on with the least d(l, n)."""
     if which not in distances:
         hint = nearest(which, distances) if distances else "measure them first"
@@ -319,7 +324,13 @@ def _block(which: str, distances: Mapping[str, Table], facts: Facts, where: str)
         runs = _runs(facts, n)
         if not runs:
             raise _no_run(n, where, "")
-        return min(runs, key=lambda run: table[run[0]][n - 1] if run else 0.0)
+        if not n:
+            return []
+        best = min(runs, key=lambda run: table[run[0]][n - 1])
+        together = f"together turn by {table[best[0]][n - 1]:.4g}"
+        why.clear()
+        why.update(dict.fromkeys(best, f"{best[0]} to {best[-1]} {together} ({which})"))
+        return best
 
     return pick
 
@@ -340,8 +351,13 @@ def _no_run(n: int, where: str, place: str) -> UserError:
 
 def plan_of(choice: Choice, facts: Facts, options: ConvertOptions) -> LayerPlan:
     """The plan that converts the chosen layers, with the reason beside each line."""
+    fixed = "no attention, or kept as asked"
     entries = tuple(
-        PlanEntry("convert" if i in choice.layers else "keep", i, note=choice.why.get(i, ""))
+        PlanEntry(
+            "convert" if i in choice.layers else "keep",
+            i,
+            note=choice.why.get(i, "" if i in facts.free else fixed),
+        )
         for i in range(facts.n_layers)
     )
     return LayerPlan(entries, options, name=choice.strategy)

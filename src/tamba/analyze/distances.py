@@ -32,9 +32,9 @@ from tamba.trace import computing
 _NEAR = 0.999
 """Cosines beyond which an angle is taken from a difference: arccos loses half the digits there."""
 _KERNEL_TOKENS = 64
-"""Tokens of one kernel matrix; the estimate does not depend on how many."""
+"""Tokens of one kernel matrix, all of one row; its estimate is unbiased for any number."""
 _FOLDS = 16
-"""Parts of the text that the error of a ratio is told from by leaving out one at a time."""
+"""Parts of the rows that the error of a ratio is told from by leaving out one at a time."""
 _VALUES_AT_ONCE = 1 << 25
 """Numbers of the states held at once beside the model's own."""
 
@@ -63,7 +63,8 @@ class StateScores:
         block_influence: [L], one minus the mean cosine of `x^(l)` and `x^(l+1)` (*ShortGPT*, arXiv
             2403.03853, equation 1).
         kernel_similarity: centred kernel alignment, 1 for representations that are rotations of
-            one another (Kornblith et al. 2019, arXiv 1905.00414), of the cosine kernel.
+            one another (Kornblith et al. 2019, arXiv 1905.00414), of the cosine kernel, between
+            tokens of a row.
         after_norm: [L], mean angle of `x^(l)` and `x^(L)` after the final norm: what reading the
             last state there would add.
         sequences: rows read.
@@ -129,9 +130,9 @@ def state_scores(
     def inputs() -> Iterable[tuple[Mapping[str, Any], Tensor]]:
         with progress.task(label, len(blocks)) as advance:
             for batch in blocks.batches(size):
-                here = batch.to(model.device)
-                yield here.inputs, counted(here)
-                advance(len(here.tokens))
+                # What counts stays on the CPU: a GPU is not waited for to know it.
+                yield batch.to(model.device).inputs, counted(batch)
+                advance(len(batch.tokens))
 
     return scores_of_inputs(model, inputs(), dtype=dtype)
 
@@ -197,25 +198,25 @@ def _batch_size(model: TambaForCausalLM, length: int) -> int:
 
 
 class _Moments:
-    """Mean and standard error of a table over rows, from sums. float64, on the CPU."""
+    """Mean and standard error of a table over rows, from sums. float64, where the model is."""
 
-    def __init__(self, *shape: int) -> None:
-        self.total = torch.zeros(*shape, dtype=torch.float64)
-        self.squares = torch.zeros(*shape, dtype=torch.float64)
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        self.total = torch.zeros(*shape, dtype=torch.float64, device=device)
+        self.squares = torch.zeros_like(self.total)
         self.n = 0
 
     def add(self, rows: Tensor) -> None:
         """[k, *shape], a value a row."""
-        rows = rows.double().cpu()
+        rows = rows.double()
         self.total += rows.sum(0)
         self.squares += rows.square().sum(0)
         self.n += len(rows)
 
     def estimate(self) -> Estimate:
-        mean = self.total / self.n
+        mean = self.total.cpu() / self.n
         if self.n < 2:
             return Estimate(mean, torch.full_like(mean, math.nan))
-        spread = (self.squares - self.n * mean.square()).clamp_min(0.0) / (self.n - 1)
+        spread = (self.squares.cpu() - self.n * mean.square()).clamp_min(0.0) / (self.n - 1)
         return Estimate(mean, (spread / self.n).sqrt())
 
 
@@ -225,16 +226,19 @@ class _Sums:
     def __init__(self, n_layers: int, device: torch.device) -> None:
         self.n_layers = n_layers
         S = n_layers + 2
-        self.all_tokens = _Moments(S, S)
-        self.last_token = _Moments(S, S)
-        self.apart = _Moments(n_layers)
-        self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64)
-        self.batches = 0
+        self.all_tokens = _Moments(S, S, device=device)
+        self.last_token = _Moments(S, S, device=device)
+        self.apart = _Moments(n_layers, device=device)
+        self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, states: list[Tensor], counts: Tensor) -> None:
         """Take in a batch: L + 1 states and the normed last one [B, T, D], and what counts."""
         first_row = self.all_tokens.n
+        device = states[0].device
+        # All that only depends on which tokens count is worked out on the CPU: every question to
+        # a GPU would have to wait for the layers.
+        counts = counts.cpu()
         empty = (~counts.any(1)).nonzero()
         if len(empty):
             raise UserError(
@@ -243,25 +247,22 @@ class _Sums:
                 "give rows of text",
             )
         rows = counts.nonzero()[:, 0]
+        per_row = counts.sum(1)
         unit = _directions(states, counts, rows, first_row)
-        cosine = unit @ unit.mT
-        angle = _angles(unit, cosine)
-        B = len(counts)
-        per_row = counts.sum(1).to(angle.dtype)
-        flat = angle.double().flatten(1)
-        means = torch.zeros(B, flat.shape[1], dtype=torch.float64, device=flat.device)
-        means.index_add_(0, rows, flat)
-        means /= per_row[:, None]
+        angle = _angles(unit, unit @ unit.mT)
+        # [B, n], the mean over the tokens of a row as a product: no additions in turns.
+        share = (torch.arange(len(counts))[:, None] == rows).double() / per_row[:, None]
+        share = share.to(device)
+        means = share @ angle.double().flatten(1)
         self.all_tokens.add(means.unflatten(1, angle.shape[1:]))
-        last = per_row.long().cumsum(0) - 1
-        self.last_token.add(angle[last])
+        self.last_token.add(angle[(per_row.cumsum(0) - 1).to(device)])
         # 1 - cos t = 2 sin(t/2)^2 keeps its digits where the layer hardly turns.
         own = angle.diagonal(1, 1, 2)[:, : self.n_layers].double()
-        influence = 2.0 * torch.sin(own * (math.pi / 2)).square()
-        sums = torch.zeros(B, self.n_layers, dtype=torch.float64, device=flat.device)
-        self.apart.add(sums.index_add_(0, rows, influence) / per_row[:, None])
-        self.kernels[self.batches % _FOLDS] += _dependence(unit).cpu()
-        self.batches += 1
+        self.apart.add(share @ (2.0 * torch.sin(own * (math.pi / 2)).square()))
+        for size, found in _groups(per_row).items():
+            sums = _dependence(unit, [groups for _, groups in found])
+            for (row, _), hsic in zip(found, sums, strict=True):
+                self.kernels[(first_row + row) % _FOLDS] += size * hsic
         self.tokens += len(rows)
 
     def result(self) -> StateScores:
@@ -273,7 +274,7 @@ class _Sums:
             _by_distance(every, L),
             _by_distance(self.last_token.estimate(), L),
             self.apart.estimate(),
-            _by_distance(_alignment(self.kernels), L),
+            _by_distance(_alignment(self.kernels.cpu()), L),
             every[:L, L + 1],
             self.all_tokens.n,
             self.tokens,
@@ -294,15 +295,16 @@ def _by_distance(table: Estimate, n_layers: int) -> Estimate:
 
 def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: int) -> Tensor:
     """[n, S, D]: the states of tokens that count, each of length one, float32 at least."""
+    device = states[0].device
     wide = torch.promote_types(states[0].dtype, torch.float32)
-    whole = bool(counts.all())
-    unit = torch.empty(
-        len(rows), len(states), states[0].shape[-1], dtype=wide, device=counts.device
-    )
-    lengths = torch.empty(len(states), len(rows), dtype=wide, device=counts.device)
+    where = None if bool(counts.all()) else counts.flatten().nonzero()[:, 0].to(device)
+    unit = torch.empty(len(rows), len(states), states[0].shape[-1], dtype=wide, device=device)
+    lengths = torch.empty(len(states), len(rows), dtype=wide, device=device)
     for index, state in enumerate(states):
-        here = (state.flatten(0, 1) if whole else state[counts]).to(wide)
-        lengths[index] = torch.linalg.vector_norm(here, dim=-1)
+        here = state.flatten(0, 1)
+        if where is not None:
+            here = here.index_select(0, where)
+        torch.linalg.vector_norm(here, dim=-1, dtype=wide, out=lengths[index])
         torch.div(here, lengths[index, :, None], out=unit[:, index])
     good = torch.isfinite(lengths) & (lengths > 0)
     if not bool(good.all()):
@@ -311,11 +313,11 @@ def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: i
         what = "zero and has no direction" if lengths[index, token] == 0 else "not a finite number"
         n_layers = len(states) - 2
         if index == 0:
-            where = "the embedding"
+            source = "the embedding"
         else:
-            where = f"layer {index - 1}" if index <= n_layers else "the final norm"
+            source = f"layer {index - 1}" if index <= n_layers else "the final norm"
         raise UserError(
-            where,
+            source,
             f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
             "check the weights, or compute in a wider type",
         )
@@ -344,32 +346,57 @@ def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
     return angle
 
 
-def _dependence(unit: Tensor) -> Tensor:
-    """[S, S] float64: sums of the unbiased HSIC of every two states over groups of tokens.
+def _groups(per_row: Tensor) -> dict[int, list[tuple[int, Tensor]]]:
+    """Tokens that are compared with one another, by how many: (row, [k, size] token numbers).
+
+    Groups lie in one row, so that what they say does not depend on how rows are batched and rows
+    can be left out one by one; far apart in it, since neighbours are not independent.
+
+    Args:
+        per_row: [B], tokens that count, which are numbered through.
+    """
+    found: dict[int, list[tuple[int, Tensor]]] = {}
+    first = 0
+    for row, n in enumerate(per_row.tolist()):
+        size = min(_KERNEL_TOKENS, n)
+        if size >= 4:
+            places = torch.arange(n // size * size).view(size, -1).T
+            found.setdefault(size, []).append((row, first + places))
+        first += n
+    return found
+
+
+def _dependence(unit: Tensor, groups: list[Tensor]) -> list[Tensor]:
+    """[S, S] float64 for each of `groups` [k, size]: sums over k of the unbiased HSIC of every two
+    states.
 
     HSIC of linear kernels, estimator 5 of Song et al. (2012, JMLR 13): unbiased in groups of any
     size, so that groups can be added up (Nguyen et al. 2021, arXiv 2010.15327, section 3.1).
     """
-    n, S, _ = unit.shape
-    size = min(_KERNEL_TOKENS, n)
-    total = torch.zeros(S, S, dtype=torch.float64, device=unit.device)
-    if size < 4:
-        return total
-    groups = n // size
-    # Tokens of a group lie far apart in the text: neighbours are not independent.
-    for group in range(groups):
-        some = unit[group : groups * size : groups].transpose(0, 1)
-        kernel = some @ some.mT
-        kernel.diagonal(0, 1, 2).zero_()
-        flat = kernel.flatten(1).double()
-        sums = kernel.sum(2, dtype=torch.float64)
-        whole = sums.sum(1)
-        total += (
-            flat @ flat.mT
-            + torch.outer(whole, whole) / ((size - 1) * (size - 2))
-            - 2.0 / (size - 2) * (sums @ sums.mT)
-        ) / (size * (size - 3))
-    return total
+    S = unit.shape[1]
+    together = torch.cat(groups).to(unit.device)
+    n, size = together.shape
+    kernels = unit.new_empty(S, n, size, size)
+    for state, kernel in enumerate(kernels):
+        some = unit[:, state][together]
+        torch.bmm(some, some.mT, out=kernel)
+    kernels.diagonal(0, -2, -1).zero_()
+    out = []
+    for part in kernels.split([len(g) for g in groups], dim=1):
+        part = part.double()
+        sums = part.sum(3)
+        whole = sums.sum(2)
+        # Products of flattened groups are sums over groups.
+        flat, ends = part.flatten(1), sums.flatten(1)
+        out.append(
+            (
+                flat @ flat.mT
+                + whole @ whole.mT / ((size - 1) * (size - 2))
+                - 2.0 / (size - 2) * (ends @ ends.mT)
+            )
+            / (size * (size - 3))
+        )
+    return out
 
 
 def _alignment(folds: Tensor) -> Estimate:

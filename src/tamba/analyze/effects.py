@@ -26,7 +26,7 @@ from tamba.analyze.swaps import converted_layers
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.block import Block
-from tamba.model.config import AttentionSpec
+from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.plan import ConvertOptions
@@ -158,6 +158,9 @@ def change_scores(
             if reference is not None:
                 top = len(reference.model.layers)
                 wanted = trace(reference, blocks, streams=[top], dtype=dtype).streams[top]
+            _check_finite(model, seen[0][L], blocks, dtype)
+            if reference is not None and wanted is not None:
+                _check_finite(reference, wanted, blocks, dtype)
             before = [
                 t.measure(
                     model, reference or model, s[L], s[L] if wanted is None else wanted, dtype
@@ -179,6 +182,12 @@ def change_scores(
                     streams[index],
                     dtype,
                 )
+                if len(rows := _bad_rows(top)):
+                    raise UserError(
+                        f"score '{score}'",
+                        f"layer {index} changed, row {rows[0]} gives no finite numbers",
+                        "compute in a wider type, or leave this score out",
+                    )
                 theirs = streams[L] if wanted is None else wanted
                 after = t.measure(model, reference or model, top, theirs, dtype)
                 found |= {name: _paired(after[name] - base[name]) for name in after}
@@ -196,6 +205,34 @@ def change_scores(
 
         each(one, some, device=model.device, label=f"score: {score}")
     return {i: change for i in variants if (change := ledger.find(score, i)) is not None}
+
+
+def _bad_rows(stream: Tensor) -> list[int]:
+    """Rows of [n, T, D] that hold a number that is not finite."""
+    return [row for row, x in enumerate(stream) if not bool(torch.isfinite(x).all())]
+
+
+def _check_finite(
+    model: TambaForCausalLM, top: Tensor, blocks: TokenBlocks, dtype: torch.dtype | None
+) -> None:
+    """Refuse numbers that are not finite, naming the lowest layer that gives them.
+
+    Args:
+        top: [n, T, D], what the last layer gives.
+    """
+    bad = _bad_rows(top)
+    if not bad:
+        return
+    row = TokenBlocks(blocks.tokens[bad[:1]], blocks.starts[bad[:1]], blocks.length)
+    n_layers = len(model.model.layers)
+    streams = trace(model, row, streams=range(n_layers + 1), dtype=dtype).streams
+    first = next((i for i in range(n_layers + 1) if _bad_rows(streams[i])), n_layers)
+    raise UserError(
+        f"{model.config.name_or_path or 'model'}: "
+        + (f"layer {first - 1}" if first else "embedding"),
+        f"gives a hidden state that is not a finite number, in row {bad[0]}",
+        "check the weights, or compute in a wider type",
+    )
 
 
 def _paired(rows: Tensor) -> tuple[float, float | None]:
@@ -380,7 +417,22 @@ def _pairs(
     teacher: TambaForCausalLM, student: TambaForCausalLM
 ) -> Iterator[tuple[int, Block, Block]]:
     """(index, the student's, the teacher's) layers where the teacher alone has attention."""
-    ours, theirs = student.config, teacher.config
+    for i in student_pairs(teacher.config, student.config, student.config.name_or_path):
+        mine, other = student.model.layers[i], teacher.model.layers[i]
+        assert isinstance(mine, Block) and isinstance(other, Block)
+        yield i, mine, other
+
+
+def student_pairs(theirs: TambaConfig, ours: TambaConfig, name: str) -> list[int]:
+    """Layers where a teacher has attention and its student `name` has not.
+
+    Args:
+        theirs: the teacher's config.
+        ours: the student's.
+
+    Raises:
+        UserError: models that do not match, or no layer that differs.
+    """
     sizes: Sequence[tuple[str, int, int]] = (
         ("layers", ours.num_hidden_layers, theirs.num_hidden_layers),
         ("numbers a token", ours.hidden_size, theirs.hidden_size),
@@ -389,17 +441,16 @@ def _pairs(
     for what, here, there in sizes:
         if here != there:
             raise UserError(
-                ours.name_or_path or "student",
+                name or "student",
                 f"has {here} {what} and the teacher {there}",
                 "give the student that was made of this teacher",
             )
-    kinds = [spec.mixer.kind for spec in ours.block_specs]
-    pairs = [i for i in attention_layers(teacher) if kinds[i] != AttentionSpec.kind]
+    both = enumerate(zip(ours.block_specs, theirs.block_specs, strict=True))
+    pairs = [
+        i
+        for i, (mine, other) in both
+        if isinstance(other.mixer, AttentionSpec) and not isinstance(mine.mixer, AttentionSpec)
+    ]
     if not pairs:
-        raise UserError(
-            ours.name_or_path or "student", "has no converted layer", "give one that has"
-        )
-    for i in pairs:
-        mine, other = student.model.layers[i], teacher.model.layers[i]
-        assert isinstance(mine, Block) and isinstance(other, Block)
-        yield i, mine, other
+        raise UserError(name or "student", "has no converted layer", "give one that has")
+    return pairs

@@ -134,6 +134,12 @@ class Settings:
             )
         if self.groups is not None and "states" not in self.measures:
             raise UserError("groups", "are found from hidden states", "ask for the score 'states'")
+        if not attention and (self.choose or self.budget is not None):
+            raise UserError(
+                self.choose or "number of layers",
+                "chooses attention to convert, and there is none",
+                "leave it out; groups of layers to transplant come from --groups",
+            )
         if attention:
             # Which layers is not known yet; whether any can be chosen so is.
             flat = dict.fromkeys(self._names(recall), [0.0] * n_layers)
@@ -184,6 +190,11 @@ class Study:
     groups: Sequence[Group] = ()
     text: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The model's name without folders and endings."""
+        return Path(self.model).stem or self.model
+
     def scores(self) -> tuple[Lists, Lists]:
         """Every score by name, a value a layer, and the standard errors of each."""
         values: Lists = {}
@@ -214,7 +225,7 @@ class Study:
 
 
 def _listed(values: Tensor) -> list[float | None]:
-    return [None if math.isnan(v) else v for v in values.tolist()]
+    return [_number(v) for v in values.tolist()]
 
 
 def _rows(table: Tensor) -> list[list[float]]:
@@ -252,7 +263,9 @@ def study(
     if "states" in settings.measures:
         states = state_scores(model, blocks, dtype=settings.dtype)
     if effects:
-        ledger = Ledger(record, _digest(model, score, fit, settings, probe, student))
+        ledger = Ledger()
+        if record is not None:
+            ledger = Ledger(record, _digest(model, score, fit, settings, probe, student))
         told: dict[str, Any] = {"probe": probe, "ledger": ledger}
         for name in effects:
             if name == "drop":
@@ -310,11 +323,15 @@ def _digest(
     digest = hashlib.sha256()
     for blocks in (score, fit, *(() if probe is None else (probe.blocks,))):
         digest.update(blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes())
+    if probe is not None:
+        digest.update(probe.answers.numpy().tobytes())
     for one in (model, student):
         if one is not None:
-            # Sums of some weights tell models of one name apart without reading them all.
-            few = [p.detach().double().sum().item() for p in one.model.layers.parameters()]
-            digest.update(json.dumps([one.config.name_or_path, few]).encode())
+            config = one.config.to_diff_dict()
+            digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+            for name, weight in one.state_dict().items():
+                digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
+                digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
     digest.update(json.dumps([settings.convert.model_dump(), settings.seed]).encode())
     return digest.hexdigest()
 
@@ -375,9 +392,9 @@ def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
     figures = {}
     if found.states is not None:
         tables = {name.replace("_", " "): t for name, t in found.distances().items()}
-        figures["distances"] = heat_maps(tables, f"Angular distance, {_short(found.model)}")
+        figures["distances"] = heat_maps(tables, f"Angular distance, {found.title}")
     bars = {name: (values[name], errors[name]) for name in values}
-    figures["scores"] = score_bars(bars, f"Scores by layer, {_short(found.model)}", chosen)
+    figures["scores"] = score_bars(bars, f"Scores by layer, {found.title}", chosen)
     if found.choice is not None:
         entries = [("convert" if i in chosen else "keep", i) for i in range(found.n_layers)]
         figures["plan"] = plan_stack(entries, "Plan")
@@ -390,15 +407,11 @@ def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
     return files
 
 
-def _short(name: str) -> str:
-    return Path(name).stem or name
-
-
 def report(found: Study, pictures: Sequence[str] = ()) -> str:
     """The page for people, in Markdown: scores, where they disagree, and what was chosen."""
     values, errors = found.scores()
     text = ", ".join(f"{key} {value}" for key, value in found.text.items())
-    lines = [f"# Layers of {_short(found.model)}", "", f"Text: {text}." if text else "", ""]
+    lines = [f"# Layers of {found.title}", "", f"Text: {text}." if text else "", ""]
     if found.choice is not None:
         layers = ", ".join(map(str, found.choice.layers)) or "none"
         lines += [f"Chosen by `{found.choice.strategy}`: {layers}.", ""]

@@ -163,7 +163,7 @@ def score_bars(
             ax.set_title(name.replace("_", " "), fontsize=9.5, fontweight="normal", pad=5)
             ax.set_xlim(-0.7, n - 0.3)
             positive = [v for v in shown if v > 0]
-            if len(positive) == len(shown) and max(positive) > 40 * min(positive):
+            if positive and len(positive) == len(shown) and max(positive) > 40 * min(positive):
                 ax.set_yscale("log")
                 # A bar of nothing would stretch the axis beyond what can be told apart.
                 ax.set_ylim(max(min(positive) / 1.6, max(positive) / 1e4), max(positive) * 1.6)
@@ -178,6 +178,7 @@ def score_bars(
         highest = {
             name: max((v, i) for i, v in enumerate(values) if v is not None)[1]
             for name, (values, _) in scores.items()
+            if any(v is not None for v in values)
         }
         figure.set_label(
             f"{title}. "
