@@ -90,6 +90,8 @@ from tamba.train.closed_form import least_squares
 RECIPES = Path(__file__).parents[1] / "recipes" / "e-tamba-mini"
 RECORD = "e-tamba-mini.json"
 Row = dict[str, Any]
+FITTED_SHARE = 0.1
+"""Of a learning rate, for mixers that were made of attention."""
 _SAID_EVERY = 15.0
 """Seconds between lines of a long training."""
 
@@ -599,6 +601,17 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A learning rate, and the share of it at which recurrent mixers learn."""
+
+    lr: float
+    mixers: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.lr:g}" if self.mixers == 1 else f"{self.lr:g} mixers {self.mixers:g}"
+
+
+@dataclass(frozen=True)
 class Budgeted:
     """One training run.
 
@@ -607,6 +620,7 @@ class Budgeted:
         cosine: down to a tenth at the end; else constant after the warm-up.
         warmup: share of the steps.
         seed: of the order of the rows.
+        mixers: share of the rate at which recurrent mixers learn.
     """
 
     steps: int
@@ -614,6 +628,7 @@ class Budgeted:
     warmup: float
     seed: int
     cosine: bool = False
+    mixers: float = 1.0
 
     def rate(self, step: int) -> float:
         """Of a step, counted from 0."""
@@ -637,18 +652,26 @@ def train(
 ) -> Row:
     """Tune every parameter: AdamW on float32 weights, products in bfloat16."""
     device = model.device
-    plain, decayed = [], []
+    mixers = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, RecurrentMixer)
+        for parameter in module.parameters()
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    wanted = settings.optimizer
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         small = parameter.dim() < 2 or leaf in RecurrentMixer.FLOAT32
-        (plain if small else decayed).append(parameter)
-    wanted = settings.optimizer
-    groups = [
-        {"params": decayed, "weight_decay": wanted.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+        share = run.mixers if id(parameter) in mixers else 1.0
+        groups.setdefault((share, 0.0 if small else wanted.weight_decay), []).append(parameter)
     fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=wanted.betas, fused=fused)
+    optimizer = torch.optim.AdamW(
+        [{"params": p, "share": share, "weight_decay": d} for (share, d), p in groups.items()],
+        lr=run.lr,
+        betas=wanted.betas,
+        fused=fused,
+    )
     model.train()
     losses = []
     served = iter(batches)
@@ -658,7 +681,7 @@ def train(
     begun = said = time.monotonic()
     for step, batch in zip(range(run.steps), itertools.chain([first], served), strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = run.rate(step)
+            group["lr"] = run.rate(step) * group["share"]
         loss = step_of(batch)
         optimizer.step()
         losses.append(loss)
@@ -1070,11 +1093,13 @@ class Experiment:
             entries[place] = self.plans[self.best_group()].entries[origin]
         return LayerPlan(tuple(entries), name="shuffled")
 
-    def tune(self, system: str, seed: int, steps: int, rate: float, label: str) -> tuple[Any, Row]:
+    def tune(self, system: str, seed: int, steps: int, rate: Rate, label: str) -> tuple[Any, Row]:
         """A trained model and what its row says."""
         folder = self.student(system, seed)
         model = self.load(folder)
-        run = Budgeted(self.steps(steps), rate, self.settings.finetune.warmup, seed)
+        run = Budgeted(
+            self.steps(steps), rate.lr, self.settings.finetune.warmup, seed, mixers=rate.mixers
+        )
         row = self.train(model, "finetune", run, label)
         layers = [] if system in ("base", "donor") else [str(e) for e in self.plan(system).entries]
         return model, row | {"parameters": parameters(model.config), "plan": layers}
@@ -1098,21 +1123,27 @@ class Experiment:
         """Short runs at each rate: of the group that turns its stream most, and of the others."""
         wanted = self.settings.finetune
         for system in (self.leader, "base", "fresh", "fitted", "none", "donor"):
-            for rate in wanted.rates:
+            for rate in self.rates(system):
 
-                def make(system: str = system, rate: float = rate) -> Row:
-                    name = f"search {system} {rate:g}"
+                def make(system: str = system, rate: Rate = rate) -> Row:
+                    name = f"search {system} {rate}"
                     model, row = self.tune(system, wanted.seeds[0], wanted.search_steps, rate, name)
                     return row | self.scores(model, ("choice",))
 
                 expected = self.expected(system, wanted.search_steps)
-                self.rows.do(f"search/{system}/{rate:g}", expected, make)
+                self.rows.do(f"search/{system}/{rate}", expected, make)
 
-    def rate(self, system: str) -> float:
+    def rates(self, system: str) -> list[Rate]:
+        """What is tried. Mixers that were fitted to stand for attention may learn slower than the
+        rest: at its highest rate they lose what they were fitted to."""
+        shares = (1.0, FITTED_SHARE) if system == "fitted" else (1.0,)
+        return [Rate(lr, share) for lr in self.settings.finetune.rates for share in shares]
+
+    def rate(self, system: str) -> Rate:
         """The best of the rates that were tried for this system, or for groups of the donor."""
         kind = system if system in ("base", "donor", "fresh", "fitted", "none") else self.leader
-        rates = self.settings.finetune.rates
-        found = {r: row for r in rates if (row := self.rows[f"search/{kind}/{r:g}"]) is not None}
+        rates = self.rates(kind)
+        found = {r: row for r in rates if (row := self.rows[f"search/{kind}/{r}"]) is not None}
         if not found:
             return rates[len(rates) // 2]
         return min(found, key=lambda r: found[r]["choice"]["nll"])
