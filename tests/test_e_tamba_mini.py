@@ -84,6 +84,7 @@ phonebook = [2]
 places = 400
 
 [teach]
+rows = 3
 steps = 3
 seconds = 60
 rates = [1e-3, 1e-4]
@@ -133,7 +134,7 @@ WRONG = {
     "no seed": ("seeds = [0]", "seeds = []", "name one at least"),
     "no rate to teach at": ("rates = [1e-3, 1e-4]", "rates = []", "name one at least"),
     "judged beyond what is taught": ("held_out_copy = 4", "held_out_copy = 8", "not among"),
-    "no row for text": ("rows = 4", "rows = 1", "half text"),
+    "no row for text": ("rows = 3", "rows = 1", "half text"),
 }
 
 
