@@ -149,6 +149,7 @@ class Recall(Section):
 
 
 class Teach(Section):
+    rows: int
     steps: int
     seconds: float
     rates: tuple[float, ...]
@@ -233,8 +234,10 @@ def check(settings: Settings, where: str) -> None:
                 f"{size} is not among the sizes taught, up to {teach.longest[task]}",
                 "rates are chosen within them, from 2 up",
             )
-    if settings.text.rows < 2:
-        raise UserError(f"{where}: text.rows", "1 row cannot be half text", "name 2 or more")
+    if teach.rows < 2:
+        raise UserError(
+            f"{where}: teach.rows", f"{teach.rows} cannot be half text", "name 2 or more"
+        )
 
 
 # The record.
@@ -696,7 +699,8 @@ def train(
     curve = torch.stack(losses).float().cpu()
     if not bool(torch.isfinite(curve).all()):
         raise UserError(label, f"the loss is not finite at a rate of {run.lr:g}", "lower it")
-    tokens = run.steps * settings.text.rows * settings.text.length
+    rows = sum(len(ids) for ids in first if ids.dim() == 2)
+    tokens = run.steps * rows * settings.text.length
     parts = torch.tensor_split(curve, min(20, len(curve)))
     means = [[round(v, 4) for v in part.mean(0).tolist()] for part in parts]
     return {
@@ -1204,7 +1208,7 @@ class Experiment:
                     | self.scores(model)
                 )
 
-            expected = self.teach_steps * self.pace(system) + 5
+            expected = self.teach_steps * self.pace(system) * self.teach_share + 5
             if seed == first:
                 tried = [f"teaching/{system}/{rate:g}" for rate in wanted.rates]
                 for rate, trial in zip(wanted.rates, tried, strict=True):
@@ -1239,7 +1243,12 @@ class Experiment:
         """The same for every model: fewer where the base would take more than its seconds."""
         speed, wanted = self.rows["speed"], self.settings.teach
         assert speed is not None
-        return max(1, min(wanted.steps, int(wanted.seconds / speed["base"])))
+        return max(1, min(wanted.steps, int(wanted.seconds / speed["base"] / self.teach_share)))
+
+    @property
+    def teach_share(self) -> float:
+        """Of a step's seconds: fewer rows are quicker, unless it is launching that takes long."""
+        return self.settings.teach.rows / self.settings.text.rows if self.graphs else 1.0
 
     @property
     def lessons(self) -> Lessons:
@@ -1255,7 +1264,7 @@ class Experiment:
         """Steps of which half the rows are text and half lessons; what a seed sees, all see."""
         assert self.loss is not None
         wanted, text, steps = self.settings.teach, self.settings.text, self.teach_steps
-        half = text.rows // 2
+        half = wanted.rows // 2
         if self.taught_rows is None or self.taught_rows[0] != seed:
             made = self.lessons.rows(steps * half, text.length, f"taught {seed}", wanted.longest)
             self.taught_rows = seed, *made
@@ -1265,7 +1274,7 @@ class Experiment:
         places = places.to(self.device)
         # In another order than the one that it was tuned in.
         served = self.streams["finetune"].batches(
-            text.rows - half, shuffle_seed=1000 + seed, epochs=None
+            wanted.rows - half, shuffle_seed=1000 + seed, epochs=None
         )
         batches = (
             (batch.tokens, lessons[k], places[k])

@@ -84,6 +84,7 @@ phonebook = [2]
 places = 400
 
 [teach]
+rows = 3
 steps = 3
 seconds = 60
 rates = [1e-3, 1e-4]
@@ -133,7 +134,7 @@ WRONG = {
     "no seed": ("seeds = [0]", "seeds = []", "name one at least"),
     "no rate to teach at": ("rates = [1e-3, 1e-4]", "rates = []", "name one at least"),
     "judged beyond what is taught": ("held_out_copy = 4", "held_out_copy = 8", "not among"),
-    "no row for text": ("rows = 4", "rows = 1", "half text"),
+    "no row for text": ("rows = 3", "rows = 1", "half text"),
 }
 
 
@@ -303,9 +304,11 @@ def test_lessons_count_their_answers_alone() -> None:
         d_model=16, heads=2, base_layers=2, donor_layers=2, d_state=4, vocabulary=40, positions=64
     )
     model = driver.new_model(driver.base_config(shape), 0, torch.device("cpu"))
+    # A new head takes all tokens for equally likely, wherever it looks.
+    model.lm_head.weight.data *= 20
     loss = driver.Loss(torch.device("cpu"), 1, shape)
     text, taught = torch.randint(2, 40, (2, 2, 12))
-    answers = torch.tensor([3, 7, 20])
+    answers = torch.tensor([4, 8, 20])
     with torch.no_grad():
         parts = loss.taught(model, text, taught, answers)
         ids = torch.cat([text, taught])
@@ -313,12 +316,12 @@ def test_lessons_count_their_answers_alone() -> None:
             said = model(input_ids=ids).logits.float().log_softmax(-1)
     nats = -said[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
     # Place 20 is token 8 of the second row, which has 12.
-    of_answers = torch.stack([nats[2, 2], nats[2, 6], nats[3, 7]]).mean()
-    assert parts[0].item() == pytest.approx(nats[:2].mean().item(), rel=1e-2)
-    assert parts[1].item() == pytest.approx(of_answers.item(), rel=1e-2)
+    of_answers = torch.stack([nats[2, 3], nats[2, 7], nats[3, 7]]).mean()
+    assert parts[0].item() == pytest.approx(nats[:2].mean().item(), rel=2e-2)
+    assert parts[1].item() == pytest.approx(of_answers.item(), rel=2e-2)
     with torch.no_grad():
         shifted = loss.taught(model, text, taught, answers - 1)[1].item()
-    assert shifted != pytest.approx(of_answers.item(), rel=1e-2)
+    assert shifted != pytest.approx(of_answers.item(), rel=5e-2)
 
 
 # The whole of it, with models that some hundred words are enough for.
