@@ -331,8 +331,7 @@ def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
     the same from |u + v| where they are nearly opposite.
     """
     angle = torch.acos(cosine.clamp(-1.0, 1.0)) / math.pi
-    near = cosine.abs() > _NEAR
-    near.diagonal(0, 1, 2).fill_(False)
+    near = (cosine.abs() > _NEAR).triu(1)  # the other half is its mirror image
     angle.diagonal(0, 1, 2).zero_()
     where = near.nonzero()
     step = max(1, _VALUES_AT_ONCE // (4 * unit.shape[-1]))
@@ -342,7 +341,9 @@ def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
         u, v = unit[token, low], unit[token, high]
         apart = torch.linalg.vector_norm(torch.where(opposite[:, None], u + v, u - v), dim=-1)
         turn = 2.0 * torch.asin((apart / 2.0).clamp_max(1.0)) / math.pi
-        angle[token, low, high] = torch.where(opposite, 1.0 - turn, turn)
+        turn = torch.where(opposite, 1.0 - turn, turn)
+        angle[token, low, high] = turn
+        angle[token, high, low] = turn
     return angle
 
 
