@@ -118,7 +118,12 @@ def suites(student: float = 0.4, *, teacher: bool = True) -> dict[str, Measured]
         "stopped": Measured(problem="the disk is full"),
         "phonebook": Measured(curves={"acc": Curve(axis="length, tokens", points=lengths)}),
         "speed": Measured(
-            scores={"student": {"break_even_decode_tokens": Score(value=2048, n=3)}},
+            scores={
+                "student": {
+                    "break_even_decode_tokens": Score(value=2048, n=3),
+                    "break_even_memory_tokens": Score(value=1024, n=1),
+                }
+            },
             curves={"decode_tokens_per_second": Curve(axis="context, tokens", points=speeds)},
             rows=[{"role": "student", "context": 1024, "tokens_per_second": 10.0, "note": None}],
         ),
@@ -235,7 +240,7 @@ def test_the_page_says_what_the_suites_found():
         "stopped not complete: the disk is full",
         "break even decode tokens 2,048",
         "Decoding at 32,768 tokens 1.12 × the teacher’s speed, 9.00 tokens/s; "
-        "at least as fast from 2,048 tokens on",
+        "at least as fast from 2,048 tokens on, smaller from 1,024 on",
     ):
         assert said in words, said
     assert '<td class="n worse">−10.0 points</td>' in text
