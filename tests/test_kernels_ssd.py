@@ -313,6 +313,27 @@ def test_what_no_program_writes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
         agree(arguments(20))
 
 
+def test_a_long_sequence_needs_no_kernel_that_a_short_one_did_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Constants decide what is compiled, and a kernel with nothing to do is compiled as well."""
+    asked: dict[int, set[tuple[Any, ...]]] = {1: set(), 50: set()}
+    launch, idle = module._Launcher.__call__, []
+
+    def recorded(launcher: Any, grid: Any, arguments: Any, constants: Any, *rest: Any) -> None:
+        asked[length].add((launcher, *constants.items()))
+        idle.extend([length] * (not grid[0]))
+        launch(launcher, grid, arguments, constants, *rest)
+
+    monkeypatch.setattr(module._Launcher, "__call__", recorded)
+    for length in asked:
+        with tiles.using(SMALL):
+            y, _ = arguments(length).call(ssd)
+            y.sum().backward()
+    assert asked[1] == asked[50]
+    assert set(idle) == {1}  # and so the short one alone would not have asked for all
+
+
 def _random_case(data: st.DataObject, longest: int, sizes: list[int]) -> None:
     draw = data.draw
     groups = draw(st.sampled_from([1, 2, 3]))

@@ -953,7 +953,9 @@ def _grad_steps_kernel(
 class _Launcher:
     """Launches a kernel; once compiled, past Triton's look-up, which costs more than a launch.
 
-    The kernels here are specialised on constants and dtypes alone, so those are the key.
+    The kernels here are specialised on constants and dtypes alone, so those are the key. A grid of
+    no programs compiles and launches nothing: for what only a longer sequence needs, so that none
+    waits for a compiler later.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -973,7 +975,8 @@ class _Launcher:
         known = self._compiled.get(key)
         if known is not None:
             compiled, tail = known
-            compiled[grid](*arguments, *tail)
+            if grid[0]:
+                compiled[grid](*arguments, *tail)
             return
         options = {"num_warps": sizes["warps"], "num_stages": sizes["stages"]}
         if "registers" in sizes:  # of a thread at most, so that more programs fit
@@ -1107,8 +1110,8 @@ class Call:
         return -(-chunks // max(1, segments))
 
     def added_by_segments(self, segments: int) -> tuple[Tensor, Tensor]:
-        """Room for what segments add to a state, and for their decays."""
-        shape = self.batch, self.heads, segments
+        """Room for what segments add to a state, and for their decays; none for one segment."""
+        shape = self.batch, self.heads, segments if segments > 1 else 0
         return self.new(*shape, self.d_state, self.head_dim), self.new(*shape)
 
 
@@ -1147,19 +1150,17 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     sums = steps.sums, steps.low, steps.columns, steps.spans
     counts = heads, call.share, steps.chunks, segments, each
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
-    adds = decays = steps.sums
-    if segments > 1:
-        adds, decays = call.added_by_segments(segments)
-        walk = call.sizes("ssd_segments")
-        width = min(walk["head_dim"], call.head_dim)
-        narrow = x_tiles if width == block else _tiles(x, chunk, width)
-        _segments(
-            (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
-            (B_tiles, narrow, *sums, adds, decays, *counts),
-            {**call.constants, "BLOCK_P": width, "Q": chunk},
-            walk,
-            call.key,
-        )
+    adds, decays = call.added_by_segments(segments)
+    walk = call.sizes("ssd_segments")
+    width = min(walk["head_dim"], call.head_dim)
+    narrow = x_tiles if width == block else _tiles(x, chunk, width)
+    _segments(
+        (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
+        (B_tiles, narrow, *sums, adds, decays, *counts),
+        {**call.constants, "BLOCK_P": width, "Q": chunk},
+        walk,
+        call.key,
+    )
     y = call.new(*x.shape, dtype=x.dtype)
     before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
     last = call.new(call.batch, heads, call.head_dim, n)
@@ -1224,11 +1225,9 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     width = min(walk["head_dim"], p)
     each = call.segment_chunks(walk, chunks, walks=2)
     segments = -(-chunks // each)
-    adds = decays = d_adds = d_decays = steps.sums
-    if segments > 1:
-        adds, decays = call.added_by_segments(segments)
-        d_adds, d_decays = call.added_by_segments(segments)
-    for local in (True, False) if segments > 1 else (False,):
+    adds, decays = call.added_by_segments(segments)
+    d_adds, d_decays = call.added_by_segments(segments)
+    for local in (True, False):
         _states(
             (2 * batch * (segments - local) * heads * (p // width), 1, 1),
             (
