@@ -15,6 +15,7 @@ from compare import assert_same
 from ops_cases import Arguments, assert_agree, conv_arguments
 from tamba.ops import causal_conv1d, reference
 from tamba.ops.kernels import conv as module
+from tamba.ops.kernels import conv_tiles
 from tamba.ops.kernels.tiles import using
 
 __all__ = ["kernels"]
@@ -26,7 +27,12 @@ SMALL = {"tokens": 4, "channels": 8, "per_sm": 64, "least_tiles": 1, "warps": 1}
 
 @pytest.fixture
 def tiles() -> Iterator[None]:
-    with using({"conv_forward": SMALL, "conv_backward": SMALL}):
+    if DEVICE.type == "cuda":  # as it runs
+        yield
+        return
+    tile = {"tokens": 2, "runs": 2, "channels": 8, "tiles": 2, "warps": 1}
+    walk, tiled = ("conv_forward", "conv_backward"), ("conv_tile_forward", "conv_tile_backward")
+    with using(dict.fromkeys(walk, SMALL) | dict.fromkeys(tiled, tile)):
         yield
 
 
@@ -60,6 +66,46 @@ def test_half_precision_and_strided_views() -> None:
     wide[..., 4:16] = arguments.tensors["x"].detach()
     arguments.tensors["x"] = wide.requires_grad_()[..., 4:16]
     assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "half", "half_gradient")
+
+
+LAYER = {"width": 4, "state": False, "channels": 512 if DEVICE.type == "cuda" else 16}
+
+
+@pytest.mark.parametrize("length", [11, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_layer_s_own_case_goes_by_tiles(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16, four taps, bias, SiLU; a gradient of the last window goes another way."""
+    ran = []
+    for name in ("forward", "backward"):
+        right = getattr(conv_tiles, name)
+        monkeypatch.setattr(
+            conv_tiles, name, lambda *a, name=name, right=right: [ran.append(name), right(*a)][1]
+        )
+    arguments = there(conv_arguments(dtype=torch.float32, length=length, **LAYER))
+    arguments = arguments.to(torch.bfloat16, "x")
+    y, _ = arguments.call(causal_conv1d)
+    want, _ = arguments.to(torch.float64).call(reference.causal_conv1d)
+    assert_same(y, want, "half", "y")
+    leaves = list(arguments.tensors.values())
+    got = torch.autograd.grad(y.float().square().sum(), leaves)
+    truth = arguments.to(torch.float64)
+    y, _ = truth.call(reference.causal_conv1d)
+    want = torch.autograd.grad(y.square().sum(), list(truth.tensors.values()))
+    for name, a, b in zip(arguments.tensors, got, want, strict=True):
+        assert_same(a, b, "half_gradient", name)
+    assert ran == ["forward", "backward"]
+    arguments = there(conv_arguments(dtype=torch.float32, length=length, **LAYER))
+    arguments = arguments.to(torch.bfloat16, "x")
+    assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "half", "half_gradient")
+
+
+def test_a_wrong_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = there(conv_arguments(dtype=torch.float32, **LAYER)).to(torch.bfloat16, "x")
+    right = conv_tiles.forward
+    monkeypatch.setattr(
+        conv_tiles, "forward", lambda x, weight, bias: right(x, weight.flip(1).contiguous(), bias)
+    )
+    with pytest.raises(AssertionError, match="y"):
+        assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "half")
 
 
 def test_a_wrong_tap_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# mypy: disable-error-code="assignment,var-annotated,misc"
+# mypy: disable-error-code="assignment,var-annotated,misc,unreachable"
 """The Mamba-1 selective scan as Triton kernels: a lane a channel, time in registers.
 
 A program owns a block of channels of one row and walks a span of tokens, `K` at a time. What a lane
@@ -15,6 +15,10 @@ walking from the last token to the first. Sums over channels (for B and C) go th
 products where operands are half precision, and through float32 reductions otherwise; what a program
 cannot finish it leaves as a partial sum of its own, added up afterwards in a fixed order: results
 repeat bit for bit.
+
+With 9 to 16 states a channel, a GPU runs other kernels for the same: two warps share channels,
+each with half of the states and of a tile's tokens, so that a scheduler has twice the warps to
+choose from.
 
 Rows too few to fill the card are cut into spans of tokens that run at the same time: a first pass
 finds what each span adds to a zero state, a second one chains the spans, and the main pass starts
@@ -268,46 +272,12 @@ def stage_pairs(rows, lane, K: tl.constexpr):
         )  # fmt: skip
 
 
-# Numbers that a lane of the backward pass keeps for itself, by state number: what the second-level
-# cache would give back in some three hundred cycles.
-OWN = tl.constexpr("{.shared .align 16 .b8 tamba_own[8192]; mov.u32 $0, tamba_own;}")
-RATE = tl.constexpr(0)
-CARRY = tl.constexpr(2048)
-SUM_A = tl.constexpr(4096)
-KEPT = tl.constexpr(6144)
-
-
-@triton.jit
-def own_memory(lane):
-    """This lane's address; from there 16 x 128 bytes each for RATE, CARRY, SUM_A and KEPT."""
-    base = tl.inline_asm_elementwise(OWN, "=r,r", [lane], tl.int32, is_pure=False, pack=1)
-    return base + lane * 4
-
-
 @triton.jit
 def own(address):
-    """What this lane keeps at `address`."""
+    """float32 in shared memory."""
     return tl.inline_asm_elementwise(
         "ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def set_own(address, value):
-    """Keep `value` at `address`."""
-    tl.inline_asm_elementwise(
-        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [address, value],
-        tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def load_kept(kept_at, mask, N: tl.constexpr, CHANNELS: tl.constexpr, ASM: tl.constexpr):
-    """The states before a tile, as they lie in memory."""
-    rows = ()
-    for i in tl.static_range(N):
-        rows += (get(kept_at + i * CHANNELS, mask, ASM),)
-    return rows
 
 
 @triton.jit
@@ -640,7 +610,7 @@ def backward_kernel(
     SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
     HAS_DLAST: tl.constexpr, ENDS_ONLY: tl.constexpr, FROM_ENDS: tl.constexpr,
-    BY_PRODUCT: tl.constexpr, ASM: tl.constexpr, STAGED: tl.constexpr, LOCAL: tl.constexpr,
+    BY_PRODUCT: tl.constexpr, ASM: tl.constexpr, STAGED: tl.constexpr,
 ):  # fmt: skip
     """The gradient over one span, last token first.
 
@@ -649,7 +619,7 @@ def backward_kernel(
     ``dB = Σ_d g dt x``, ``dC = Σ_d dy h``.
 
     `R` and `dA` [B, S, N, D] are this program's memory from tile to tile, one state number after
-    the other; LOCAL keeps both in shared memory until the end. In the end `R` holds, ENDS_ONLY,
+    the other. In the end `R` holds, ENDS_ONLY,
     what the span leaves to the one before it; with FROM_ENDS it begins with what the spans after it
     left. `dBC` [R, B, J, M, 2, K] (R counts warps BY_PRODUCT, else programs), `dD` and `dbias`
     [B, S, D] get this program's share.
@@ -714,36 +684,16 @@ def backward_kernel(
     raw_pairs = raw_x
     if STAGED:
         raw_pairs = load_pairs(pairs, start, T_all, lane, M, K, ASM)
-    mine = lane
-    raw_kept = raw_x
-    if LOCAL:
-        mine = own_memory(lane)
-        for i in range(n_states):
-            set_own(mine + RATE + i * 128, get(rates + i * CHANNELS, mask, ASM))
-            set_own(mine + CARRY + i * 128, get_again(R + i * CHANNELS, mask, ASM))
-            set_own(mine + SUM_A + i * 128, nothing)
-        if not ENDS_ONLY:
-            first_kept = kept + (start // K).to(tl.int64) * (N * CHANNELS)
-            raw_kept = load_kept(first_kept, mask, N, CHANNELS, ASM)
     for j in range(tiles):
         t0 = start - j * K
         tile_at = flat + t0.to(tl.int64) * CHANNELS
         pairs_at = pairs + t0.to(tl.int64) * M
         kept_at = kept + (t0 // K).to(tl.int64) * (N * CHANNELS)
         next_h = nothing
-        next_R = nothing
-        next_rate = nothing
-        if LOCAL:
-            if not ENDS_ONLY:
-                for i in tl.static_range(N):
-                    set_own(mine + KEPT + i * 128, raw_kept[i].to(tl.float32))
-                before_it = kept + (tl.maximum(t0 - K, 0) // K).to(tl.int64) * (N * CHANNELS)
-                raw_kept = load_kept(before_it, mask, N, CHANNELS, ASM)
-        else:
-            if not ENDS_ONLY:
-                next_h = get(kept_at, mask, ASM).to(tl.float32)
-            next_R = get_again(R, mask, ASM)
-            next_rate = get(rates, mask, ASM)
+        if not ENDS_ONLY:
+            next_h = get(kept_at, mask, ASM).to(tl.float32)
+        next_R = get_again(R, mask, ASM)
+        next_rate = get(rates, mask, ASM)
         dts = step_sizes(raw_dt, bias_, t0, first, end, SOFTPLUS, K)
         inputs = ()
         grads = ()
@@ -786,18 +736,12 @@ def backward_kernel(
             rate = next_rate
             carry = next_R
             h = next_h
-            if LOCAL:
-                rate = own(mine + RATE + i * 128)
-                carry = own(mine + CARRY + i * 128)
-                if not ENDS_ONLY:
-                    h = own(mine + KEPT + i * 128)
-            else:
-                # The next state number's are on their way; the last asks for its own again.
-                then = tl.minimum(i + 1, n_states - 1) * CHANNELS
-                next_rate = get(rates + then, mask, ASM)
-                if not ENDS_ONLY:
-                    next_h = get(kept_at + then, mask, ASM).to(tl.float32)
-                next_R = get_again(R + then, mask, ASM)
+            # The next state number's are on their way; the last asks for its own again.
+            then = tl.minimum(i + 1, n_states - 1) * CHANNELS
+            next_rate = get(rates + then, mask, ASM)
+            if not ENDS_ONLY:
+                next_h = get(kept_at + then, mask, ASM).to(tl.float32)
+            next_R = get_again(R + then, mask, ASM)
             decays = ()
             bs = ()
             cs = ()
@@ -816,10 +760,7 @@ def backward_kernel(
                 for back in tl.static_range(K):
                     carry = decays[K - 1 - back] * (grads[K - 1 - back] * cs[K - 1 - back] + carry)
             else:
-                if LOCAL:
-                    dA_i = own(mine + SUM_A + i * 128)
-                else:
-                    dA_i = get_again(dA + i * CHANNELS, mask, ASM)
+                dA_i = get_again(dA + i * CHANNELS, mask, ASM)
                 before = ()
                 for_C = ()
                 sums = ()
@@ -847,10 +788,7 @@ def backward_kernel(
                     d_inputs += (backwards_input[K - 1 - k],)
                     d_logs += (backwards_log[K - 1 - k],)
                     for_B += (backwards_B[K - 1 - k],)
-                if LOCAL:
-                    set_own(mine + SUM_A + i * 128, dA_i)
-                else:
-                    put(dA + i * CHANNELS, dA_i, mask, ASM)
+                put(dA + i * CHANNELS, dA_i, mask, ASM)
                 if BY_PRODUCT:
                     tl.static_assert(K == 8)
                     total = sums_over_warps(for_B, for_C, lane)
@@ -862,10 +800,7 @@ def backward_kernel(
                     for k in tl.static_range(K):
                         tl.store(dBC + to * (2 * K) + k, tl.sum(for_B[k], 0))
                         tl.store(dBC + to * (2 * K) + K + k, tl.sum(for_C[k], 0))
-            if LOCAL:
-                set_own(mine + CARRY + i * 128, carry)
-            else:
-                put(R + i * CHANNELS, carry, mask, ASM)
+            put(R + i * CHANNELS, carry, mask, ASM)
         if not ENDS_ONLY:
             for k in tl.static_range(K):
                 live = mask & (t0 + k < end)
@@ -891,11 +826,6 @@ def backward_kernel(
                     grad_z = grad * (ys[k] + D_ * value) * (s + gate * s * (1.0 - s))
                     put(dz + at, tl.where(real, grad_z, 0.0), live, ASM)
 
-    if LOCAL:
-        for i in range(n_states):
-            put(R + i * CHANNELS, own(mine + CARRY + i * 128), mask, ASM)
-            if not ENDS_ONLY:
-                put(dA + i * CHANNELS, own(mine + SUM_A + i * 128), mask, ASM)
     share = (row * n_spans + which) * CHANNELS + d
     if ENDS_ONLY:
         if HAS_STARTS:
@@ -908,6 +838,594 @@ def backward_kernel(
             for i in range(n_states):
                 to = dstate + (row * CHANNELS + d) * N + i
                 put(to, get_again(R + i * CHANNELS, mask, ASM), mask & (which == 0), ASM)
+
+
+# The split kernel: two warps share 32 channels, each with half of the states and half of the tokens
+# of a tile. What one works out for its tokens, the other finds in shared memory, where each array
+# has its place (offsets in bytes): step, input and gradient of a tile's tokens by channel, the
+# stride keeps 16-byte accesses of neighbouring lanes in different banks; pairs by state; sums over
+# half of the states; sums over 32 channels for B and C.
+SHARED_64 = tl.constexpr("{.shared .align 16 .b8 tamba_split[33024]; mov.u32 $0, tamba_split;}")
+SHARED_128 = tl.constexpr("{.shared .align 16 .b8 tamba_split[48384]; mov.u32 $0, tamba_split;}")
+TOKEN_STRIDE = tl.constexpr(112)
+PAIR_STRIDE = tl.constexpr(80)
+
+
+@triton.jit
+def shared_memory(lane, BLOCK: tl.constexpr):
+    """The address of this program's bytes."""
+    if BLOCK == 64:
+        return tl.inline_asm_elementwise(SHARED_64, "=r,r", [lane], tl.int32, is_pure=False, pack=1)
+    else:
+        return tl.inline_asm_elementwise(
+            SHARED_128, "=r,r", [lane], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def set_own(address, value):
+    """Put float32 into shared memory."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [address, value],
+        tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def everyone_here(lane):
+    """Wait for the program's other warps; what they put into shared memory can be seen then."""
+    tl.inline_asm_elementwise(
+        "bar.sync 0; mov.b32 $0, 0;", "=r,r", [lane], tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def put_four(address, a, b, c, d):
+    """Four float32 side by side, at an address that is a multiple of 16."""
+    tl.inline_asm_elementwise(
+        "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,r,f,f,f,f",
+        [address, a, b, c, d], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def put_pair(address, pair, mask):
+    """A pair of B and C."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $3, 0; mov.b32 $0, 0; @p st.shared.b64 [$1], $2;}",
+        "=r,r,l,r", [address, pair, mask.to(tl.int32)], tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+def split_forward_kernel(
+    x, dt, z, A, pairs, offsets, D, bias, padding, state,
+    y, last, kept, ends,
+    T, T_all, span, n_spans, J,
+    x_b, dt_b, z_b, A_d, A_n, state_b, state_d, state_n,
+    X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    FROM_ENDS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """`forward_kernel` for 9 to 16 states a channel on a GPU: tiles of 8 tokens.
+
+    A program has BLOCK channels and 2 BLOCK threads, of which the second half has the states from 8
+    on. A thread finishes 4 of a tile's tokens for its channel.
+    """
+    K: tl.constexpr = 8
+    M: tl.constexpr = 16
+    KP: tl.constexpr = 4  # a thread's tokens
+    NP: tl.constexpr = 8  # and states
+    tl.static_assert(BLOCK == 64 or BLOCK == 128)  # what shared memory is laid out for
+    TOKEN: tl.constexpr = 80  # bytes of shared memory, 16-byte accesses in different banks
+    SUM: tl.constexpr = 48
+    per_group: tl.constexpr = CHANNELS // G
+    blocks: tl.constexpr = (per_group + BLOCK - 1) // BLOCK
+    thread = tl.arange(0, 2 * BLOCK)
+    part = thread // BLOCK
+    lane = thread % 32
+    group = tl.program_id(0) // blocks
+    channel = thread % BLOCK
+    inside = (tl.program_id(0) % blocks) * BLOCK + channel
+    d = group * per_group + inside
+    mask = inside < per_group
+    row, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    begin = which * span
+    end = tl.minimum(begin + span, T)
+    late = part * KP  # a thread's first token in a tile
+    n0 = part * NP
+
+    x += row * x_b + d + late * X_T
+    dt += row * dt_b + d + late * DT_T
+    z += row * z_b + d + late * Z_T
+    y += row * T * CHANNELS + d + late * CHANNELS
+    pairs += (row * G + group) * T_all * M
+    offsets += row * T_all
+    kept += row * J * (N * CHANNELS) + n0 * CHANNELS + d
+    first = 0
+    if HAS_PADDING:
+        first = tl.load(padding + row).to(tl.int32)
+    bias_ = tl.zeros([2 * BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias_ = get(bias + d, mask, True).to(tl.float32)
+    D_ = tl.zeros([2 * BLOCK], tl.float32)
+    if HAS_D:
+        D_ = get(D + d, mask, True).to(tl.float32)
+    rates = ()
+    h = ()
+    for i in tl.static_range(NP):
+        n = n0 + i
+        here = mask & (n < N)
+        rates += (get(A + d * A_d + n * A_n, here, True).to(tl.float32) * LOG2E,)
+        if FROM_ENDS:
+            at = ((row * n_spans + which) * N + n) * CHANNELS + d
+            h += (get(ends + at, here, True),)
+        elif HAS_STATE:
+            at = row * state_b + d * state_d + n * state_n
+            h += (get(state + at, here, True).to(tl.float32),)
+        else:
+            h += (tl.zeros([2 * BLOCK], tl.float32),)
+
+    base = shared_memory(lane, BLOCK)
+    tokens_at = base + channel * TOKEN
+    own_at = tokens_at + late * 4
+    pairs_at = base + BLOCK * TOKEN
+    sums_at = pairs_at + K * M * 8
+    give_at = sums_at + thread * SUM
+    take_at = sums_at + channel * SUM + late * 4
+    pair = thread % (K * M)
+    pair_here = thread < K * M
+
+    end_ = end - late
+    raw_x = load_rows(x, X_T, begin, end_, mask, KP, True)
+    raw_dt = load_rows(dt, DT_T, begin, end_, mask, KP, True)
+    raw_pair = get(
+        pairs + begin.to(tl.int64) * M + pair, pair_here & (begin + pair // M < T_all), True
+    )
+    for j in range((end - begin + K - 1) // K):
+        t0 = begin + j * K
+        if KEEP:
+            kept_at = kept + (t0 // K).to(tl.int64) * (N * CHANNELS)
+            for i in tl.static_range(NP):
+                put(kept_at + i * CHANNELS, h[i], mask & (n0 + i < N), True)
+        own_dts = step_sizes(raw_dt, bias_, t0 + late, first, end, SOFTPLUS, KP)
+        own_inputs = ()
+        through = ()
+        for k in tl.static_range(KP):
+            value = raw_x[k].to(tl.float32)
+            if HAS_PADDING:
+                value = tl.where(t0 + late + k >= first, value, 0.0)
+            own_inputs += (own_dts[k] * value,)
+            through += (D_ * value,)
+        put_four(own_at, own_dts[0], own_dts[1], own_dts[2], own_dts[3])
+        put_four(own_at + 32, own_inputs[0], own_inputs[1], own_inputs[2], own_inputs[3])
+        put_pair(pairs_at + pair * 8, raw_pair, pair_here)
+        # What the next tile needs is on its way while this one is worked on.
+        raw_x = load_rows(x, X_T, t0 + K, end_, mask, KP, True)
+        raw_dt = load_rows(dt, DT_T, t0 + K, end_, mask, KP, True)
+        raw_pair = get(
+            pairs + (t0 + K).to(tl.int64) * M + pair,
+            pair_here & (t0 + K + pair // M < T_all), True,
+        )  # fmt: skip
+        raw_z = raw_x
+        if HAS_Z:
+            raw_z = load_rows(z, Z_T, t0, end_, mask, KP, True)
+        everyone_here(lane)
+        dts = staged_pairs(tokens_at) + staged_pairs(tokens_at + 16)
+        inputs = staged_pairs(tokens_at + 32) + staged_pairs(tokens_at + 48)
+        out = ()
+        for k in tl.static_range(K):
+            begins = 0.0
+            if HAS_STARTS:
+                begins = tl.load(offsets + t0 + k)
+            moved = ()
+            even = tl.zeros([2 * BLOCK], tl.float32)
+            odd = even
+            for i in tl.static_range(NP // 2):
+                b0, c0, b1, c1 = staged_pairs(pairs_at + (k * M + n0 + 2 * i) * 8)
+                exponent0 = dts[k] * rates[2 * i]
+                exponent1 = dts[k] * rates[2 * i + 1]
+                if HAS_STARTS:
+                    exponent0 += begins
+                    exponent1 += begins
+                h0 = tl.exp2(exponent0) * h[2 * i] + inputs[k] * b0
+                h1 = tl.exp2(exponent1) * h[2 * i + 1] + inputs[k] * b1
+                even += h0 * c0
+                odd += h1 * c1
+                moved += (h0, h1)
+            h = moved
+            out += (even + odd,)
+        put_four(give_at, out[0], out[1], out[2], out[3])
+        put_four(give_at + 16, out[4], out[5], out[6], out[7])
+        everyone_here(lane)
+        half = staged_pairs(take_at)
+        other = staged_pairs(take_at + BLOCK * SUM)
+        y_at = y + t0.to(tl.int64) * CHANNELS
+        for k in tl.static_range(KP):
+            value = half[k] + other[k] + through[k]
+            if HAS_Z:
+                gate = raw_z[k].to(tl.float32)
+                value = value * gate * sigmoid(gate, True)
+            put(y_at + k * CHANNELS, value, mask & (t0 + late + k < end), True)
+
+    for i in tl.static_range(NP):
+        at = (row * CHANNELS + d) * N + n0 + i
+        put(last + at, h[i], mask & (n0 + i < N) & (which == n_spans - 1), True)
+
+
+# Sums over a warp's channels of 16 numbers a lane, put into shared memory. Rounded to bfloat16 and
+# packed by twos, four numbers are a right operand of a 16 x 8 x 16 product whose left operand has
+# its ones in row r < 8 where the number r mod 4 of the four stands: the product adds up the four
+# lanes of a column. What comes out is laid out like a left operand. The four products' results
+# together are one, and a last product adds up the columns of two of them in even, of the others in
+# odd ones. Nobody looks at rows from 8 on; what multiplies there only has to differ from the other
+# registers of the operand, or the compiler copies four registers for each product.
+SUM_AND_PUT = tl.constexpr(
+    """
+    {
+    .reg .b32 b<8>, a<4>;
+    .reg .f32 d<16>, e<4>, zero;
+    .reg .pred p;
+    mov.f32 zero, 0f00000000;
+    cvt.rn.bf16x2.f32 b0, $3, $2;
+    cvt.rn.bf16x2.f32 b1, $5, $4;
+    cvt.rn.bf16x2.f32 b2, $7, $6;
+    cvt.rn.bf16x2.f32 b3, $9, $8;
+    cvt.rn.bf16x2.f32 b4, $11, $10;
+    cvt.rn.bf16x2.f32 b5, $13, $12;
+    cvt.rn.bf16x2.f32 b6, $15, $14;
+    cvt.rn.bf16x2.f32 b7, $17, $16;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {d0, d1, d2, d3}, {$18, $23, $19, $24}, {b0, b1}, {zero, zero, zero, zero};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {d4, d5, d6, d7}, {$18, $23, $19, $24}, {b2, b3}, {zero, zero, zero, zero};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {d8, d9, d10, d11}, {$18, $23, $19, $24}, {b4, b5}, {zero, zero, zero, zero};
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {d12, d13, d14, d15}, {$18, $23, $19, $24}, {b6, b7}, {zero, zero, zero, zero};
+    cvt.rn.bf16x2.f32 a0, d1, d0;
+    cvt.rn.bf16x2.f32 a2, d5, d4;
+    cvt.rn.bf16x2.f32 a1, d9, d8;
+    cvt.rn.bf16x2.f32 a3, d13, d12;
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+        {e0, e1, e2, e3}, {a0, a1, a2, a3}, {$20, $21}, {zero, zero, zero, zero};
+    setp.ne.s32 p, $22, 0;
+    @p st.shared.v4.f32 [$1], {e0, e1, e2, e3};
+    mov.b32 $0, 0;
+    }
+    """
+)
+
+
+def _halving() -> str:
+    """The same in float32: lanes exchange halves of what they hold until each has one number."""
+    lines = [f"mov.f32 v{i}, ${i + 2};" for i in range(16)]
+    for bit, held in ((16, 8), (8, 4), (4, 2), (2, 1)):
+        lines += [f"and.b32 bit, $18, {bit};", "setp.ne.s32 p, bit, 0;"]
+        for i in range(held):
+            lines += [
+                f"selp.f32 s, v{i}, v{i + held}, p;",
+                f"selp.f32 v{i}, v{i + held}, v{i}, p;",
+                f"shfl.sync.bfly.b32 t, s, {bit}, 0x1f, 0xffffffff;",
+                f"add.f32 v{i}, v{i}, t;",
+            ]
+    lines += ["shfl.sync.bfly.b32 t, v0, 1, 0x1f, 0xffffffff;", "add.f32 v0, v0, t;"]
+    lines += ["st.shared.f32 [$1], v0;", "mov.b32 $0, 0;"]
+    return "{.reg .b32 bit; .reg .pred p; .reg .f32 s, t, v<16>;\n" + "\n".join(lines) + "}"
+
+
+HALVE_AND_PUT = tl.constexpr(_halving())
+
+
+@triton.jit
+def put_sums_over_warps(address, p, q, lane, BY_PRODUCT: tl.constexpr):
+    """Sums over 32 lanes of eight rows p and eight rows q, side by side at `address`.
+
+    They stand in the order of ``4 (i mod 4) + 2 [of q] + i div 4``.
+    """
+    row = lane >> 2
+    if BY_PRODUCT:
+        odd = lane >> 2 & 1
+        tl.inline_asm_elementwise(
+            SUM_AND_PUT,
+            "=r,r,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r,r,r,r,r,r,r",
+            [address + row * 16,
+             p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7],
+             q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7],
+             ones_in(row & 3, 0), ones_in(row & 3, 2), (1 - odd) * 0x3F803F80, odd * 0x3F803F80,
+             ((lane & 3) == 0) & (row < 4), lane * 5 + 2, lane * 3 + 1],
+            tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        i = (lane >> 1) & 7
+        place = (i & 3) * 4 + (lane >> 4) * 2 + (i >> 2)
+        tl.inline_asm_elementwise(
+            HALVE_AND_PUT,
+            "=r,r,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,r",
+            [address + place * 4,
+             p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7],
+             q[0], q[1], q[2], q[3], q[4], q[5], q[6], q[7], lane],
+            tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_again(pointer, stride, t0, end, mask, K: tl.constexpr):
+    """`load_rows` once more, not kept in registers since."""
+    bits: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth
+    rows = ()
+    pointer += t0.to(tl.int64) * stride
+    for k in tl.static_range(K):
+        at = (pointer + k * stride).to(tl.int64)
+        here = (mask & (t0 + k < end)).to(tl.int32)
+        if bits == 16:
+            got = tl.inline_asm_elementwise(
+                GET_16, "=h,l,r", [at, here], tl.int16, is_pure=False, pack=1
+            )
+        else:
+            got = tl.inline_asm_elementwise(
+                GET_32, "=r,l,r", [at, here], tl.int32, is_pure=False, pack=1
+            )
+        rows += (got.to(pointer.dtype.element_ty, bitcast=True),)
+    return rows
+
+
+@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+def split_backward_kernel(
+    x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
+    dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends,
+    T, T_all, span, n_spans, J,
+    x_b, dt_b, z_b, dy_b, dlast_b, dlast_d, dlast_n,
+    X_T: tl.constexpr, DT_T: tl.constexpr, Z_T: tl.constexpr, DY_T: tl.constexpr,
+    N: tl.constexpr, CHANNELS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr,
+    HAS_DLAST: tl.constexpr, FROM_ENDS: tl.constexpr, BY_PRODUCT: tl.constexpr,
+):  # fmt: skip
+    """`backward_kernel` for 9 to 16 states a channel on a GPU: tiles of 8 tokens.
+
+    A program has BLOCK channels and 2 BLOCK threads, of which the second half has the states from 8
+    on. A thread finishes 4 of a tile's tokens for its channel. `dBC` is [programs, B, J, 16, 2, 8];
+    `dD` and `dbias` are [B, S, 2, D].
+    """
+    tl.static_assert(BLOCK == 64)  # what shared memory is laid out for
+    K: tl.constexpr = 8
+    M: tl.constexpr = 16
+    KP: tl.constexpr = 4  # a thread's tokens
+    NP: tl.constexpr = 8  # and states
+    per_group: tl.constexpr = CHANNELS // G
+    blocks: tl.constexpr = (per_group + BLOCK - 1) // BLOCK
+    thread = tl.arange(0, 2 * BLOCK)
+    part = thread // BLOCK
+    lane = thread % 32
+    group = tl.program_id(0) // blocks
+    channel = thread % BLOCK
+    inside = (tl.program_id(0) % blocks) * BLOCK + channel
+    d = group * per_group + inside
+    mask = inside < per_group
+    row, which = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    begin = which * span
+    end = tl.minimum(begin + span, T)
+    late = part * KP  # a thread's first token in a tile
+    n0 = part * NP
+
+    x += row * x_b + d + late * X_T
+    dt += row * dt_b + d + late * DT_T
+    z += row * z_b + d + late * Z_T
+    dy += row * dy_b + d + late * DY_T
+    flat = row * T * CHANNELS + d + late * CHANNELS
+    pairs += (row * G + group) * T_all * M
+    offsets += row * T_all
+    kept += row * J * (N * CHANNELS) + n0 * CHANNELS + d
+    dBC += (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + row) * J * (2 * K * M)
+    of_span = (row * n_spans + which) * (N * CHANNELS) + n0 * CHANNELS + d
+    first = 0
+    if HAS_PADDING:
+        first = tl.load(padding + row).to(tl.int32)
+    bias_ = tl.zeros([2 * BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias_ = get(bias + d, mask, True).to(tl.float32)
+    D_ = tl.zeros([2 * BLOCK], tl.float32)
+    if HAS_D:
+        D_ = get(D + d, mask, True).to(tl.float32)
+    nothing = tl.zeros([2 * BLOCK], tl.float32)
+    dD_ = nothing
+    dbias_ = nothing
+    rates_ = ()
+    carry = ()
+    for i in tl.static_range(NP):
+        here = mask & (n0 + i < N)
+        rates_ += (get(rates + (n0 + i) * CHANNELS + d, here, True),)
+        if FROM_ENDS:
+            carry += (get(ends + of_span + i * CHANNELS, here, True),)
+        elif HAS_DLAST:
+            at = row * dlast_b + d * dlast_d + (n0 + i) * dlast_n
+            carry += (get(dlast + at, here, True).to(tl.float32),)
+        else:
+            carry += (nothing,)
+
+    base = shared_memory(lane, BLOCK)
+    tokens_at = base + channel * TOKEN_STRIDE
+    pairs_at = base + BLOCK * TOKEN_STRIDE
+    sums_at = pairs_at + 16 * PAIR_STRIDE
+    give_at = sums_at + thread * TOKEN_STRIDE
+    own_at = tokens_at + late * 4
+    take_at = sums_at + channel * TOKEN_STRIDE + late * 4
+    shares_at = sums_at + 2 * BLOCK * TOKEN_STRIDE
+    share_at = shares_at + (channel // 32) * 1024 + n0 * 64
+    # Where in [16, 2, 8] the sum belongs that stands at a thread's place in shared memory.
+    to_dBC = (thread & 15) // 2 % 2 * K + (thread & 15) // 4 + thread % 2 * 4 + thread // 16 * 16
+
+    # A thread's own numbers by state: rates, and after them sums for A.
+    mine_at = shares_at + BLOCK * 32 + thread * 4
+    for i in tl.static_range(NP):
+        set_own(mine_at + i * 8 * BLOCK, rates_[i])
+        set_own(mine_at + (NP + i) * 8 * BLOCK, nothing)
+
+    tiles = (end - begin + K - 1) // K
+    start = begin + (tiles - 1) * K
+    for j in range(tiles):
+        t0 = start - j * K
+        raw_x = load_rows(x, X_T, t0, end - late, mask, KP, True)
+        raw_dt = load_rows(dt, DT_T, t0, end - late, mask, KP, True)
+        raw_dy = load_rows(dy, DY_T, t0, end - late, mask, KP, True)
+        raw_z = raw_dy
+        if HAS_Z:
+            raw_z = load_rows(z, Z_T, t0, end - late, mask, KP, True)
+        kept_at = kept + (t0 // K).to(tl.int64) * (N * CHANNELS)
+        hs = ()
+        for i in tl.static_range(NP):
+            hs += (get(kept_at + i * CHANNELS, mask & (n0 + i < N), True),)
+        for i in tl.static_range((K * M + 2 * BLOCK - 1) // (2 * BLOCK)):
+            pair = thread + i * 2 * BLOCK
+            t = t0 + pair // M
+            here = pair < K * M
+            got = get(pairs + t0.to(tl.int64) * M + pair, here & (t < T_all), True)
+            put_pair(pairs_at + (pair % M) * PAIR_STRIDE + (pair // M) * 8, got, here)
+        own_dts = step_sizes(raw_dt, bias_, t0 + late, first, end, SOFTPLUS, KP)
+        own_inputs = ()
+        own_grads = ()
+        for k in tl.static_range(KP):
+            value = raw_x[k].to(tl.float32)
+            grad = raw_dy[k].to(tl.float32)
+            if HAS_Z:
+                gate = raw_z[k].to(tl.float32)
+                grad = grad * gate * sigmoid(gate, True)
+            if HAS_PADDING:
+                value = tl.where(t0 + late + k >= first, value, 0.0)
+                grad = tl.where(t0 + late + k >= first, grad, 0.0)
+            own_inputs += (own_dts[k] * value,)
+            own_grads += (grad,)
+        put_four(own_at, own_dts[0], own_dts[1], own_dts[2], own_dts[3])
+        put_four(own_at + 32, own_inputs[0], own_inputs[1], own_inputs[2], own_inputs[3])
+        put_four(own_at + 64, own_grads[0], own_grads[1], own_grads[2], own_grads[3])
+        everyone_here(lane)
+        dts = staged_pairs(tokens_at) + staged_pairs(tokens_at + 16)
+        inputs = staged_pairs(tokens_at + 32) + staged_pairs(tokens_at + 48)
+        grads = staged_pairs(tokens_at + 64) + staged_pairs(tokens_at + 80)
+        begins = ()
+        ys = ()
+        d_inputs = ()
+        d_logs = ()
+        for k in tl.static_range(K):
+            if HAS_STARTS:
+                begins += (tl.load(offsets + t0 + k),)
+            ys += (nothing,)
+            d_inputs += (nothing,)
+            d_logs += (nothing,)
+        carried = ()
+        for i in tl.static_range(NP):
+            rate = own(mine_at + i * 8 * BLOCK)
+            dA_i = own(mine_at + (NP + i) * 8 * BLOCK)
+            h = hs[i].to(tl.float32)
+            R = carry[i]
+            bs = ()
+            cs = ()
+            for k in tl.static_range(K // 2):
+                b0, c0, b1, c1 = staged_pairs(pairs_at + (n0 + i) * PAIR_STRIDE + k * 16)
+                bs += (b0, b1)
+                cs += (c0, c1)
+            decays = ()
+            before = ()
+            for_C = ()
+            sums = ()
+            for k in tl.static_range(K):
+                exponent = dts[k] * rate
+                if HAS_STARTS:
+                    exponent += begins[k]
+                decays += (tl.exp2(exponent),)
+                before += (h,)
+                h = decays[k] * h + inputs[k] * bs[k]
+                sums += (ys[k] + h * cs[k],)
+                for_C += (grads[k] * h,)
+            ys = sums
+            backwards_B = ()
+            backwards_input = ()
+            backwards_log = ()
+            for back in tl.static_range(K):
+                g = grads[K - 1 - back] * cs[K - 1 - back] + R
+                R = decays[K - 1 - back] * g
+                q = R * before[K - 1 - back]
+                backwards_input += (d_inputs[K - 1 - back] + g * bs[K - 1 - back],)
+                backwards_log += (d_logs[K - 1 - back] + q * rate,)
+                backwards_B += (g * inputs[K - 1 - back],)
+                dA_i += q * dts[K - 1 - back]
+            d_inputs = ()
+            d_logs = ()
+            for_B = ()
+            for k in tl.static_range(K):
+                d_inputs += (backwards_input[K - 1 - k],)
+                d_logs += (backwards_log[K - 1 - k],)
+                for_B += (backwards_B[K - 1 - k],)
+            put_sums_over_warps(share_at + i * 64, for_B, for_C, lane, BY_PRODUCT)
+            carried += (R,)
+            set_own(mine_at + (NP + i) * 8 * BLOCK, dA_i)
+        carry = carried
+        put_four(give_at, ys[0], ys[1], ys[2], ys[3])
+        put_four(give_at + 16, ys[4], ys[5], ys[6], ys[7])
+        put_four(give_at + 32, d_inputs[0], d_inputs[1], d_inputs[2], d_inputs[3])
+        put_four(give_at + 48, d_inputs[4], d_inputs[5], d_inputs[6], d_inputs[7])
+        put_four(give_at + 64, d_logs[0], d_logs[1], d_logs[2], d_logs[3])
+        put_four(give_at + 80, d_logs[4], d_logs[5], d_logs[6], d_logs[7])
+        everyone_here(lane)
+        for i in tl.static_range((2 * K * M + 2 * BLOCK - 1) // (2 * BLOCK)):
+            number = thread + i * 2 * BLOCK
+            total = nothing
+            for block in tl.static_range(BLOCK // 32):
+                total += own(shares_at + block * 1024 + number * 4)
+            to = dBC + (t0 // K).to(tl.int64) * (2 * K * M) + to_dBC + i * 2 * BLOCK
+            put(to, total, number < 2 * K * M, True)
+        raw_x = load_again(x, X_T, t0, end - late, mask, KP)
+        raw_dt = load_again(dt, DT_T, t0, end - late, mask, KP)
+        raw_dy = load_again(dy, DY_T, t0, end - late, mask, KP)
+        if HAS_Z:
+            raw_z = load_again(z, Z_T, t0, end - late, mask, KP)
+        other_at = take_at + BLOCK * TOKEN_STRIDE
+        ys = staged_pairs(take_at)
+        other_ys = staged_pairs(other_at)
+        d_inputs = staged_pairs(take_at + 32)
+        other_inputs = staged_pairs(other_at + 32)
+        d_logs = staged_pairs(take_at + 64)
+        other_logs = staged_pairs(other_at + 64)
+        own_dts = staged_pairs(own_at)
+        own_grads = staged_pairs(own_at + 64)
+        for k in tl.static_range(KP):
+            y = ys[k] + other_ys[k]
+            d_input = d_inputs[k] + other_inputs[k]
+            d_log = d_logs[k] + other_logs[k]
+            t = t0 + late + k
+            live = mask & (t < end)
+            at = flat + t0.to(tl.int64) * CHANNELS + k * CHANNELS
+            value = raw_x[k].to(tl.float32)
+            real = live
+            if HAS_PADDING:
+                real = live & (t >= first)
+                value = tl.where(t >= first, value, 0.0)
+            grad_dt = d_input * value + d_log * LN2
+            if SOFTPLUS:
+                grad_dt = grad_dt * sigmoid(raw_dt[k].to(tl.float32) + bias_, True)
+            grad_dt = tl.where(real, grad_dt, 0.0)
+            dbias_ += grad_dt
+            put(ddt + at, grad_dt, live, True)
+            put(dx + at, d_input * own_dts[k] + D_ * own_grads[k], live, True)
+            dD_ += own_grads[k] * value
+            if HAS_Z:
+                gate = raw_z[k].to(tl.float32)
+                s = sigmoid(gate, True)
+                grad_z = raw_dy[k].to(tl.float32) * (y + D_ * value) * s * (1.0 + gate * (1.0 - s))
+                put(dz + at, tl.where(real, grad_z, 0.0), live, True)
+
+    for i in tl.static_range(NP):
+        here = mask & (n0 + i < N)
+        put(dA + of_span + i * CHANNELS, own(mine_at + (NP + i) * 8 * BLOCK), here, True)
+        if HAS_STATE:
+            to = dstate + (row * CHANNELS + d) * N + n0 + i
+            put(to, carry[i], here & (which == 0), True)
+    share = ((row * n_spans + which) * 2 + part) * CHANNELS + d
+    put(dD + share, dD_, mask, True)
+    put(dbias + share, dbias_, mask, True)
 
 
 @dataclass(frozen=True)
@@ -1073,6 +1591,14 @@ class _Prepared:
             num_stages=1,
         )
 
+    def split_constants(self, sizes: Tile) -> dict[str, Any]:
+        """Those of kernels whose states are split between two warps."""
+        general = self.constants(0)
+        for name in ("n0", "NB", "M", "K", "POLYNOMIALS", "FIRST", "LAST", "ASM", "STAGED"):
+            del general[name]
+        block = sizes["split"]
+        return general | dict(BLOCK=block, num_warps=block // 16, maxnreg=sizes["registers"])
+
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.x.new_empty(shape, dtype=dtype)
 
@@ -1168,6 +1694,15 @@ def forward(
         for number in range(cut.passes):
             run(number, HAS_STATE=False, ENDS_ONLY=True, FROM_ENDS=False, KEEP=False)
         call.chain(ends, steps, state, None, backwards=False)
+    sizes = sizes_for("scan_forward", x)
+    if x.is_cuda and cut.padded == 16 and cut.tokens == kept_every(x) == 8:
+        constants = call.split_constants(sizes)
+        blocks = call.groups * -(-(channels // call.groups) // sizes["split"])
+        split_forward_kernel[blocks, batch, cut.n_spans](
+            *call.inputs, _or(state, last), y, last, kept, ends, *call.sizes, *strides,
+            **constants, HAS_STATE=state is not None and not several, FROM_ENDS=several, KEEP=keep,
+        )  # fmt: skip
+        return y, last, kept
     for number in range(cut.passes):
         from_state = state is not None and not several
         run(number, HAS_STATE=from_state, ENDS_ONLY=False, FROM_ENDS=several, KEEP=keep)
@@ -1199,38 +1734,50 @@ def backward(
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     dA = call.new(batch, cut.n_spans, d_state, channels)
     by_product = x.is_cuda and x.dtype != torch.float32 and cut.tokens == 8
-    parts = cut.blocks * (cut.channels // 32 if by_product else 1)
+    several = cut.n_spans > 1
+    sizes = sizes_for("scan_backward", x)
+    split = x.is_cuda and cut.padded == 16 and cut.tokens == 8
+    if split:
+        blocks = call.groups * -(-(channels // call.groups) // sizes["split"])
+        parts, halves = blocks, 2
+    else:
+        blocks = cut.blocks
+        parts, halves = blocks * (cut.channels // 32 if by_product else 1), 1
     n_tiles = -(-call.length // cut.tokens)
     dBC = call.new(parts, batch, n_tiles, cut.padded, 2, cut.tokens)
-    dD, dbias = (call.new(batch, cut.n_spans, channels) for _ in range(2))
+    dD, dbias = (call.new(batch, cut.n_spans, halves, channels) for _ in range(2))
     dstate = call.new(batch, channels, d_state) if has_state else call.new(0)
-    several = cut.n_spans > 1
     ends = call.new(batch, cut.n_spans, d_state, channels)
     steps = call.new(batch, cut.n_spans, channels) if several else dD
     rates = (A.mT.float() * LOG2E.value).contiguous()
     strides = (0, 0, 0) if dlast is None else dlast.stride()
+    x_, dt_, z_, _, *inputs = call.inputs
+    inputs = [x_, dt_, z_, rates, *inputs, kept, dy, _or(dlast, dA)]
+    grads = [dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends]
+    row_strides = (*call.sizes[5:8], dy.stride(0), *strides)
+    constants = call.constants(0) | dict(HAS_STATE=has_state, DY_T=token_stride(dy))
+    for name in ("n0", "NB", "POLYNOMIALS", "FIRST", "LAST"):
+        del constants[name]
 
     def run(**flags: bool) -> None:
-        x_, dt_, z_, _, *inputs = call.inputs
-        lengths = call.sizes[:5]
-        constants = call.constants(0)
-        for name in ("n0", "NB", "POLYNOMIALS", "FIRST", "LAST"):
-            del constants[name]
-        constants["STAGED"] &= cut.passes == 1
-        local = bool(sizes_for("scan_backward", x).get("local", 0)) and constants["STAGED"]
+        staged = constants["STAGED"] and cut.passes == 1
         backward_kernel[call.grid](
-            x_, dt_, z_, rates, *inputs, kept, dy, _or(dlast, dA),
-            dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends, steps,
-            *lengths, d_state, *call.sizes[5:8], dy.stride(0), *strides,
-            **constants, **flags, HAS_STATE=has_state, DY_T=token_stride(dy),
-            BY_PRODUCT=by_product, LOCAL=local,
+            *inputs, *grads, steps, *call.sizes[:5], d_state, *row_strides,
+            **constants | dict(STAGED=staged), **flags, BY_PRODUCT=by_product,
         )  # fmt: skip
 
     if several:
         run(HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
         call.chain(ends, steps, dlast, None, backwards=True)
     from_last = dlast is not None and not several
-    run(HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
+    if split:
+        split_backward_kernel[blocks, batch, cut.n_spans](
+            *inputs, *grads, *call.sizes[:5], *row_strides, **call.split_constants(sizes),
+            HAS_STATE=has_state, DY_T=token_stride(dy),
+            HAS_DLAST=from_last, FROM_ENDS=several, BY_PRODUCT=by_product,
+        )  # fmt: skip
+    else:
+        run(HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
     # [G, B, J, M, 2, K] to two of [B, T, G, N]
     of_groups = dBC.view(call.groups, -1, *dBC.shape[1:]).sum(1).permute(4, 1, 2, 5, 0, 3)
     of_groups = of_groups.flatten(2, 3)[:, :, : call.length, :, :d_state]
@@ -1240,9 +1787,9 @@ def backward(
         dA.sum((0, 1)).mT.to(A.dtype).contiguous(),
         B.new_empty(B.shape).copy_(of_groups[0]),
         C.new_empty(C.shape).copy_(of_groups[1]),
-        x.new_empty(0) if D is None else dD.sum((0, 1)).to(D.dtype),
+        x.new_empty(0) if D is None else dD.sum((0, 1, 2)).to(D.dtype),
         dz,
-        x.new_empty(0) if dt_bias is None else dbias.sum((0, 1)).to(dt_bias.dtype),
+        x.new_empty(0) if dt_bias is None else dbias.sum((0, 1, 2)).to(dt_bias.dtype),
         dstate,
     )
 

@@ -42,8 +42,11 @@ TILES: dict[str, dict[str, Tile]] = {
             "per_sm": 8,
             "least_tiles": 8,
             "warps": 1,
+            "split": 128,
+            "registers": 128,
         },
-        # `local`: states' numbers in shared memory instead of global memory (16 states, one warp).
+        # `split`: channels of a program whose states are split between two warps (9 to 16 states),
+        # with at most so many `registers` a thread.
         "scan_backward": {
             "tokens": 8,
             "channels": 32,
@@ -51,10 +54,14 @@ TILES: dict[str, dict[str, Tile]] = {
             "per_sm": 8,
             "least_tiles": 8,
             "warps": 1,
-            "local": 1,
+            "split": 64,
+            "registers": 128,
         },
         "conv_forward": {"tokens": 8, "channels": 64, "per_sm": 128, "least_tiles": 4, "warps": 1},
         "conv_backward": {"tokens": 4, "channels": 256, "per_sm": 16, "least_tiles": 4, "warps": 1},
+        # `runs` of `tokens`, run beside run, are a tile; a program of the backward pass does some.
+        "conv_tile_forward": {"tokens": 8, "runs": 4, "channels": 256, "warps": 4},
+        "conv_tile_backward": {"tokens": 8, "runs": 4, "channels": 64, "tiles": 4, "warps": 4},
         # `block` logits of a row at a time, `stages` of them in flight.
         "loss_dense": {"block": 4096, "warps": 16, "stages": 1},
         "loss_top": {"block": 4096, "warps": 16, "stages": 1},
