@@ -251,8 +251,6 @@ class Bench:
 
     def answers(self, recipe: Recipe) -> Path:
         """Conversations that the teacher finished."""
-        if not self.asked.prompts:
-            raise UserError("--prompts", "is missing", "rows of conversations need prompts")
         prompts, teacher = self.asked.prompts, recipe.model_path("teacher")
         made = self.shared.once(
             "answers",
@@ -266,8 +264,6 @@ class Bench:
 
     def preferences(self) -> tuple[Path, Path, Path]:
         """Pairs to train on, to measure on, and of people's own to measure on."""
-        if not self.asked.preferences:
-            raise UserError("--preferences", "is missing", "rows of conversations need pairs")
         lines = Path(self.asked.preferences).read_text(encoding="utf-8").splitlines(keepends=True)
         people: list[str] = []
         tasks: list[str] = []
@@ -462,6 +458,9 @@ def main() -> None:
         return
     if unknown := [name for name in asked.rows if name not in ROWS]:
         parser().error(f"no row called {', '.join(unknown)}; --list shows them")
+    if any(ROWS[name].chat for name in asked.rows) and not (asked.prompts and asked.preferences):
+        # Said here, not after everything that comes before conversations.
+        parser().error("rows of conversations need --prompts and --preferences")
     command = shlex.join(["python", "experiments/mamba_in_llama.py", *sys.argv[1:]])
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     bench, begun = Bench(asked), time.monotonic()
@@ -474,7 +473,8 @@ def main() -> None:
             try:
                 found = bench.run(name, seed)
             except UserError as error:
-                sys.exit(f"error: {error}")
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
             found |= {
                 "command": command,
                 "hardware": hardware,

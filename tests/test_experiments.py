@@ -102,6 +102,32 @@ def test_a_row_from_text_to_figures(
     assert again["ratio"] == rows["all"]["ratio"] and again["seconds"] == rows["all"]["seconds"]
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["shrot"], "no row called shrot"),
+        (["sft"], "need --prompts and --preferences"),
+        (["short", "--train", "nowhere.jsonl"], "no such file or folder"),
+        (["short", "--set", "data.lenth=3"], "did you mean 'length'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(
+    given: list[str],
+    said: str,
+    llama: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["rows", *given, "--teacher", str(tmp_path / "teacher")])
+    with pytest.raises(SystemExit) as ended:
+        llama.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_record_keeps_one_row_of_a_name_and_seed(llama: ModuleType, tmp_path: Path) -> None:
     record = tmp_path / "record.json"
     for row in ({"row": "a", "seed": 0, "x": 1}, {"row": "a", "seed": 1}, {"row": "a", "seed": 0}):
