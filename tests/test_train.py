@@ -34,7 +34,16 @@ from tamba.recipe import Align, Distil, LeastSquares, read_recipe
 from tamba.sections import dump_toml
 from tamba.surgery import convert_layer
 from tamba.text import RecipeText, prepare_text
-from tamba.train import align, distil, engine, kinds, least_squares, objectives, trained_parameters
+from tamba.train import (
+    align,
+    distil,
+    engine,
+    kinds,
+    least_squares,
+    objectives,
+    trained_parameters,
+    trainer,
+)
 from tamba.train.engine import Engine
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
@@ -144,7 +153,7 @@ def test_align_overfits_a_tiny_batch() -> None:
 
 @pytest.mark.slow
 def test_steps_that_are_not_taken_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "rate_factor", lambda *_: 0.0)
+    monkeypatch.setattr(trainer, "rate_factor", lambda *_: 0.0)
     with pytest.raises(AssertionError):
         check_overfit()
 
@@ -310,10 +319,10 @@ KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
 import tamba
-from tamba.train import engine
+from tamba.train import engine, trainer
 
 torch.use_deterministic_algorithms(True)
-engine.KEEP_SECONDS = 0.0
+trainer.KEEP_SECONDS = 0.0
 save = engine.Engine._save_checkpoint
 
 def and_die(self, *args):
@@ -377,7 +386,7 @@ def cut_at(monkeypatch: pytest.MonkeyPatch, stage: str, step: int) -> None:
         if self.stage.stage == stage and self.state.global_step == step:
             raise Cut
 
-    monkeypatch.setattr(engine, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "KEEP_SECONDS", 0.0)
     monkeypatch.setattr(Engine, "_save_checkpoint", cut)
 
 
@@ -431,7 +440,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ) -> None:
     prepare(tmp_path, STAGES[: STAGES.index("[[train]]", 5)])
     want = run_training(tmp_path, "whole")
-    right = engine.save_file
+    right = trainer.save_file
 
     def full(tensors: object, path: Path, **options: object) -> None:
         if "checkpoint-4" in str(path):
@@ -440,8 +449,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         right(tensors, path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "KEEP_SECONDS", 0.0)
-        patch.setattr(engine, "save_file", full)
+        patch.setattr(trainer, "KEEP_SECONDS", 0.0)
+        patch.setattr(trainer, "save_file", full)
         with pytest.raises(UserError, match=r"No space left on device.*free some room on the disk"):
             run_training(tmp_path)
     left = [p.name for p in (tmp_path / ".student.stages").glob("*/*")]
@@ -650,8 +659,8 @@ def test_the_demos_stages_give_the_losses_on_record(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_other_losses_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = engine.rate_factor
-    monkeypatch.setattr(engine, "rate_factor", lambda *args: 0.8 * right(*args))
+    right = trainer.rate_factor
+    monkeypatch.setattr(trainer, "rate_factor", lambda *args: 0.8 * right(*args))
     with pytest.raises(AssertionError):
         check_golden(tmp_path)
 

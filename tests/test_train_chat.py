@@ -26,7 +26,7 @@ from tamba.chats import Row
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import Dpo, OnPolicy, Sft, read_recipe
-from tamba.train import chat, chat_steps, dpo, engine, on_policy, sft
+from tamba.train import chat, chat_steps, dpo, on_policy, sft, trainer
 from tamba.train.engine import Place
 from texts import END, byte_tokenizer
 
@@ -387,10 +387,10 @@ def stages(kind: str, steps: int = 6) -> Callable[[TambaForCausalLM, Place], obj
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(trainer, "KEEP_SECONDS", 0.0)
     whole, cut = student(), student()
     log = stages(kind)(whole, Place())
-    honest = chat_steps._Watch.on_step_end
+    honest = trainer._Watch.on_step_end
 
     def dies(self, args, state, control, **told):
         honest(self, args, state, control, **told)
@@ -399,7 +399,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch
 
     place = Place(tmp_path / "kept")
     with monkeypatch.context() as inside:
-        inside.setattr(chat_steps._Watch, "on_step_end", dies)
+        inside.setattr(trainer._Watch, "on_step_end", dies)
         with pytest.raises(KeyboardInterrupt):
             stages(kind)(cut, place)
     assert [p.name for p in (tmp_path / "kept").glob("checkpoint-*")] == ["checkpoint-3"]
@@ -411,8 +411,8 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "KEEP_SECONDS", 0.0)
-    honest, saved = chat_steps.save_file, []
+    monkeypatch.setattr(trainer, "KEEP_SECONDS", 0.0)
+    honest, saved = trainer.save_file, []
 
     def full(tensors, path):
         saved.append(path)
@@ -420,14 +420,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch) -> None:
             raise OSError(28, "No space left on device")
         honest(tensors, path)
 
-    monkeypatch.setattr(chat_steps, "save_file", full)
+    monkeypatch.setattr(trainer, "save_file", full)
     with pytest.raises(UserError, match="No space left"):
         stages("sft")(student(), Place(tmp_path / "kept"))
     assert [p.name for p in (tmp_path / "kept").iterdir()] == ["checkpoint-2"]
 
 
 def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(trainer, "MOST_SKIPPED", 3)
     honest, bad = chat_steps._SftSteps.compute_loss, {2, 3}
     calls = []
 
@@ -442,7 +442,7 @@ def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
     assert log.skipped == 2
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
     # A gradient of no number beside a loss that is one is counted too.
-    norms, right = [], chat_steps.get_total_norm
+    norms, right = [], chat_steps._Steps._norm_of
     bad.clear()
 
     def too_large(*args, **options):
@@ -450,7 +450,7 @@ def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
         return right(*args, **options) * (math.inf if len(norms) == 2 else 1.0)
 
     with monkeypatch.context() as once:
-        once.setattr(chat_steps, "get_total_norm", too_large)
+        once.setattr(chat_steps._Steps, "_norm_of", too_large)
         assert stages("sft")(student(), Place()).skipped == 1
     calls.clear()
     bad.update(range(10))
@@ -471,7 +471,7 @@ sys.path[:0] = {sys.path!r}
 import os, signal, torch
 from safetensors.torch import save_file
 import test_train_chat as t
-t.engine.KEEP_SECONDS = 0.0
+t.trainer.KEEP_SECONDS = 0.0
 if len(sys.argv) > 1:
     honest = t.chat_steps._Steps._save_checkpoint
     def dies(self, *args):

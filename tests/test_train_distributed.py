@@ -59,7 +59,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import tamba
-from tamba.train import engine
+from tamba.train import engine, trainer
 
 torch.use_deterministic_algorithms(not torch.cuda.is_available())
 save = engine.Engine._save_checkpoint
@@ -71,7 +71,7 @@ def and_die(self, *args):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if "dies" in sys.argv:
-    engine.KEEP_SECONDS = 0.0
+    trainer.KEEP_SECONDS = 0.0
     engine.Engine._save_checkpoint = and_die
 here = Path(sys.argv[1])
 tamba.train(here / "recipe.toml", here / sys.argv[2], student=here / "built", text=here / "text")

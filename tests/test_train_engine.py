@@ -19,7 +19,7 @@ from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import ConvertOptions
 from tamba.surgery import convert_layer
-from tamba.train import align, distil, engine, objectives, trained_parameters
+from tamba.train import align, distil, objectives, trained_parameters, trainer
 from tamba.train.engine import Engine, Place, run_steps
 from tamba.train.objectives import DistilObjective, LiveTeacher
 from tamba.train.pieces import rows_of_step
@@ -107,11 +107,11 @@ def test_steps_equal_a_loop_written_by_hand() -> None:
 @pytest.mark.parametrize("fault", ["decay", "rate", "mean"])
 def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if fault == "rate":
-        monkeypatch.setattr(engine, "rate_factor", lambda *_: 1.0)
+        monkeypatch.setattr(trainer, "rate_factor", lambda *_: 1.0)
     if fault == "mean":
         monkeypatch.setattr(Engine, "finish", lambda self: None)
     if fault == "decay":
-        monkeypatch.setattr(engine, "RecurrentMixer", SimpleNamespace(FLOAT32=("weight",)))
+        monkeypatch.setattr(trainer, "RecurrentMixer", SimpleNamespace(FLOAT32=("weight",)))
     with pytest.raises(AssertionError):
         check_by_hand(ema=0.5)
 
@@ -146,7 +146,7 @@ def test_a_step_of_no_number_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_step_that_moves_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.math, "isfinite", lambda value: True)
+    monkeypatch.setattr(trainer.math, "isfinite", lambda value: True)
     with pytest.raises(AssertionError):
         check_skipped(monkeypatch)
 

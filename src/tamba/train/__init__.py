@@ -48,13 +48,13 @@ from tamba.recipe import WRITTEN, ChatStage, Distil, LeastSquares, Recipe, Stage
 from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.closed_form import least_squares
-from tamba.train.engine import Place, full
 from tamba.train.kinds import KINDS, Case, Job, frame_all
 from tamba.train.log import StageLog
-from tamba.train.memory import Memory
+from tamba.train.memory import Memory, same_everywhere, together
 from tamba.train.objectives import Pairs
 from tamba.train.steps import align, distil, trained_parameters
 from tamba.train.teacher import StoredTop, shorten, write_top
+from tamba.train.trainer import Place, full
 
 __all__ = [
     "Place",
@@ -132,6 +132,7 @@ def train(
     tokenizer = load_tokenizer(checkpoint) if talks else None
     memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
     done = len(memory.restore(model))
+    same_everywhere(folder, done)
     framed = frame_all(recipe, model, tokenizer, done)
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
         place = Place(
@@ -152,9 +153,9 @@ def train(
         if any(isinstance(p, DTensor) for p in model.parameters()):
             model = _whole(model, recipe, checkpoint, moves, processes.device)
         memory.keep(log, model, moved)
-    if writes:
-        _write(out, recipe, checkpoint, model, memory)
-    processes.wait_for_everyone()
+    with together(out):
+        if writes:
+            _write(out, recipe, checkpoint, model, memory)
     memory.forget()
     return memory.logs
 
@@ -238,8 +239,8 @@ class _Teachers:
         stored = None
         if folder is not None and rows is not None:
             assert isinstance(stage, Distil) and stage.top_k is not None
-            with self._processes.main_process_first():
-                if not folder.exists():
+            with together(folder):
+                if self._processes.is_main_process and not folder.exists():
                     write_top(
                         self._load(stage.teacher),
                         rows,
@@ -250,7 +251,7 @@ class _Teachers:
                         dtype=getattr(torch, stage.dtype),
                         batch_size=stage.micro_batch or stage.batch,
                     )
-                stored = self._open(folder, stage, rows)
+            stored = self._open(folder, stage, rows)
         if not KINDS[type(stage)].uses_teacher(stage):
             self._held = None
             return stored, None

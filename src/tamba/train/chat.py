@@ -38,8 +38,8 @@ from tamba.generate import end_tokens
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import ChatStage, Dpo, OnPolicy, Sft
 from tamba.train.chat_steps import IGNORED, check_library, kind_of, running
-from tamba.train.engine import NOWHERE, Place
 from tamba.train.log import StageLog
+from tamba.train.trainer import NOWHERE, Place
 
 _BETAS = {"forward": 0.0, "js": 0.5, "reverse": 1.0}
 """Divergences, as TRL counts them."""

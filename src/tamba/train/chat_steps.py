@@ -1,23 +1,17 @@
 """Steps of stages on conversations: TRL's trainers, told what differs.
 
-Rows come framed and masked; reference log-probabilities of preferences are computed once; a step
-whose loss or gradient is no number moves nothing; checkpoints appear under their names when they
-are whole, and a run that was cut off goes on from the last. TRL is an extra, imported by this file
-alone.
+Rows come framed and masked; reference log-probabilities of preferences are computed once; `trainer`
+counts, skips and keeps as for all stages. TRL is an extra, imported by this file alone.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import math
-import os
 import random
-import tempfile
-import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -25,28 +19,21 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase
 
 from tamba import progress
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
-from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.recipe import ChatStage, Sft
-from tamba.train import engine
-from tamba.train.engine import Place, full
 from tamba.train.log import StageLog, stage_log
-from tamba.train.memory import new_checkpoint, write_tensors
-from tamba.train.schedules import rate_factor
+from tamba.train.memory import from_all
+from tamba.train.trainer import Place, StageTrainer, decays
 
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
-_CURVE = "curve.json"
 _LEFT = ("forward", "_original_forward", "_is_accelerate_prepared", "model_tags")
 """Attributes that trainers put on a model. The third would keep the next stage from autocast."""
 _RESTORED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
@@ -92,12 +79,12 @@ class Run:
         stage, cuda = self.stage, self.student.device.type == "cuda"
         steps = self._steps(len(rows), tokens)
         models = {k: options.pop(k) for k in ("ref_model", "teacher_model") if k in options}
-        if self.place.logs is not None:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.place.logs)
-        args = config_class(
-            output_dir=str(self.folder),
+        args = self.place.arguments(
+            config_class,
+            self.folder,
+            steps,
+            self.seed,
             use_cpu=not cuda,
-            max_steps=steps,
             per_device_train_batch_size=1,
             learning_rate=stage.lr,
             weight_decay=stage.weight_decay,
@@ -107,17 +94,10 @@ class Run:
             bf16=stage.dtype == "bfloat16",
             # Layers are told in `running`; transformers 5.23 has another word for this than 5.17.
             **{next(n for n in _CHECKPOINTING if n in config_class.__dataclass_fields__): False},
-            logging_steps=max(1, steps // 200),
-            logging_nan_inf_filter=False,
-            save_strategy="no",  # `_Watch` says when
-            disable_tqdm=True,
-            report_to=list(self.place.report_to) or "none",
-            seed=self.seed % 2**32,
             remove_unused_columns=False,
             dataloader_pin_memory=cuda,
             **options,
         )
-        args._n_gpu = min(args.n_gpu, 1)  # one process is one GPU, however many are there
         mine, rest = divmod(stage.batch, args.world_size)
         micro = stage.micro_batch or mine
         if rest or mine % micro:
@@ -138,7 +118,9 @@ class Run:
             **({} if collate is None else {"data_collator": collate}),
             **models,
         )
-        trainer.begin(stage, steps, self.folder, self.place)
+        trainer.stage = stage
+        keeps = self.place.folder is not None
+        trainer.begin(kind_of(stage), self.student, steps, self.folder, keeps)
         self._tokens = round(tokens / len(rows) * steps * stage.batch)
         return trainer
 
@@ -152,10 +134,12 @@ class Run:
 
     def log(self, trainer: Any) -> StageLog:
         """Make the steps, from the last checkpoint where there is one; what they did."""
-        with progress.task(kind_of(self.stage), trainer.steps) as advance:
-            trainer.advance = advance
-            trainer.train(resume_from_checkpoint=get_last_checkpoint(str(self.folder)))
-        return stage_log(kind_of(self.stage), self._tokens, [[x] for x in trainer.losses])
+        try:
+            trainer.take_steps()
+        finally:
+            trainer.release()
+        kind = kind_of(self.stage)
+        return stage_log(kind, self._tokens, trainer.losses, seconds=trainer.seconds)
 
 
 @contextmanager
@@ -189,10 +173,7 @@ def running(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(_quiet())
-        folder = place.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = stack.enter_context(place.opened())
         try:
             yield Run(student, stage, seed, place, folder)
         finally:
@@ -229,23 +210,12 @@ def _quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-class _Steps(Trainer):
+class _Steps(StageTrainer):
     """What our stages tell TRL's trainers, which stand behind it in the order of classes."""
 
-    losses: list[float]
-    advance: Callable[..., None] = staticmethod(lambda *_, **__: None)
-    _run_folder: Path | None = None
-
-    def begin(self, stage: ChatStage, steps: int, folder: Path, place: Place) -> None:
-        self.stage, self.steps, self.folder = stage, steps, folder
-        self.losses = []
-        self.keeps = place.folder is not None
-        self.skipped_running = 0
-        self.total: Tensor | None = None
-        self.seen: list[Any] = []
-        self.kept = time.monotonic()
-        self.add_callback(_Watch(self))
-        self.remove_callback(PrinterCallback)
+    def begin(self, *args: Any, **told: Any) -> None:
+        super().begin(*args, **told)
+        self._seen: list[Any] = []
 
     def _send_telemetry(self) -> None:
         """Nobody is told what is trained here."""
@@ -256,128 +226,30 @@ class _Steps(Trainer):
     # What a step is made of.
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        # Decaying norms, biases, taps and decays would pull them to a meaningless zero.
-        return [
-            name
-            for name, p in model.named_parameters()
-            if p.dim() == 2 and name.rpartition(".")[2] not in RecurrentMixer.FLOAT32
-        ]
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        factor = partial(rate_factor, cast(Any, self.stage), num_training_steps)
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        return [name for name, p in model.named_parameters() if decays(name, p)]
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
-        self.seen.append(inputs)
         loss: Tensor = super().training_step(model, inputs, *args, **options)
-        self.total = loss.detach() if self.total is None else self.total + loss.detach()
-        return loss
+        mine = loss.detach() / self.args.world_size
+        self._total = mine if self._total is None else self._total + mine
+        # The curve that loggers hear would be no number from here on.
+        return loss.nan_to_num(0.0, 0.0, 0.0)
 
-    def judge(self) -> None:
-        """Keep a gradient of no number from the optimiser's step, which is next."""
-        moving = [p for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm([p.grad for p in moving if p.grad is not None], foreach=True)
-        assert self.total is not None
-        told = torch.stack([self.total.double(), full(norm).double().to(self.total.device)])
-        loss, size = self.accelerator.reduce(told, "mean").tolist()
-        self.losses.append(loss)
-        if math.isfinite(loss) and math.isfinite(size):
-            self.skipped_running = 0
-        else:
-            self.losses[-1] = math.nan  # counted, though the gradient alone was no number
-            for parameter in moving:
-                parameter.grad = None
-            self.skipped_running += 1
-            if self.skipped_running == min(engine.MOST_SKIPPED, self.steps):
-                self._give_up()
-        self.total, self.seen = None, []
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
+        self._seen.append(inputs)  # with what the student has answered, where it is asked
+        return super().compute_loss(model, inputs, *args, **options)
 
-    def _give_up(self) -> None:
-        n, step = self.skipped_running, self.state.global_step + 1
-        remedy = "lower the learning rate"
-        if self.keeps and self.is_world_process_zero():
-            path = self.folder.parent / f"not-a-number-{step}.safetensors"
-            tensors = {
-                f"{i}/{name}": value.detach().cpu().contiguous()
-                for i, inputs in enumerate(self.seen)
-                if isinstance(inputs, Mapping)
-                for name, value in inputs.items()
-                if isinstance(value, Tensor)
-            }
-            write_tensors(path, tensors, {})
-            remedy += f"; the last batch is in {path}"
-        raise UserError(
-            f"train: {kind_of(self.stage)}",
-            f"no loss or gradient was a number in {n} steps, up to step {step}",
-            remedy,
-        )
+    def _stepped(self) -> None:
+        self._seen = []
 
-    def wants_to_keep(self) -> bool:
-        """Whether a checkpoint is due, as the first process sees it."""
-        late = self.keeps and time.monotonic() - self.kept >= engine.KEEP_SECONDS
-        told = torch.tensor(float(late and self.is_world_process_zero()), device=self.args.device)
-        return bool(self.accelerator.reduce(told, "sum") > 0)
-
-    # Checkpoints.
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._run_folder or self.folder)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        main, name = self.is_world_process_zero(), f"checkpoint-{self.state.global_step}"
-        wait = self.accelerator.wait_for_everyone
-        try:
-            with new_checkpoint(self.folder, name, main, wait) as self._run_folder:
-                super()._save_checkpoint(model, trial)
-                if main:
-                    (self._run_folder / name / _CURVE).write_text(json.dumps(self.losses))
-        finally:
-            self._run_folder = None
-        self.kept = time.monotonic()
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if not self.args.should_save or output_dir is None:
-            return
-        tensors = {}
-        for name, parameter in self._moving().items():
-            kept = parameter.detach() if state_dict is None else state_dict[name]
-            tensors[name] = kept.cpu().contiguous()
-        save_file(tensors, Path(output_dir) / "model.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.losses = json.loads((Path(resume_from_checkpoint) / _CURVE).read_text())
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        kept = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in self._moving().items():
-                parameter.copy_(kept[name])
-
-    def _moving(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-
-class _Watch(TrainerCallback):
-    """Tells a trainer of ours where the loop is, and the loop when to keep a checkpoint."""
-
-    def __init__(self, trainer: _Steps) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.kept = time.monotonic()
-        if state.global_step:
-            self._trainer.advance(state.global_step)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.judge()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._trainer.advance(1, note=f"{self._trainer.losses[-1]:.3f}")
-        if state.global_step < self._trainer.steps and self._trainer.wants_to_keep():
-            control.should_save = True
+    def _last_batch(self) -> dict[str, Tensor]:
+        mine = [
+            {n: t.detach().cpu().contiguous() for n, t in inputs.items() if isinstance(t, Tensor)}
+            for inputs in self._seen
+            if isinstance(inputs, Mapping)
+        ]
+        pieces = [piece for theirs in from_all(mine) for piece in theirs]
+        return {f"{i}/{n}": tensor for i, piece in enumerate(pieces) for n, tensor in piece.items()}
 
 
 class _SftSteps(_Steps):
@@ -400,6 +272,7 @@ class _SftSteps(_Steps):
         if self.teacher is None:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return loss * self.weights.ce if self.weights.ce != 1 else loss
+        self._seen.append(inputs)
         return self._beside_teacher(model, inputs, num_items_in_batch)
 
     def _beside_teacher(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> Tensor:

@@ -23,12 +23,12 @@ from tamba.recipe import Align, ChatStage, Distil, Dpo, LeastSquares, OnPolicy, 
 from tamba.train.chat import Framed, dpo, frame, on_policy, sft
 from tamba.train.chat_steps import check_library
 from tamba.train.closed_form import least_squares
-from tamba.train.engine import Place
 from tamba.train.log import StageLog
 from tamba.train.mixing import can_compare
 from tamba.train.objectives import Pairs, TeacherSignal
 from tamba.train.steps import align, distil, trained_parameters
 from tamba.train.teacher import need_int8
+from tamba.train.trainer import Place
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,21 @@ stage at hand keeps checkpoints of its own in a folder below.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tamba.artefact import write_file
 from tamba.errors import UserError
@@ -74,7 +78,7 @@ class Memory:
         return list(self.logs)
 
     def keep(self, log: StageLog, model: nn.Module, moved: Sequence[str]) -> None:
-        """Keep a stage that is whole, and let its checkpoints go.
+        """Keep a stage that is whole, and let its checkpoints go. All processes call this.
 
         Raises:
             UserError: the disk has no room; what was kept before stays.
@@ -82,8 +86,12 @@ class Memory:
         index = len(self.logs)
         self.logs.append(log)
         self._moved.update(moved)
-        if not self._writes:
-            return
+        with together(self.folder):
+            if self._writes:
+                self._write(model)
+                shutil.rmtree(self.stage_folder(index), ignore_errors=True)
+
+    def _write(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
         tensors = {n: parameters[n].detach().cpu().contiguous() for n in sorted(self._moved)}
         facts = {
@@ -91,7 +99,6 @@ class Memory:
             "logs": json.dumps([log.to_dict() for log in self.logs]),
         }
         write_tensors(self._path, tensors, facts)
-        shutil.rmtree(self.stage_folder(index), ignore_errors=True)
 
     def forget(self) -> None:
         """The run is whole."""
@@ -109,16 +116,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str,
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, lambda partial: save_file(dict(tensors), partial, metadata=dict(facts)))
     except (OSError, SafetensorError) as error:
-        raise full_disk(path.parent, error) from error
+        raise _not_written(path.parent, error) from error
 
 
 @contextmanager
-def new_checkpoint(folder: Path, name: str, main: bool, wait: Callable[[], None]) -> Iterator[Path]:
+def new_checkpoint(folder: Path, name: str, main: bool) -> Iterator[Path]:
     """A checkpoint that appears as `name` in `folder` when it is whole; those before go after that.
+
+    All processes enter. Where one of them cannot write, all of them stop.
 
     Args:
         main: whether this process makes and renames folders.
-        wait: for all processes.
 
     Yields:
         The folder in which a folder `name` is to be filled.
@@ -128,29 +136,95 @@ def new_checkpoint(folder: Path, name: str, main: bool, wait: Callable[[], None]
     """
     partial = folder / "partial"
     try:
+        with together(folder):
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                (partial / name).mkdir(parents=True)
+        with together(folder):
+            yield partial
+        with together(folder):
+            if main:
+                os.replace(partial / name, folder / name)
+                for old in folder.glob("checkpoint-*"):
+                    if old.name != name:
+                        shutil.rmtree(old, ignore_errors=True)
+    except UserError:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / name).mkdir(parents=True)
-        wait()
-        yield partial
-        wait()
-        if main:
-            os.replace(partial / name, folder / name)
-            for old in folder.glob("checkpoint-*"):
-                if old.name != name:
-                    shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, RuntimeError) and not _is_writing(error):
+        raise
+
+
+@contextmanager
+def together(place: Path) -> Iterator[None]:
+    """Inside, files are written in `place`; if one process cannot, all stop with its message.
+
+    Every process comes here, whether it has anything to write or not. Inside, one that failed must
+    leave no other waiting. Errors of programming are not shared.
+
+    Raises:
+        UserError: of the first process that failed.
+    """
+    mine: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    except (Exception, CheckpointException) as error:
+        cause = _of_writing(error)
+        if cause is None:
             raise
-        raise full_disk(folder, error) from error
+        mine = _not_written(place, cause)
+        mine.__cause__ = error
+    for said in from_all(mine and (mine.where, mine.problem, mine.remedy)):
+        if said is not None:
+            raise UserError(*said) from mine
 
 
-def _is_writing(error: RuntimeError) -> bool:
-    """Whether torch's own writer failed, which has no error class for a full disk."""
-    return any(word in str(error) for word in ("PytorchStreamWriter", "unexpected pos"))
+def same_everywhere(place: Path, found: object) -> None:
+    """Refuse that processes read different things in `place`, where one wrote and all go on.
+
+    Raises:
+        UserError: they did; nothing else would tell, for each goes on from what it has.
+    """
+    if any(other != found for other in from_all(found)):
+        raise UserError(
+            str(place),
+            "the processes do not see the same files there",
+            "choose a folder that all hosts share",
+        )
 
 
-def full_disk(folder: Path, error: Exception) -> UserError:
+def from_all(mine: Any) -> list[Any]:
+    """What each process has, in order."""
+    found = [mine]
+    if torch.distributed.is_initialized():
+        found *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def _of_writing(error: BaseException) -> BaseException | None:
+    """The error itself if it says that a file cannot be written, or the one in it that does."""
+    if isinstance(error, CheckpointException):  # of all processes, on all processes
+        causes = [_of_writing(cause) for cause, _ in error.failures.values()]
+        return None if None in causes else causes[0]
+    if isinstance(error, (OSError, SafetensorError)):
+        return error
+    # torch's own writer has no error class for a full disk.
+    writer = ("PytorchStreamWriter", "unexpected pos")
+    words = str(error) if isinstance(error, RuntimeError) else ""
+    return error if any(word in words for word in writer) else None
+
+
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def _not_written(folder: Path, error: BaseException) -> UserError:
     """What a run says when it cannot write."""
-    return UserError(str(folder), f"cannot be written ({error})", "free some room on the disk")
+    # Libraries in Rust have the number in their text alone.
+    told = re.search(r"os error (\d+)", str(error))
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    remedy = "free some room on the disk"
+    if number in _DENIED:
+        remedy = "check its permissions or choose another place"
+    return UserError(str(folder), f"cannot be written ({error})", remedy)

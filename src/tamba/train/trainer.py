@@ -1,0 +1,321 @@
+"""What all stages of gradient steps have in common, as a transformers Trainer.
+
+Steps are counted and told. One whose loss or gradient is no number moves nothing, and a run of them
+ends the stage with the last batch on disk. Checkpoints appear under their names when they are
+whole, and a stage goes on from the last. What a step is made of is another matter: `engine` takes
+it from rows of text, `chat_steps` from TRL.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from tamba import progress
+from tamba.errors import UserError
+from tamba.model.recurrent import RecurrentMixer
+from tamba.train.memory import new_checkpoint, same_everywhere, together, write_tensors
+from tamba.train.schedules import rate_factor
+
+KEEP_SECONDS = 600.0
+"""Work that a kill may cost."""
+MOST_SKIPPED = 8
+"""Steps in a row that may come to nothing."""
+_CURVE = "curve.json"
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage keeps and tells what it does.
+
+    Args:
+        folder: of its checkpoints; None to keep none.
+        logs: of what loggers write.
+        report_to: loggers, in transformers' words.
+    """
+
+    folder: Path | None = None
+    logs: Path | None = None
+    report_to: tuple[str, ...] = ()
+
+    @contextmanager
+    def opened(self) -> Iterator[Path]:
+        """Inside, a folder for checkpoints stands; one that passes where none are kept."""
+        if self.folder is None:
+            with tempfile.TemporaryDirectory() as passing:
+                yield Path(passing)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        yield self.folder
+
+    def arguments(
+        self, kind: type[Arguments], folder: Path, steps: int, seed: int, **options: Any
+    ) -> Arguments:
+        """What every stage tells a Trainer, as arguments of this kind, and `options` besides."""
+        if self.logs is not None:
+            # The one way in which both ends of the supported range of transformers are told.
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.logs)
+        args = kind(
+            output_dir=str(folder),
+            max_steps=steps,
+            logging_steps=max(1, steps // 200),
+            logging_nan_inf_filter=False,  # would wait for the device after each piece
+            save_strategy="no",  # `_Watch` says when
+            disable_tqdm=True,
+            report_to=list(self.report_to) or "none",
+            seed=seed % 2**32,
+            **options,
+        )
+        args._n_gpu = min(args.n_gpu, 1)  # one process is one GPU, however many are there
+        return args
+
+
+NOWHERE = Place()
+
+
+class StageTrainer(Trainer):
+    """Steps of one stage. `begin` comes before them, `take_steps` makes them.
+
+    Whoever inherits adds the parts of each step's loss to `_total` in `training_step`, such that
+    their sum over processes is the step's, and says what `_last_batch` was.
+    """
+
+    stage: Any
+    """The recipe's section; it has the keys of a learning rate."""
+    losses: list[list[float]]
+    """The parts of the loss of each step; NaN in one that was skipped."""
+    seconds: list[float]
+    """Of each step, over all runs that the stage was cut into."""
+    steps: int
+    unit = ""
+    """Of a loss, as it is shown."""
+    _resumed: str | None = None
+    _run_folder: Path | None = None
+
+    def begin(self, kind: str, student: nn.Module, steps: int, folder: Path, keeps: bool) -> None:
+        """Get ready.
+
+        Args:
+            kind: of the stage, in the recipe's words.
+            student: whose parameters that take gradients are kept.
+            folder: of checkpoints, if it `keeps` any.
+        """
+        self.kind, self.student, self.steps = kind, student, steps
+        self.losses, self.seconds = [], []
+        self._folder, self._keeps = folder, keeps
+        self._advance: Callable[..., None] | None = None
+        self._skipped_running = 0
+        self._total: Tensor | None = None
+        self._wants_to_keep = False
+        self._kept = self._last = time.monotonic()
+        self.add_callback(_Watch(self))
+        self.remove_callback(PrinterCallback)
+
+    def take_steps(self) -> None:
+        """Make the steps, from the last checkpoint where there is one.
+
+        Raises:
+            UserError: steps that come to nothing, a disk without room, or processes that do not see
+                the same checkpoint.
+        """
+        self._resumed = get_last_checkpoint(str(self._folder))
+        same_everywhere(self._folder, self._resumed and Path(self._resumed).name)
+        main = self.is_world_process_zero()
+        with progress.task(self.kind, self.steps) if main else nullcontext() as self._advance:
+            self.train(resume_from_checkpoint=self._resumed)
+
+    def release(self) -> None:
+        """Let gradients' moments go: the next stage needs the room, and cycles hold the trainer."""
+        holders: tuple[Any, ...] = (self, self.callback_handler)
+        for holder in holders:
+            holder.optimizer = holder.lr_scheduler = None
+        self.accelerator.free_memory()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if asked and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards over GPUs alone; here CPUs too, where sharding can be tried out.
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin()
+            self.is_fsdp_enabled = True
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        factor = partial(rate_factor, self.stage, num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _moving(self) -> dict[str, nn.Parameter]:
+        """What moves, by its name in the student."""
+        return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+
+    # What is done with a gradient.
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last thing before the optimiser's step, which a gradient of no number is kept from.
+
+        One wait for the device a step: the loss is read here, and nowhere else.
+        """
+        grad_norm = self._norm_of(model, grad_norm)
+        assert self._total is not None
+        total, self._total = self._total.double().flatten(), None
+        wants = self._keeps and time.monotonic() - self._kept >= KEEP_SECONDS
+        norm = torch.as_tensor(full(grad_norm), dtype=total.dtype, device=total.device)
+        told = torch.cat([total, total.new_tensor([float(wants)]), norm.reshape(1)])
+        *parts, wanted, size = self.accelerator.reduce(told, "sum").tolist()
+        self._wants_to_keep = wanted > 0
+        self.losses.append(parts)
+        if all(map(math.isfinite, (*parts, size))):
+            self._skipped_running = 0
+        else:
+            # Its loss may be a number where its gradient is none: the curve has neither.
+            self.losses[-1] = [math.nan] * len(parts)
+            model.zero_grad(set_to_none=True)
+            self._skipped_running += 1
+            if self._skipped_running == min(MOST_SKIPPED, self.steps):
+                self._give_up()
+        return grad_norm
+
+    def _norm_of(self, model: nn.Module, clipped: Any) -> Any:
+        """The gradient's norm; `clipped` is what it was, if it was clipped."""
+        return super()._get_grad_norm(model, clipped)
+
+    def _give_up(self) -> None:
+        step = self.state.global_step + 1
+        remedy = "lower the learning rate"
+        if self._keeps:
+            path = self._folder.parent / f"not-a-number-{step}.safetensors"
+            batch = self._last_batch()
+            try:
+                with together(path.parent):
+                    if self.is_world_process_zero():
+                        write_tensors(path, batch, {})
+                remedy += f"; the last batch is in {path}"
+            except UserError as error:  # what came before it is what has to be said
+                remedy += f"; the last batch is not kept: {error}"
+        raise UserError(
+            f"train: {self.kind}",
+            f"no loss or gradient was a number in {self._skipped_running} steps, up to step {step}",
+            remedy,
+        )
+
+    def _last_batch(self) -> Mapping[str, Tensor]:
+        """What the step at hand was made of, on all processes; on the CPU. All of them ask."""
+        raise NotImplementedError
+
+    # Checkpoints.
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._run_folder or self._folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        main, name = self.is_world_process_zero(), f"checkpoint-{self.state.global_step}"
+        besides = self._kept_besides()
+        try:
+            with new_checkpoint(self._folder, name, main) as self._run_folder:
+                super()._save_checkpoint(model, trial)
+                if main:
+                    curve = {"losses": self.losses, "seconds": self.seconds}
+                    (self._run_folder / name / _CURVE).write_text(json.dumps(curve))
+                    for file, tensors in besides.items():
+                        save_file(dict(tensors), self._run_folder / name / file)
+        finally:
+            self._run_folder = None
+        self._kept = time.monotonic()
+
+    def _kept_besides(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Further files of a checkpoint and their tensors, on the CPU. All processes ask."""
+        return {}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save or output_dir is None:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # they keep shards, and read nothing else
+        tensors = {n: p.detach().cpu().contiguous() for n, p in self._moving().items()}
+        save_file(tensors, Path(output_dir) / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        kept = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self._moving().items():
+                parameter.copy_(kept[name])
+
+    # Where the Trainer's loop is.
+
+    def _begin(self) -> None:
+        """Before the first step of this run."""
+        if self._resumed:
+            curve = json.loads((Path(self._resumed) / _CURVE).read_text())
+            self.losses, self.seconds = curve["losses"], curve["seconds"]
+            for parts in reversed(self.losses):
+                if all(map(math.isfinite, parts)):
+                    break
+                self._skipped_running += 1
+        self._kept = self._last = time.monotonic()
+        if self._advance is not None and self.state.global_step:
+            self._advance(self.state.global_step)
+
+    def _stepped(self) -> None:
+        """After the optimiser's step."""
+
+    def note(self) -> None:
+        """Count a step that is done, and show it."""
+        before, self._last = self._last, time.monotonic()
+        self.seconds.append(self._last - before)
+        if self._advance is not None:
+            loss = math.fsum(self.losses[-1]) / len(self.losses[-1])
+            self._advance(1, note=f"{loss:.3f}{self.unit}")
+
+
+class _Watch(TrainerCallback):
+    """Tells a trainer of ours where the loop is, and the loop when to keep a checkpoint."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer._begin()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer._stepped()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._trainer.note()
+        if self._trainer._wants_to_keep and state.global_step < self._trainer.steps:
+            control.should_save = True
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for a parameter: norms, biases, taps and decays it would pull to a
+    meaningless zero."""
+    return parameter.dim() == 2 and name.rpartition(".")[2] not in RecurrentMixer.FLOAT32
+
+
+def full(tensor: Any) -> Any:
+    """The whole of a tensor that may be sharded; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
