@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import tamba
-from test_train import prepare, run_training
+from tamba.train.pieces import rows_of_step
+from test_train import prepare, rows, run_training
 
 STAGES = """
 [[train]]
@@ -78,10 +80,12 @@ tamba.train(here / "recipe.toml", here / sys.argv[2], student=here / "built", te
 """
 
 
-def launched(folder: Path, out: str, told: dict[str, str], *, dies: bool = False) -> None:
-    """Training in two processes, told what `torchrun` tells; or until both are killed."""
-    script = folder / "work.py"
-    script.write_text(WORK)
+def launched(
+    folder: Path, script: str, told: dict[str, str], *arguments: str, seconds: float = 300.0
+) -> list[tuple[int, str, str]]:
+    """A script in two processes, told what `torchrun` tells: exit status, output and errors."""
+    path = folder / "work.py"
+    path.write_text(script)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -89,24 +93,35 @@ def launched(folder: Path, out: str, told: dict[str, str], *, dies: bool = False
     told |= {"PYTHONPATH": str(Path(tamba.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder), out, *(["dies"] if dies else [])],
+            [sys.executable, str(path), str(folder), *arguments],
             env={**os.environ, **told, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in ("0", "1")
     ]
-    said = [process.communicate()[1] for process in running]
+    try:
+        said = [process.communicate(timeout=seconds) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [(one.returncode, *words) for one, words in zip(running, said, strict=True)]
+
+
+def train(folder: Path, out: str, told: dict[str, str], *, dies: bool = False) -> None:
+    """Training in two processes, or until both are killed."""
+    found = launched(folder, WORK, told, out, *(["dies"] if dies else []))
     want = -signal.SIGKILL if dies else 0
-    assert all(process.returncode == want for process in running), "\n\n".join(said)
+    assert all(status == want for status, *_ in found), "\n\n".join(e for *_, e in found)
 
 
 def check_processes(folder: Path, told: dict[str, str], *, dies: bool = False) -> None:
     prepare(folder, STAGES)
     if dies:
-        launched(folder, "two", told, dies=True)
+        train(folder, "two", told, dies=True)
         assert list((folder / ".two.stages").glob("*-1/checkpoint-3"))
-    launched(folder, "two", told)
+    train(folder, "two", told)
     run_training(folder, "one")
     curves = [
         [stage["losses"] for stage in json.loads((folder / n / "train.json").read_text())["stages"]]
@@ -136,3 +151,135 @@ def test_shared_out_and_killed_they_train_as_one(tmp_path: Path) -> None:
 def test_two_devices_train_as_one(tmp_path: Path, told: dict[str, str]) -> None:
     torch.use_deterministic_algorithms(False)
     check_processes(tmp_path, told)
+
+
+# Where one process fails.
+
+FAILS = """
+import json, os, sys
+from pathlib import Path
+from unittest import mock
+import torch
+from torch.distributed.checkpoint import FileSystemWriter
+import tamba
+from tamba.checkpoint import CheckpointWriter
+from tamba.errors import UserError
+from tamba.train import memory, objectives, teacher, trainer
+
+here, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+trainer.KEEP_SECONDS = 0.0
+
+
+def full(place, name, here=lambda *args: True, on=0):
+    right = getattr(place, name)
+
+    def wrong(*args, **told):
+        if rank == on and here(*args):
+            raise OSError(28, "No space left on device")
+        return right(*args, **told)
+
+    return mock.patch.object(place, name, wrong)
+
+
+def at(*steps):
+    return lambda *args: any(f"checkpoint-{n}" in str(a) for a in args for n in steps)
+
+
+right = objectives.next_token_loss
+none = mock.patch.object(
+    objectives, "next_token_loss", lambda *a, **k: right(*a, **k) * float("nan")
+)
+faults = {
+    "checkpoint": [full(trainer, "save_file", at(3))],
+    "the other's": [full(torch, "save", at(3), on=1)],
+    "shards": [full(FileSystemWriter, "write_data", on=1)],
+    "stage": [full(memory, "save_file", lambda t, path, **k: "stages" in Path(path).name)],
+    "store": [full(teacher, "save_file")],
+    "output": [full(CheckpointWriter, "write")],
+    "no number": [none],
+    "no number, no room": [none, full(trainer, "write_tensors")],
+}
+if "alone" in sys.argv:
+    memory.from_all = lambda mine: [mine]
+for name in sys.argv[2].split(";"):
+    out = name.replace(" ", "-")
+    with mock.patch.object(trainer, "MOST_SKIPPED", 3):
+        for patch in faults[name]:
+            patch.start()
+        try:
+            recipe = here / ("stored.toml" if name == "store" else "recipe.toml")
+            tamba.train(recipe, here / out, student=here / "built", text=here / "text")
+        except UserError as error:
+            print(json.dumps([name, str(error)]), flush=True)
+        for patch in faults[name]:
+            patch.stop()
+"""
+ONE_STAGE = """
+[[train]]
+stage = "distil"
+tokens = 320
+batch = 4
+micro_batch = 1
+lr = 1e-3
+dtype = "float32"
+compile = false
+top_k = 9
+"""
+ROOM = r"cannot be written \(.*No space left on device.*\); free some room on the disk"
+NAN = r"train: distil: no loss or gradient was a number in 3 steps, up to step 3; lower the "
+
+
+def check_failures(folder: Path, told: dict[str, str], wanted: dict[str, str], *more: str) -> None:
+    """Both processes say the same of each fault."""
+    path = prepare(folder, ONE_STAGE)
+    (folder / "stored.toml").write_text(path.read_text() + 'stored = "top"\n')
+    found = launched(folder, FAILS, told, ";".join(wanted), *more, seconds=120)
+    said = [
+        [json.loads(line) for line in out.splitlines() if line[:2] == '["'] for _, out, _ in found
+    ]
+    assert said[0] == said[1], found
+    assert [status for status, *_ in found] == [0, 0], found
+    assert [name for name, _ in said[0]] == list(wanted)
+    for name, message in said[0]:
+        assert re.search(wanted[name], message), (name, message)
+
+
+@pytest.mark.slow
+def test_where_one_process_cannot_write_all_stop(tmp_path: Path) -> None:
+    wanted = {
+        "checkpoint": ROOM,
+        "the other's": ROOM,
+        "stage": ROOM,
+        "store": "not enough room on disk|" + ROOM,
+        "output": "room",
+        "no number": NAN + r"learning rate; the last batch is in .*not-a-number-3.safetensors$",
+        "no number, no room": NAN + r"learning rate; the last batch is not kept: .*No space left",
+    }
+    check_failures(tmp_path, {}, wanted)
+    for name in ("checkpoint", "the-other's"):
+        left = [p.name for p in (tmp_path / f".{name}.stages").glob("*/*")]
+        assert left == ["checkpoint-2"], name
+    assert not any((tmp_path / name.replace(" ", "-")).exists() for name in wanted)
+    assert not (tmp_path / "top").exists()
+    # The rows of both, not of the first alone.
+    kept = load_file(tmp_path / ".no-number.stages" / "not-a-number-3.safetensors")
+    some = rows_of_step(len(rows()), 4, 2, 0)
+    assert kept["rows"].tolist() == some.tolist()
+    assert torch.equal(kept["tokens"], rows().tokens[some].long())
+    # What was left is enough to go on from.
+    train(tmp_path, "checkpoint", {})
+    run_training(tmp_path, "one")
+    want, got = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "checkpoint"))
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_where_one_process_cannot_write_its_shards_all_stop(tmp_path: Path) -> None:
+    check_failures(tmp_path, FSDP, {"shards": ROOM, "stage": ROOM})
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_alone_is_seen(tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, subprocess.TimeoutExpired)):
+        check_failures(tmp_path, {}, {"checkpoint": ROOM}, "alone")
