@@ -244,7 +244,7 @@ class _Steps(StageTrainer):
 
     def _last_batch(self) -> dict[str, Tensor]:
         mine = [
-            {n: t.detach().cpu().contiguous() for n, t in inputs.items() if isinstance(t, Tensor)}
+            {n: t.detach().cpu().clone() for n, t in inputs.items() if isinstance(t, Tensor)}
             for inputs in self._seen
             if isinstance(inputs, Mapping)
         ]
