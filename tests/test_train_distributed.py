@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import tamba
+from models import tiny_model
+from tamba.text import RecipeText
 from tamba.train.pieces import rows_of_step
 from test_train import prepare, rows, run_training
 
@@ -61,20 +63,20 @@ import os, signal, sys
 from pathlib import Path
 import torch
 import tamba
-from tamba.train import engine, trainer
+from tamba.train import trainer
 
 torch.use_deterministic_algorithms(not torch.cuda.is_available())
-save = engine.Engine._save_checkpoint
+save = trainer.StageTrainer._save_checkpoint
 
 def and_die(self, *args):
     save(self, *args)
-    if self.stage.stage == "distil" and self.state.global_step == 3:
+    if [self.kind, str(self.state.global_step)] == sys.argv[3:]:
         self.accelerator.wait_for_everyone()
         os.kill(os.getpid(), signal.SIGKILL)
 
-if "dies" in sys.argv:
+if len(sys.argv) > 3:
     trainer.KEEP_SECONDS = 0.0
-    engine.Engine._save_checkpoint = and_die
+    trainer.StageTrainer._save_checkpoint = and_die
 here = Path(sys.argv[1])
 tamba.train(here / "recipe.toml", here / sys.argv[2], student=here / "built", text=here / "text")
 """
@@ -109,18 +111,18 @@ def launched(
     return [(one.returncode, *words) for one, words in zip(running, said, strict=True)]
 
 
-def train(folder: Path, out: str, told: dict[str, str], *, dies: bool = False) -> None:
-    """Training in two processes, or until both are killed."""
-    found = launched(folder, WORK, told, out, *(["dies"] if dies else []))
+def train(folder: Path, out: str, told: dict[str, str], *dies: str) -> None:
+    """Training in two processes, or until both are killed after a step of a stage."""
+    found = launched(folder, WORK, told, out, *dies)
     want = -signal.SIGKILL if dies else 0
     assert all(status == want for status, *_ in found), "\n\n".join(e for *_, e in found)
 
 
-def check_processes(folder: Path, told: dict[str, str], *, dies: bool = False) -> None:
-    prepare(folder, STAGES)
+def check_processes(folder: Path, told: dict[str, str], *dies: str) -> None:
+    """Two processes come to what one comes to; killed between, too."""
     if dies:
-        train(folder, "two", told, dies=True)
-        assert list((folder / ".two.stages").glob("*-1/checkpoint-3"))
+        train(folder, "two", told, *dies)
+        assert list((folder / ".two.stages").glob(f"*-1/checkpoint-{dies[1]}"))
     train(folder, "two", told)
     run_training(folder, "one")
     curves = [
@@ -137,12 +139,52 @@ def check_processes(folder: Path, told: dict[str, str], *, dies: bool = False) -
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    prepare(tmp_path, STAGES)
     check_processes(tmp_path, {})
 
 
 @pytest.mark.slow
 def test_shared_out_and_killed_they_train_as_one(tmp_path: Path) -> None:
-    check_processes(tmp_path, FSDP, dies=True)
+    prepare(tmp_path, STAGES)
+    check_processes(tmp_path, FSDP, "distil", "3")
+
+
+TALKS = """
+name = "talks"
+teacher.path = "teacher"
+build.plan = ["keep 0", "convert 1"]
+output.report_to = []
+[[train]]
+stage = "sft"
+data = ["chats.jsonl"]
+packed = true
+[[train]]
+stage = "dpo"
+data = ["pairs.jsonl"]
+reference = "student"
+[[train]]
+stage = "dpo"
+data = ["pairs.jsonl"]
+[[train]]
+stage = "sft"
+data = ["chats.jsonl"]
+kl = 1.0
+""".replace("data =", 'steps = 4\nbatch = 4\nmicro_batch = 1\nlr = 1e-3\ndtype = "float32"\ndata =')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [{}, FSDP], ids=["replicated", "sharded"])
+def test_two_processes_converse_as_one(tmp_path: Path, told: dict[str, str]) -> None:
+    """Killed in the second stage; the references are the student itself and a teacher in use."""
+    chats = pytest.importorskip("test_train_chat")
+    tiny_model(["attention"] * 2, vocab_size=257).save_pretrained(tmp_path / "teacher")
+    chats.tokenizer().save_pretrained(tmp_path / "teacher")
+    chats.write_rows(tmp_path / "chats.jsonl", chats.rows(8))
+    chats.write_rows(tmp_path / "pairs.jsonl", chats.pairs(8))
+    (tmp_path / "recipe.toml").write_text(TALKS)
+    RecipeText(rows(), None).save(tmp_path / "text")
+    tamba.build(tmp_path / "recipe.toml", tmp_path / "built")
+    check_processes(tmp_path, told, "dpo", "2")
 
 
 @pytest.mark.gpu
@@ -150,6 +192,7 @@ def test_shared_out_and_killed_they_train_as_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("told", [{}, FSDP], ids=["replicated", "sharded"])
 def test_two_devices_train_as_one(tmp_path: Path, told: dict[str, str]) -> None:
     torch.use_deterministic_algorithms(False)
+    prepare(tmp_path, STAGES)
     check_processes(tmp_path, told)
 
 

@@ -7,6 +7,7 @@ is no terminal (a log file, a pipe) a line every few seconds says the same.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
@@ -32,7 +33,13 @@ _display: ContextVar[_Display | None] = ContextVar("tamba_progress_display", def
 
 @contextmanager
 def shown(console: Console | None = None, *, seconds_between_lines: float = 10.0) -> Iterator[None]:
-    """Show every `task` opened inside, on `console` (stderr by default)."""
+    """Show every `task` opened inside, on `console` (stderr by default).
+
+    Of several processes that do one work (`torchrun` counts them in ``RANK``) the first shows it.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     console = console or Console(stderr=True)
     if not console.is_terminal:
         display: _Display = _Lines(console, seconds_between_lines)

@@ -47,6 +47,7 @@ from tamba.plan import LayerPlan, read_plan
 from tamba.recipe import WRITTEN, ChatStage, Distil, LeastSquares, Recipe, Stage, as_recipe
 from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
+from tamba.train.chat_steps import shares
 from tamba.train.closed_form import least_squares
 from tamba.train.kinds import KINDS, Case, Job, frame_all
 from tamba.train.log import StageLog
@@ -200,9 +201,12 @@ def _loggers(recipe: Recipe) -> tuple[str, ...]:
 def _check_shares(recipe: Recipe, processes: int) -> None:
     """Refuse a batch that so many processes cannot share, before any stage runs."""
     for index, stage in enumerate(recipe.train):
-        if not isinstance(stage, LeastSquares) and stage.batch % processes:
+        where = recipe.where_stage(index)
+        if isinstance(stage, ChatStage):
+            shares(stage, processes, where)
+        elif not isinstance(stage, LeastSquares) and stage.batch % processes:
             raise UserError(
-                recipe.where_stage(index),
+                where,
                 f"batch = {stage.batch} cannot be shared by {processes} processes",
                 "choose a multiple",
             )

@@ -55,6 +55,24 @@ def kind_of(stage: ChatStage) -> str:
     return str(cast(Any, stage).stage)
 
 
+def shares(stage: ChatStage, processes: int, where: str) -> tuple[int, int]:
+    """Rows that go through a process at a time, and how often a step.
+
+    Raises:
+        UserError: so many processes cannot share a step; its message begins with `where`.
+    """
+    mine, rest = divmod(stage.batch, processes)
+    micro = min(stage.micro_batch or mine, mine)
+    if rest or mine % micro:
+        pieces = f" in pieces of {micro}" if not rest else ""
+        raise UserError(
+            where,
+            f"batch = {stage.batch} cannot be shared by {processes} processes{pieces}",
+            "choose a multiple",
+        )
+    return micro, mine // micro
+
+
 class Run:
     """One stage at work: its trainer's arguments, and what it leaves."""
 
@@ -98,17 +116,9 @@ class Run:
             dataloader_pin_memory=cuda,
             **options,
         )
-        mine, rest = divmod(stage.batch, args.world_size)
-        micro = stage.micro_batch or mine
-        if rest or mine % micro:
-            raise UserError(
-                f"train: {kind_of(stage)}",
-                f"batch = {stage.batch} cannot be shared by {args.world_size} processes in pieces "
-                f"of {micro}",
-                "choose a multiple",
-            )
+        micro, pieces = shares(stage, args.world_size, f"train: {kind_of(stage)}")
         args.per_device_train_batch_size = micro
-        args.gradient_accumulation_steps = mine // micro
+        args.gradient_accumulation_steps = pieces
         trainer = trainer_class(
             model=self.student,
             args=args,
@@ -315,22 +325,35 @@ class _DpoSteps(_Steps):
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset  # framed and checked before
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # TRL would share the reference out over processes, in place: the student itself perhaps, or
+        # the next stage's teacher. It is asked whole, before the first step.
+        self._shares_out, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+
+    def begin(self, *args: Any, **told: Any) -> None:
+        self.is_fsdp_enabled = self._shares_out
+        super().begin(*args, **told)
+
     def ask_reference(self) -> None:
         """Compute what the reference says of every pair, and let it go."""
         reference, size = self.ref_model, self.args.per_device_train_batch_size
-        found: dict[str, list[float]] = {"ref_chosen_logps": [], "ref_rejected_logps": []}
-        rows = self.train_dataset
+        rows, world = self.train_dataset, self.args.world_size
+        firsts = range(0, len(rows), size)
+        mine: dict[int, list[list[float]]] = {}
         was = reference.training
         reference.eval()
-        for first in progress.track(range(0, len(rows), size), "dpo: reference"):
+        for turn in progress.track(range(0, len(firsts), world), "dpo: reference"):
+            # As many for each process, for it may be that all have to ask at once.
+            first = firsts[min(turn + self.args.process_index, len(firsts) - 1)]
             some = [rows[i] for i in range(first, min(first + size, len(rows)))]
             batch = self._prepare_inputs(self.data_collator(some))
             sides = self.compute_ref_log_probs(reference, batch)
-            for name, values in zip(found, sides, strict=True):
-                found[name] += values.float().tolist()
+            mine[first] = [side.float().tolist() for side in sides]
         reference.train(was)
-        for name, column in found.items():
-            rows = rows.add_column(name, column)
+        found = {first: sides for theirs in from_all(mine) for first, sides in theirs.items()}
+        for k, name in enumerate(("ref_chosen_logps", "ref_rejected_logps")):
+            rows = rows.add_column(name, [value for first in firsts for value in found[first][k]])
         self.train_dataset, self.precompute_ref_logps, self.ref_model = rows, True, None
 
 
