@@ -34,6 +34,17 @@ def test_lines_where_there_is_no_terminal():
     assert len(lines) == 3
 
 
+def test_of_several_processes_the_first_shows(monkeypatch):
+    shown = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        out = io.StringIO()
+        with progress.shown(Console(file=out, force_terminal=False), seconds_between_lines=0):
+            assert list(progress.track(range(3), "work")) == [0, 1, 2]
+        shown.append(out.getvalue())
+    assert shown[0] and not shown[1]
+
+
 def test_bars_on_a_terminal():
     out = io.StringIO()
     with progress.shown(Console(file=out, force_terminal=True, width=100)):

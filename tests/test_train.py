@@ -30,7 +30,7 @@ from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import ConvertOptions
-from tamba.recipe import Align, Distil, LeastSquares, read_recipe
+from tamba.recipe import Align, Distil, LeastSquares, Sft, read_recipe
 from tamba.sections import dump_toml
 from tamba.surgery import convert_layer
 from tamba.text import RecipeText, prepare_text
@@ -44,6 +44,7 @@ from tamba.train import (
     trained_parameters,
     trainer,
 )
+from tamba.train.chat_steps import shares
 from tamba.train.engine import Engine
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
@@ -702,6 +703,15 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_any_stage(
     with pytest.raises(UserError, match=r"train.0 \(align\): batch = 4 cannot be shared by 3"):
         run_training(tmp_path)
     assert not (tmp_path / ".student.stages").exists()
+    # Conversations are shared in whole pieces.
+    chat = Sft.model_validate({"stage": "sft", "data": ("a",), "lr": 1e-3, "batch": 12})
+    assert shares(chat, 3, "here") == (4, 1)
+    assert shares(chat.model_copy(update={"micro_batch": 2}), 3, "here") == (2, 2)
+    assert shares(chat.model_copy(update={"micro_batch": 6}), 3, "here") == (4, 1)
+    with pytest.raises(UserError, match="here: batch = 12 cannot be shared by 3 processes in piec"):
+        shares(chat.model_copy(update={"micro_batch": 3}), 3, "here")
+    with pytest.raises(UserError, match="here: batch = 12 cannot be shared by 5 processes; "):
+        shares(chat, 5, "here")
 
 
 def test_a_stage_alone_keeps_its_number_in_messages(tmp_path: Path) -> None:
