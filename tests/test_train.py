@@ -714,6 +714,15 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_any_stage(
         shares(chat, 5, "here")
 
 
+def test_text_of_another_tokenizer_is_refused_before_any_stage(tmp_path: Path) -> None:
+    blocks = rows()
+    blocks.tokens[3, 5] = VOCAB
+    prepare(tmp_path, STAGES, blocks=blocks)
+    with pytest.raises(UserError, match=f"built: has {VOCAB} words, and the text one of number"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
 def test_a_stage_alone_keeps_its_number_in_messages(tmp_path: Path) -> None:
     path = prepare(tmp_path, STAGES.replace("ce = 0.5", 'dtype = "float16"'))
     told = {"student": tmp_path / "built", "text": tmp_path / "text"}

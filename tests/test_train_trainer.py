@@ -166,3 +166,13 @@ def test_answers_that_came_to_nothing_are_kept(tmp_path: Path, monkeypatch) -> N
         )
     kept = load_file(tmp_path / "not-a-number-1.safetensors")
     assert all(kept[f"{i}/completion_ids"].shape == (2, 8) for i in (0, 1))
+
+
+def test_a_device_without_room_says_what_to_do(stage, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for place, name in ((objectives, "next_token_loss"), (chat_steps._SftSteps, "compute_loss")):
+        monkeypatch.setattr(place, name, full)
+    with pytest.raises(UserError, match="out of memory with 2 rows at a time; lower micro_batch"):
+        stage()

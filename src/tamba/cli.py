@@ -247,10 +247,12 @@ def train(
     """Repair the student by the recipe's stages, or by some of them."""
     settings = _read(recipe, overrides)
     with _step():
+        from tamba.progress import leads
         from tamba.train import train as step
 
         step(settings, out, student=student, text=text, stages=stage or ())
-    stderr.print(f"wrote {out}")
+    if leads():
+        stderr.print(f"wrote {out}")
 
 
 @app.command()

@@ -31,13 +31,18 @@ class _Display(Protocol):
 _display: ContextVar[_Display | None] = ContextVar("tamba_progress_display", default=None)
 
 
+def leads() -> bool:
+    """Whether this process speaks for all that do one work; `torchrun` counts them in ``RANK``."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def shown(console: Console | None = None, *, seconds_between_lines: float = 10.0) -> Iterator[None]:
     """Show every `task` opened inside, on `console` (stderr by default).
 
-    Of several processes that do one work (`torchrun` counts them in ``RANK``) the first shows it.
+    Of several processes that do one work the first shows it.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not leads():
         yield
         return
     console = console or Console(stderr=True)

@@ -125,6 +125,8 @@ def train(
     talks = any(isinstance(stage, ChatStage) for stage in recipe.train)
     if blocks is None and not all(isinstance(stage, ChatStage) for stage in recipe.train):
         raise UserError(recipe.where("data.train"), "names no text", "training needs some")
+    if blocks is not None:
+        _check_words(recipe, blocks, checkpoint, giver)
     teachers = _Teachers(recipe, giver, processes)
     texts = [_text_of(stage, blocks, recipe) for stage in recipe.train]
     teachers.check(texts)
@@ -209,6 +211,24 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
                 where,
                 f"batch = {stage.batch} cannot be shared by {processes} processes",
                 "choose a multiple",
+            )
+
+
+def _check_words(
+    recipe: Recipe, blocks: TokenBlocks, student: Checkpoint, teacher: Checkpoint
+) -> None:
+    """Refuse text with words that a model which reads it does not have, whoever wrote them."""
+    readers = [student]
+    if any(KINDS[type(s)].uses_teacher(s) for s in recipe.train if not isinstance(s, ChatStage)):
+        readers.append(teacher)
+    most = int(blocks.tokens.max())
+    for reader in readers:
+        words = reader.tamba_config.vocab_size
+        if most >= words:
+            raise UserError(
+                reader.location,
+                f"has {words} words, and the text one of number {most}",
+                "use models that share a tokenizer, and text that was prepared with it",
             )
 
 

@@ -134,14 +134,22 @@ class StageTrainer(Trainer):
         """Make the steps, from the last checkpoint where there is one.
 
         Raises:
-            UserError: steps that come to nothing, a disk without room, or processes that do not see
-                the same checkpoint.
+            UserError: steps that come to nothing, a disk or a device without room, or processes
+                that do not see the same checkpoint.
         """
         self._resumed = get_last_checkpoint(str(self._folder))
         same_everywhere(self._folder, self._resumed and Path(self._resumed).name)
         main = self.is_world_process_zero()
         with progress.task(self.kind, self.steps) if main else nullcontext() as self._advance:
-            self.train(resume_from_checkpoint=self._resumed)
+            try:
+                self.train(resume_from_checkpoint=self._resumed)
+            except torch.OutOfMemoryError as error:
+                rows = self.stage.micro_batch or self.stage.batch // self.args.world_size
+                raise UserError(
+                    f"train: {self.kind}",
+                    f"out of memory with {rows} rows at a time",
+                    "lower micro_batch, or set checkpointing = true",
+                ) from error
 
     def release(self) -> None:
         """Let gradients' moments go: the next stage needs the room, and cycles hold the trainer."""
