@@ -93,12 +93,11 @@ def test_one_that_stops_alone_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_processes_that_read_other_files_are_told(tmp_path: Path) -> None:
     def work(rank: int) -> None:
-        same_everywhere(tmp_path, "checkpoint-3")
-        same_everywhere(tmp_path, None if rank else "checkpoint-3")
+        same_everywhere("checkpoint-3", "there", "checkpoint")
+        same_everywhere(None if rank else "checkpoint-3", "there", "checkpoint")
 
-    said = in_two(work, tmp_path)
-    message = "the processes do not see the same files there; choose a folder that all hosts share"
-    assert said == [f"UserError: {tmp_path}: {message}"] * 2
+    message = "the processes do not find the same checkpoint; choose a folder that all hosts share"
+    assert in_two(work, tmp_path) == [f"UserError: there: {message}"] * 2
 
 
 def test_what_cannot_be_written_says_why(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ __all__ = [
 ]
 
 _TRAIN: tuple[Side, ...] = ("train",)
+_PREPARE = "share their files, and give text that was written once with --text"
 
 
 def train(
@@ -133,9 +134,11 @@ def train(
     model = _load_student(recipe, checkpoint, moves, processes.device)
     folder = out.absolute().parent / f".{out.absolute().name}.stages"
     tokenizer = load_tokenizer(checkpoint) if talks else None
-    memory = Memory(folder, _digest(recipe, checkpoint, blocks), writes)
+    digest = _digest(recipe, checkpoint, blocks)
+    same_everywhere(digest, recipe.where("train"), "recipe, student and text", _PREPARE)
+    memory = Memory(folder, digest, writes)
     done = len(memory.restore(model))
-    same_everywhere(folder, done)
+    same_everywhere(done, str(folder), "stages")
     framed = frame_all(recipe, model, tokenizer, done)
     for index, (stage, moved) in list(enumerate(zip(recipe.train, moves, strict=True)))[done:]:
         place = Place(

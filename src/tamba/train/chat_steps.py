@@ -181,7 +181,9 @@ def running(
         layer.gradient_checkpointing = stage.checkpointing
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng())
+        # Named, for else every process would open all devices.
+        devices = [student.device] if student.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(_quiet())
         folder = stack.enter_context(place.opened())
         try:

@@ -180,18 +180,17 @@ def together(place: Path) -> Iterator[None]:
             raise UserError(*said) from mine
 
 
-def same_everywhere(place: Path, found: object) -> None:
-    """Refuse that processes read different things in `place`, where one wrote and all go on.
+_SHARE = "choose a folder that all hosts share"
+
+
+def same_everywhere(found: object, where: str, what: str, remedy: str = _SHARE) -> None:
+    """Refuse that processes find different things where each goes on from what it has.
 
     Raises:
-        UserError: they did; nothing else would tell, for each goes on from what it has.
+        UserError: they do, on all of them; nothing else would tell.
     """
     if any(other != found for other in from_all(found)):
-        raise UserError(
-            str(place),
-            "the processes do not see the same files there",
-            "choose a folder that all hosts share",
-        )
+        raise UserError(where, f"the processes do not find the same {what}", remedy)
 
 
 def from_all(mine: Any) -> list[Any]:

@@ -138,7 +138,8 @@ class StageTrainer(Trainer):
                 that do not see the same checkpoint.
         """
         self._resumed = get_last_checkpoint(str(self._folder))
-        same_everywhere(self._folder, self._resumed and Path(self._resumed).name)
+        name = self._resumed and Path(self._resumed).name
+        same_everywhere(name, str(self._folder), "checkpoint")
         main = self.is_world_process_zero()
         with progress.task(self.kind, self.steps) if main else nullcontext() as self._advance:
             try:
