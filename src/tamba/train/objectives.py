@@ -207,7 +207,7 @@ def _enter(model: TambaForCausalLM, piece: Piece) -> tuple[Tensor, Tokens]:
     """
     hidden = model.model.embed_tokens(piece.batch.tokens)
     documents = piece.batch.starts.cumsum(1) if piece.packed else None
-    return hidden, model.model._locate(hidden, None, None, None, documents)
+    return hidden, model.model._locate(hidden, None, None, None, documents, piece.edges)
 
 
 def _mixer(model: TambaForCausalLM, index: int) -> nn.Module:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tamba.data import Batch, TokenBlocks
+from tamba.model.tokens import segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Piece:
         step: 0, 1, ... of the stage.
         share: weight of this piece's mean in the step's, over all processes.
         packed: whether documents begin inside rows of the text, these or others.
+        edges: `tamba.model.tokens.segments` of the batch, counted where that waits for nothing;
+            None where rows are not packed, or to be counted later.
     """
 
     batch: Batch
@@ -36,6 +39,7 @@ class Piece:
     step: int
     share: float
     packed: bool = True
+    edges: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -49,8 +53,9 @@ class Piece:
     def to(self, device: torch.device) -> Piece:
         """The same on a device."""
         rows, places = (t.to(device, non_blocking=True) for t in (self.rows, self.places))
+        edges = None if self.edges is None else self.edges.to(device, non_blocking=True)
         batch = self.batch.to(device)
-        return Piece(batch, rows, places, self.step, self.share, self.packed)
+        return Piece(batch, rows, places, self.step, self.share, self.packed, edges)
 
 
 Count = Callable[[Batch], int]
@@ -118,7 +123,9 @@ class Pieces:
             keep = torch.zeros_like(batch.starts)
             keep[:, :-1] = batch.predicted
             places = keep.flatten().nonzero()[:, 0]
-            yield Piece(batch, some, places, step, self._count(batch) / whole, self._packed)
+            edges = segments(batch.starts) if self._packed else None
+            share = self._count(batch) / whole
+            yield Piece(batch, some, places, step, share, self._packed, edges)
 
     def _take(self, rows: Tensor) -> Batch:
         return Batch(self._blocks.tokens[rows].long(), self._blocks.starts[rows])
