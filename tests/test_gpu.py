@@ -13,10 +13,14 @@ import tamba
 from compare import Kind, assert_same
 from hf_models import tiny_hf_model
 from models import STACKS, random_ids, tiny_model
+from tamba.data import TokenBlocks
 from tamba.model.attention import _by_document, takes_documents
 from tamba.model.cache import TambaCache
 from tamba.model.tokens import segments
+from tamba.recipe import Distil
 from tamba.report import read_record
+from tamba.train import distil
+from tamba.train.recorder import Recorder
 from tokens import character_tokenizer
 
 pytestmark = [
@@ -127,6 +131,38 @@ def test_packed_rows_of_a_model_in_bfloat16(compiled):
     assert (got.float() - want).norm() < 0.05 * want.norm()
     alone = model(ids).logits
     assert (alone - want).norm() > 0.05 * want.norm()
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of much that is not ours
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_steps_equal_plain_ones(compiled, monkeypatch, caplog):
+    """With documents in rows, pieces of two sizes, and a clipped gradient."""
+    replays = []
+    replay = Recorder._replay
+    monkeypatch.setattr(Recorder, "_replay", lambda *given: replays.append(1) or replay(*given))
+    ids, starts = random_ids(12, 64).int(), torch.zeros(12, 64, dtype=torch.bool)
+    starts[:, 0] = starts[::3, 30] = starts[5, 7] = True
+    found = []
+    for graphs in (False, True):
+        student, teacher = (tiny_model("mixed", seed=seed).cuda() for seed in (0, 1))
+        stage = Distil(
+            stage="distil",
+            tokens=40 * 5 * 64,
+            batch=5,
+            micro_batch=3,
+            lr=1e-3,
+            train="all",
+            compile=compiled,
+            graphs=graphs,
+            dtype="bfloat16",
+        )
+        names = [name for name, _ in student.named_parameters()]
+        log = distil(student, teacher, names, TokenBlocks(ids, starts, ids.numel()), stage)
+        found.append(torch.tensor([loss for _, loss in log.losses]))
+    assert len(replays) > 60
+    assert not caplog.records
+    assert found[0][-1] < 0.7 * found[0][0]
+    assert ((found[1] - found[0]).abs() < 0.03 * found[0]).all()
 
 
 @torch.no_grad()

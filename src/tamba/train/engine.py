@@ -40,6 +40,7 @@ from tamba.train.log import StageLog, stage_log
 from tamba.train.memory import new_checkpoint, write_tensors
 from tamba.train.objectives import Objective
 from tamba.train.pieces import Piece, Pieces
+from tamba.train.recorder import Recorder
 from tamba.train.schedules import n_steps, rate_factor
 
 KEEP_SECONDS = 600.0
@@ -225,6 +226,21 @@ class Engine(Trainer):
         args.gradient_accumulation_steps = self.pieces.per_step
         super().__init__(model=objective, args=args, callbacks=[_Watch(self)])
         self.remove_callback(PrinterCallback)
+        self._recorder = Recorder(objective) if self._records() else None
+
+    def _records(self) -> bool:
+        """Whether passes are launched as CUDA graphs."""
+        stage = self.stage
+        # What wraps a model in several processes talks to the others in the middle of a pass.
+        can = self.args.device.type == "cuda" and self.accelerator.num_processes == 1
+        can = can and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if stage.graphs is True and not can:
+            raise UserError(
+                f"train: {stage.stage}",
+                "graphs = true, and they are for one process on a GPU",
+                "leave graphs out",
+            )
+        return can and bool(stage.graphs) and not stage.checkpointing
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -253,13 +269,15 @@ class Engine(Trainer):
         self, model: nn.Module, inputs: Piece, num_items_in_batch: Any = None
     ) -> Tensor:
         model.train()
-        parts = model(inputs)
+        # Gradients of processes are averaged; a step is the sum of its pieces.
+        if self._recorder is not None:
+            parts = self._recorder(inputs)
+        else:
+            parts = model(inputs)
+            self.accelerator.backward(parts.sum() * (inputs.share * self.args.world_size))
         weighted = parts.detach() * inputs.share
         self._total = weighted if self._total is None else self._total + weighted
-        # Gradients of processes are averaged; a step is the sum of its pieces.
-        loss = parts.sum() * (inputs.share * self.args.world_size)
-        self.accelerator.backward(loss)
-        return loss.detach().nan_to_num(0.0)
+        return (weighted.sum() * self.args.world_size).nan_to_num(0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         stage = self.stage
@@ -396,6 +414,7 @@ class Engine(Trainer):
         for holder in holders:
             holder.optimizer = holder.lr_scheduler = None
         self._mean.clear()
+        self._recorder = None
         self.accelerator.free_memory()
 
     # Checkpoints.

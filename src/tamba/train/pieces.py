@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Piece:
         packed: whether documents begin inside rows of the text, these or others.
         edges: `tamba.model.tokens.segments` of the batch, counted where that waits for nothing;
             None where rows are not packed, or to be counted later.
+        counted: [n] bool, which of `places` do; None for all.
     """
 
     batch: Batch
@@ -40,6 +42,7 @@ class Piece:
     share: float
     packed: bool = True
     edges: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -52,10 +55,25 @@ class Piece:
 
     def to(self, device: torch.device) -> Piece:
         """The same on a device."""
-        rows, places = (t.to(device, non_blocking=True) for t in (self.rows, self.places))
-        edges = None if self.edges is None else self.edges.to(device, non_blocking=True)
-        batch = self.batch.to(device)
-        return Piece(batch, rows, places, self.step, self.share, self.packed, edges)
+
+        def moved(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            rows=moved(self.rows),
+            places=moved(self.places),
+            edges=moved(self.edges),
+            counted=moved(self.counted),
+        )
+
+    def fixed(self) -> Piece:
+        """The same with `places` that depend on its shape alone: all but the last of each row."""
+        rows, length = self.batch.tokens.shape
+        index = torch.arange(rows * length, device=self.batch.tokens.device)
+        places = index.view(rows, length)[:, :-1].flatten()
+        return replace(self, places=places, counted=self.batch.predicted.flatten())
 
 
 Count = Callable[[Batch], int]
