@@ -98,6 +98,39 @@ def test_segments_and_parts_add_up() -> None:
         agree(arguments(50, 2, 32, starts=True, padding=True))
 
 
+def sliced(percent: int) -> dict[str, Any]:
+    """Two heads a slice, and one in the last; a program has one of them, so some have none."""
+    return {**SMALL, "ssd_grads": {**SMALL["ssd_grads"], "states": percent}}
+
+
+@pytest.mark.parametrize(
+    "heads, groups, percent, slices",
+    [(5, 1, 100, (1, 2)), (6, 2, 200, (2, 2)), (3, 3, 160, (2, 1))],
+)
+def test_slices_of_heads_add_up(
+    heads: int, groups: int, percent: int, slices: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, whole = [], module.Call.slices
+    monkeypatch.setattr(
+        module.Call, "slices", lambda *given: found.append(whole(*given)) or found[-1]
+    )
+    with tiles.using(sliced(percent)):
+        agree(arguments(40, heads, groups=groups, starts=True))
+    assert set(found) == {slices}
+
+
+def test_a_slice_that_forgets_those_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = module._grads
+
+    def forgetful(grid: Any, given: Any, *rest: Any) -> None:
+        *others, _fresh = given
+        launch(grid, (*others, 1), *rest)
+
+    monkeypatch.setattr(module, "_grads", forgetful)
+    with tiles.using(sliced(100)), pytest.raises(AssertionError, match=r"gradient of [BC]"):
+        agree(arguments(40, 5))
+
+
 def test_bfloat16() -> None:
     made = arguments(40, dtype=torch.bfloat16, starts=True)
     y, state = made.call(ssd)

@@ -154,13 +154,14 @@ def _steps_kernel(
     BIAS: tl.constexpr,
     STARTS: tl.constexpr,
     PADDING: tl.constexpr,
-    WHOLE: tl.constexpr,
+    GRADIENT: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
-    With `low_ptr` sums are in two parts, and there are no `columns`.
+    With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
+    `since` and no `columns`.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -197,7 +198,7 @@ def _steps_kernel(
     tl.store(sum_ptr + out, sums, mask=stored)
     if low_ptr is not None:
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
-    else:
+    if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
     tl.store(span_ptr + out, spans, mask=stored)
     last = (tl.arange(0, Q) == Q - 1)[:, None]
@@ -206,10 +207,10 @@ def _steps_kernel(
     to_end = tl.exp2((sum_end[None, :] - sums).to(tl.float32))
     to_end = tl.where(spans == span_end[None, :], to_end, 0.0)
     tl.store(weight_ptr + out, dt * to_end, mask=stored)
-    if WHOLE:
+    if GRADIENT:
         tl.store(to_end_ptr + out, to_end, mask=stored)
-    since = tl.where(spans == 0, tl.exp2(sums.to(tl.float32)), 0.0)
-    tl.store(since_ptr + out, since, mask=stored)
+        since = tl.where(spans == 0, tl.exp2(sums.to(tl.float32)), 0.0)
+        tl.store(since_ptr + out, since, mask=stored)
     through = tl.where(span_end == 0, tl.exp2(sum_end.to(tl.float32)), 0.0)
     tl.store(through_ptr + (row * heads + h) * chunks + chunk, through, mask=h < heads)
 
@@ -909,7 +910,6 @@ def _grad_steps_kernel(
     starts_ptr,
     padding_ptr,
     step_ptr,
-    since_ptr,
     through_ptr,
     inputs_ptr,
     outputs_ptr,
@@ -1138,17 +1138,19 @@ class Call:
         }
         return pointers, strides, constants
 
-    def steps(self, chunk: int, whole: bool) -> Steps:
-        """Launch `_steps_kernel`; `whole`: with what only gradients need."""
+    def steps(self, chunk: int, gradient: bool) -> Steps:
+        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`)."""
         chunks = -(-self.length // chunk)
         shape = self.batch, self.heads, chunks * chunk
-        step, sums, rest, weight, since = self.new(5, *shape).unbind()
-        low, columns = (rest, None) if self.wide else (None, rest)
+        wanted = 3 + self.wide + (2 if gradient else not self.wide)
+        step, sums, weight, *rest = self.new(wanted, *shape).unbind()
+        low = rest.pop() if self.wide else None
+        to_end, since = rest if gradient else (weight, weight)
+        columns = None if gradient or self.wide else rest[0]
         spans = self.new(*shape, dtype=torch.int32)
-        to_end = torch.empty_like(step) if whole else weight
         through = self.new(self.batch, self.heads, chunks)
         pointers, strides, constants = self.step_arguments()
-        constants |= {"WHOLE": whole, "Q": chunk}
+        constants |= {"GRADIENT": gradient, "Q": chunk}
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
@@ -1167,8 +1169,8 @@ class Call:
     def slices(self, chunk: int, percent: int) -> tuple[int, int]:
         """(groups, heads of each) whose states a backward pass holds at a time.
 
-        Both states of every chunk take up to so much of the room of x, or one head's where that is
-        not enough.
+        Both states of every chunk take up to so many numbers as `percent` of those of x, or those
+        of one head of each group where that is not enough.
         """
         room = self.batch * self.length * self.heads * self.head_dim * percent // 100
         chunks = -(-self.length // chunk)
@@ -1201,11 +1203,11 @@ class Steps:
         low: what rounding took off the sums; None for bfloat16, which has no use for it.
         columns: sums less log2 of the step sizes, so that one exponential has both factors. Good
             for bfloat16 (`FOLDED`); where sums are in the thousands it costs float32 digits, and
-            there the step sizes are in its place.
+            there, as in a backward pass, the step sizes are in its place.
         spans: numbers of spans, from 0 in every chunk.
         weight: step size times the decay from a token to the end of its chunk.
-        to_end: that decay alone; in a forward pass as `weight`.
-        since: the decay from the start of the chunk to a token.
+        to_end: that decay alone, and
+        since: the decay from the start of the chunk to a token, both for a backward pass only.
         through: that of the whole chunk [B, H, K].
     """
 
@@ -1397,8 +1399,8 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     _grad_steps(
         (batch * chunks, -(-heads // _STEP_HEADS), 1),
         (
-            *(*pointers, steps.step, steps.since, steps.through, inputs, outputs, begins),
-            *(passing, ddt, shares),
+            *(*pointers, steps.step, steps.through, inputs, outputs, begins, passing),
+            *(ddt, shares),
             *(call.length, heads, chunks, *strides, *ddt.stride()[:2]),
             *(call.low, call.high),
         ),
