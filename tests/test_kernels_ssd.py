@@ -174,8 +174,10 @@ def small_steps_after_large_ones() -> Arguments:
     return Arguments(made.tensors, {}, {"dt_softplus": False})
 
 
-def test_differences_of_large_sums_keep_their_digits() -> None:
-    agree(small_steps_after_large_ones())
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_differences_of_large_sums_keep_their_digits(chunk: int) -> None:
+    with tiles.using({"ssd_grads": {**SMALL["ssd_grads"], "chunk": chunk}}):
+        agree(small_steps_after_large_ones())
 
 
 def test_sums_of_one_float_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,11 +192,14 @@ def test_sums_of_one_float_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     made = small_steps_after_large_ones()
     exact = made.to(torch.float64)
     # Not the last state, nor what comes through it: their decays are of the exact sums.
-    results = [
-        (y, *torch.autograd.grad(y.sum(), [a.tensors[n] for n in "xBC"]))
-        for a, f in ((made, ssd), (exact, truth))
-        for y, _ in [a.call(f)]
-    ]
+    # All in one chunk, whose sums are the larger the longer it is.
+    long = {"ssd_grads": {**SMALL["ssd_grads"], "chunk": 32}}
+    with tiles.using(long):
+        results = [
+            (y, *torch.autograd.grad(y.sum(), [a.tensors[n] for n in "xBC"]))
+            for a, f in ((made, ssd), (exact, truth))
+            for y, _ in [a.call(f)]
+        ]
     for got, want in zip(*results, strict=True):
         with pytest.raises(AssertionError, match="kernel"):
             assert_same(got, want, "kernel")
