@@ -115,6 +115,7 @@ def test_packed_documents_equal_a_mask(window):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of much that is not ours
 @pytest.mark.parametrize("compiled", [False, True])
 def test_packed_rows_of_a_model_in_bfloat16(compiled):
     model = tiny_model("mixed").cuda()

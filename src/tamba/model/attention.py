@@ -59,9 +59,12 @@ class Attention(nn.Module):
         if self.rotary_key is not None:
             cos, sin = tokens.rotary[self.rotary_key]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        dtype = value.dtype
         if state is not None:
             key, value = state.update(key, value, self.layer_idx)
         if tokens.segments is not None:
+            # Autocast knows nothing of the operator; angles and states may be wider than products.
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             window = self.spec.sliding_window
             mixed = _by_document(query, key, value, tokens.segments, self.scaling, window)
             return self.o_proj(mixed)
@@ -111,8 +114,7 @@ def _by_document(
     squares of documents, not of rows, and no mask is written.
     """
     rows, _, length, _ = query.shape
-    # Autocast knows nothing of this operator, and angles may be wider than what they turn.
-    laid = [x.to(value.dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    laid = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     mixed: Tensor = torch.ops.aten._flash_attention_forward(
         *laid,
         edges,

@@ -80,21 +80,25 @@ class Recorder:
 
     def _prepare(self, key: Hashable, piece: Piece) -> Tensor:
         """A plain pass, and after some of them a recording of it."""
-        done = self._plain.get(key, 0)
-        fresh = all(p.grad is None for p in self._objective.parameters())
+        self._plain[key] = self._plain.get(key, 0) + 1
+        if self._plain[key] < _PLAIN_FIRST or len(self._recorded) == _MOST:
+            return self._pass(piece, piece.share)
+        # Gradients are compared, so those of the pieces before step aside.
+        before = {p: p.grad.clone() for p in self._objective.parameters() if p.grad is not None}
+        for p in before:
+            p.grad = None
         parts = self._pass(piece, piece.share)
-        if fresh:  # else it cannot be compared; a step may have many pieces, but has a first one
-            self._plain[key] = done + 1
-            if done + 1 >= _PLAIN_FIRST and len(self._recorded) < _MOST:
-                try:
-                    self._recorded[key] = self._recording(piece, parts)
-                except Exception as error:  # whatever somewhere in a model cannot be recorded
-                    self._record = None
-                    self._recorded.clear()
-                    logger.warning(
-                        "steps are launched kernel by kernel, slower than CUDA graphs: %s",
-                        str(error).partition("\n")[0],
-                    )
+        try:
+            self._recorded[key] = self._recording(piece, parts)
+        except Exception as error:  # whatever somewhere in a model cannot be recorded
+            self._record = None
+            self._recorded.clear()
+            logger.warning(
+                "steps are launched kernel by kernel, slower than CUDA graphs: %s",
+                str(error).partition("\n")[0],
+            )
+        for p, gradient in before.items():
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         return parts
 
     def _recording(self, piece: Piece, parts: Tensor) -> _Recorded:
