@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from itertools import product
 from multiprocessing import get_context
@@ -107,65 +107,84 @@ def measure(case: dict[str, Any], seed: int = 0) -> dict[str, float]:
     }
 
 
-def _compile(case: dict[str, Any]) -> None:
-    measure({**case, "T": 500})
+def _rows(todo: list[tuple[int, dict[str, Any]]], until: float) -> list[dict[str, Any]]:
+    """Cases with their errors; a case's number is its seed. None is begun after `until`."""
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    rows = []
+    for seed, case in todo:
+        if time.time() > until:
+            break
+        rows.append({**case, "errors": measure(case, seed)})
+    return rows
+
+
+def _record(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    def over(row: dict[str, Any]) -> dict[str, float]:
+        bound = BOUNDS[row["dtype"]]
+        return {k: e for k, e in row["errors"].items() if not e <= bound and k not in SUMS}
+
+    import triton
+
+    short = [
+        {**row, "errors": {k: float(f"{e:.2g}") for k, e in row["errors"].items()}} for row in rows
+    ]
+    return {
+        "command": "python benchmarks/ssd_gradients.py " + " ".join(sys.argv[1:]),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "bounds": BOUNDS,
+        "sums_reported_not_bounded": SUMS,
+        "cases": f"{len(rows)} of {count}",
+        "over_bounds": [
+            {**{k: v for k, v in row.items() if k != "errors"}, **over(row)}
+            for row in rows
+            if over(row)
+        ],
+        "worst": {
+            dtype: {
+                k: max(row["errors"][k] for row in short if row["dtype"] == dtype)
+                for k in rows[0]["errors"]
+            }
+            for dtype in BOUNDS
+            if any(row["dtype"] == dtype for row in rows)
+        },
+        "rows": short,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="written as rows come")
     parser.add_argument("--lengths", type=int, default=5, help="lengths for each size and group")
     parser.add_argument("--few-sizes", action="store_true")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--workers", type=int, default=1, help="processes to compile with")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
+    parser.add_argument("--workers", type=int, default=1, help="processes to compile and run with")
     asked = parser.parse_args()
-    begun = time.monotonic()
-    todo = list(cases(asked.lengths, asked.few_sizes))
-    variants = list({(c["dtype"], c["N"], c["P"]): c for c in todo}.values())
-    if asked.workers > 1:
+    until = time.time() + asked.seconds
+    todo = list(enumerate(cases(asked.lengths, asked.few_sizes)))
+    # What is compiled together; groups of one head have kernels of their own.
+    variants: dict[tuple[Any, ...], list[tuple[int, dict[str, Any]]]] = {}
+    for seed, case in todo:
+        variant = case["dtype"], case["N"], case["P"], case["G"] == HEADS
+        variants.setdefault(variant, []).append((seed, case))
+    found: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
         # float32 first: it takes longest.
-        with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(_compile, reversed(variants)))
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    rows, failed = [], []
-    for i, case in enumerate(todo):
-        if time.monotonic() - begun > asked.seconds:
-            break
-        errors = measure(case, seed=i)
-        bound = BOUNDS[case["dtype"]]
-        over = [k for k, e in errors.items() if not e <= bound and k not in SUMS]
-        rows.append({**case, "errors": {k: float(f"{e:.2g}") for k, e in errors.items()}})
-        if over:
-            failed.append({**case, **{k: errors[k] for k in over}})
-    worst = {
-        dtype: {
-            k: max((r["errors"][k] for r in rows if r["dtype"] == dtype), default=None)
-            for k in rows[0]["errors"]
-        }
-        for dtype in BOUNDS
-    }
-    import triton
-
-    asked.out.write_text(
-        json.dumps(
-            {
-                "command": "python benchmarks/ssd_gradients.py " + " ".join(sys.argv[1:]),
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "date": f"{datetime.now(UTC):%Y-%m-%d}",
-                "bounds": BOUNDS,
-                "sums_reported_not_bounded": SUMS,
-                "cases": f"{len(rows)} of {len(todo)}",
-                "over_bounds": failed,
-                "worst": worst,
-                "rows": rows,
-            }
-        ).replace('{"dtype"', '\n{"dtype"')
-        + "\n"
-    )
-    print(f"{len(rows)} of {len(todo)} cases, {len(failed)} over bounds; worst {worst}")
+        running = [pool.submit(_rows, some, until) for some in reversed(variants.values())]
+        for finished in as_completed(running):
+            found += finished.result()
+            if found:
+                asked.out.write_text(
+                    json.dumps(_record(found, len(todo))).replace('{"dtype"', '\n{"dtype"') + "\n"
+                )
+    if not found:
+        sys.exit("no case was begun in time")
+    record = _record(found, len(todo))
+    failed = record["over_bounds"]
+    print(f"{record['cases']} cases, {len(failed)} over bounds; worst {record['worst']}")
     for one in failed[:10]:
         print("over:", one)
 

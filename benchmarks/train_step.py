@@ -6,7 +6,7 @@
         --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP benchmarks/train_step.py --batch 16
 
 Models are random: every second layer of the student is a Mamba-2 converted from attention. The
-steps are those of `tamba train` (`run_steps`), whatever launched them; the first four are left out.
+steps are those of `tamba train` (`run_steps`), whatever launched them; the first six are left out.
 A step's work is counted as products of matrices: 2 operations a weight and token for each of a
 forward pass, the gradient of what goes in, and the gradient of a weight that moves.
 """
@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, int]] = {
     "135m": {"d": 576, "layers": 30, "heads": 9, "kv": 3, "mlp": 1536, "vocab": 49152},
     "1.3b": {"d": 2048, "layers": 24, "heads": 32, "kv": 8, "mlp": 5632, "vocab": 50304},
 }
-LEFT_OUT = 4
+LEFT_OUT = 6
 PEAK = 989e12
 """bfloat16 operations a second of an H100 or H200, as its maker says."""
 
@@ -81,10 +81,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of a step, over all processes")
     parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--train", default="all")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--compile", choices=["auto", "no"], default="auto")
+    parser.add_argument("--graphs", choices=["auto", "no"], default="auto")
+    parser.add_argument("--documents", type=int, help="tokens of one, on average; whole rows")
     told = parser.parse_args()
     processes = PartialState(cpu=not torch.cuda.is_available())
     device = processes.device
@@ -106,6 +108,8 @@ def main() -> None:
     shape = (2 * told.batch, told.length)
     tokens = torch.randint(size["vocab"], shape, generator=generator, dtype=torch.int32)
     starts = torch.zeros(shape, dtype=torch.bool)
+    if told.documents:
+        starts = torch.rand(shape, generator=generator) < 1 / told.documents
     starts[:, 0] = True
     stage = Distil(
         stage="distil",
@@ -115,6 +119,7 @@ def main() -> None:
         lr=1e-5,
         checkpointing=told.checkpointing,
         compile="auto" if told.compile == "auto" else False,
+        graphs="auto" if told.graphs == "auto" else False,
     )
     times: list[float] = []
     note = Engine.note

@@ -63,7 +63,7 @@ class Arguments:
         padding = self.masks.get("padding")
         if padding is None:
             return torch.ones(batch, length, dtype=torch.bool)
-        return torch.arange(length) >= padding[:, None]
+        return torch.arange(length, device=padding.device) >= padding[:, None]
 
 
 def ssd_arguments(

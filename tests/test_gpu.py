@@ -13,8 +13,14 @@ import tamba
 from compare import Kind, assert_same
 from hf_models import tiny_hf_model
 from models import STACKS, random_ids, tiny_model
+from tamba.data import TokenBlocks
+from tamba.model.attention import _by_document, takes_documents
 from tamba.model.cache import TambaCache
+from tamba.model.tokens import segments
+from tamba.recipe import Distil
 from tamba.report import read_record
+from tamba.train import distil
+from tamba.train.recorder import Recorder
 from tokens import character_tokenizer
 
 pytestmark = [
@@ -79,6 +85,85 @@ def test_bfloat16_stays_near_float32(stack):
     want = model(ids).logits
     got = model.to(torch.bfloat16).cuda()(ids.cuda()).logits.float().cpu()
     assert float((got - want).square().mean().sqrt() / want.square().mean().sqrt()) < 0.1
+
+
+@pytest.mark.parametrize("window", [None, 33])
+def test_packed_documents_equal_a_mask(window):
+    """bfloat16 attention over documents end to end, against a mask in float64."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, h, 200, 64, device="cuda") for h in (9, 3, 3))
+    starts = torch.rand(3, 200, device="cuda") < 0.03
+    starts[0, 1:] = False
+    documents = starts.cumsum(1)
+    back = torch.arange(200, device="cuda")[:, None] - torch.arange(200, device="cuda")
+    seen = (documents[:, :, None] == documents[:, None]) & (back >= 0)
+    seen &= back < (window or 200)
+    edges, weights = segments(starts), torch.randn(3, 200, 9 * 64, device="cuda")
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        qkv = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        if dtype == torch.bfloat16:
+            mixed = _by_document(*qkv, edges, 0.125, window)
+        else:
+            wide = [qkv[0], *(x.repeat_interleave(3, 1) for x in qkv[1:])]
+            mixed = F.scaled_dot_product_attention(*wide, seen[:, None], scale=0.125)
+            mixed = mixed.transpose(1, 2).flatten(2)
+        found.append([mixed.detach(), *torch.autograd.grad(mixed, qkv, weights.to(dtype))])
+    assert_same(found[0][0], found[1][0], "half")
+    for name, got, want in zip("qkv", found[0][1:], found[1][1:], strict=True):
+        assert_same(got, want, "half_gradient", name)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of much that is not ours
+@pytest.mark.parametrize("compiled", [False, True])
+def test_packed_rows_of_a_model_in_bfloat16(compiled):
+    model = tiny_model("mixed").cuda()
+    ids, starts = random_ids(3, 60).cuda(), torch.zeros(3, 60, dtype=torch.bool)
+    starts[0, 17] = starts[2, 40] = starts[2, 41] = True
+    seq_idx = starts.cumsum(1).cuda()
+    want = model(ids, seq_idx=seq_idx).logits
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert takes_documents(model.config, model.model.embed_tokens(ids))
+        got = model(ids, seq_idx=seq_idx).logits
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+    alone = model(ids).logits
+    assert (alone - want).norm() > 0.05 * want.norm()
+
+
+@pytest.mark.filterwarnings("default")  # torch's compiler warns of much that is not ours
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recorded_steps_equal_plain_ones(compiled, monkeypatch, caplog):
+    """With documents in rows, pieces of two sizes, and a clipped gradient."""
+    replays = []
+    replay = Recorder._replay
+    monkeypatch.setattr(Recorder, "_replay", lambda *given: replays.append(1) or replay(*given))
+    ids, starts = random_ids(12, 64).int(), torch.zeros(12, 64, dtype=torch.bool)
+    starts[:, 0] = starts[::3, 30] = starts[5, 7] = True
+    found = []
+    for graphs in (False, True):
+        student, teacher = (tiny_model("mixed", seed=seed).cuda() for seed in (0, 1))
+        stage = Distil(
+            stage="distil",
+            tokens=40 * 5 * 64,
+            batch=5,
+            micro_batch=3,
+            lr=1e-3,
+            train="all",
+            compile=compiled,
+            graphs=graphs,
+            dtype="bfloat16",
+        )
+        names = [name for name, _ in student.named_parameters()]
+        log = distil(student, teacher, names, TokenBlocks(ids, starts, ids.numel()), stage)
+        found.append(torch.tensor([loss for _, loss in log.losses]))
+    assert len(replays) > 60
+    assert not caplog.records
+    assert found[0][-1] < 0.7 * found[0][0]
+    assert ((found[1] - found[0]).abs() < 0.03 * found[0]).all()
 
 
 @torch.no_grad()

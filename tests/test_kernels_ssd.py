@@ -36,8 +36,10 @@ SMALL = {
     "ssd_scan": {"chunk": 16, "head_dim": 16, "per_sm": 40, "warps": 4, "stages": 1},
     "ssd_segments": {"head_dim": 16, "warps": 4, "stages": 1},
     "ssd_states": {"head_dim": 16, "per_sm": 80, "warps": 4, "stages": 1},
-    "ssd_grad_C": {"chunk": 32, "rows": 16, "per_sm": 40, "warps": 4, "stages": 1},
-    "ssd_grad_x": {"warps": 4, "stages": 1},
+    "ssd_grads": {
+        **{"chunk": 16, "head_dim": 16, "states": 1, "per_sm": 80},
+        **{"warps": 4, "stages": 1},
+    },
 }
 
 
@@ -96,6 +98,39 @@ def test_segments_and_parts_add_up() -> None:
         agree(arguments(50, 2, 32, starts=True, padding=True))
 
 
+def sliced(percent: int) -> dict[str, Any]:
+    """Two heads a slice, and one in the last; a program has one of them, so some have none."""
+    return {**SMALL, "ssd_grads": {**SMALL["ssd_grads"], "states": percent}}
+
+
+@pytest.mark.parametrize(
+    "heads, groups, percent, slices",
+    [(5, 1, 100, (1, 2)), (6, 2, 200, (2, 2)), (3, 3, 160, (2, 1))],
+)
+def test_slices_of_heads_add_up(
+    heads: int, groups: int, percent: int, slices: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, whole = [], module.Call.slices
+    monkeypatch.setattr(
+        module.Call, "slices", lambda *given: found.append(whole(*given)) or found[-1]
+    )
+    with tiles.using(sliced(percent)):
+        agree(arguments(40, heads, groups=groups, starts=True))
+    assert set(found) == {slices}
+
+
+def test_a_slice_that_forgets_those_before_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = module._grads
+
+    def forgetful(grid: Any, given: Any, *rest: Any) -> None:
+        *others, _fresh = given
+        launch(grid, (*others, 1), *rest)
+
+    monkeypatch.setattr(module, "_grads", forgetful)
+    with tiles.using(sliced(100)), pytest.raises(AssertionError, match=r"gradient of [BC]"):
+        agree(arguments(40, 5))
+
+
 def test_bfloat16() -> None:
     made = arguments(40, dtype=torch.bfloat16, starts=True)
     y, state = made.call(ssd)
@@ -139,26 +174,32 @@ def small_steps_after_large_ones() -> Arguments:
     return Arguments(made.tensors, {}, {"dt_softplus": False})
 
 
-def test_differences_of_large_sums_keep_their_digits() -> None:
-    agree(small_steps_after_large_ones())
+@pytest.mark.parametrize("chunk", [16, 32])
+def test_differences_of_large_sums_keep_their_digits(chunk: int) -> None:
+    with tiles.using({"ssd_grads": {**SMALL["ssd_grads"], "chunk": chunk}}):
+        agree(small_steps_after_large_ones())
 
 
 def test_sums_of_one_float_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = module.Call.steps
 
-    def rounded(call: module.Call, chunk: int) -> module.Steps:
-        steps = whole(call, chunk)
+    def rounded(call: module.Call, *given: Any) -> module.Steps:
+        steps = whole(call, *given)
         steps.low.zero_()
         return steps
 
     monkeypatch.setattr(module.Call, "steps", rounded)
     made = small_steps_after_large_ones()
     exact = made.to(torch.float64)
-    results = [
-        (*outputs, *torch.autograd.grad([t.sum() for t in outputs], [a.tensors[n] for n in "xBC"]))
-        for a, f in ((made, ssd), (exact, truth))
-        for outputs in [a.call(f)]
-    ]
+    # Not the last state, nor what comes through it: their decays are of the exact sums.
+    # All in one chunk, whose sums are the larger the longer it is.
+    long = {"ssd_grads": {**SMALL["ssd_grads"], "chunk": 32}}
+    with tiles.using(long):
+        results = [
+            (y, *torch.autograd.grad(y.sum(), [a.tensors[n] for n in "xBC"]))
+            for a, f in ((made, ssd), (exact, truth))
+            for y, _ in [a.call(f)]
+        ]
     for got, want in zip(*results, strict=True):
         with pytest.raises(AssertionError, match="kernel"):
             assert_same(got, want, "kernel")
@@ -308,7 +349,7 @@ def test_what_no_program_writes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "_segments", lambda *_: None)
     with tiles.using(SMALL), pytest.raises(AssertionError):
         agree(arguments(40), gradient=None)
-    monkeypatch.setattr(module, "_grad_C", lambda *_: None)
+    monkeypatch.setattr(module, "_grads", lambda *_: None)
     with pytest.raises(AssertionError, match="gradient of"):
         agree(arguments(20))
 

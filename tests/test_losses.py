@@ -63,6 +63,38 @@ def test_slices_of_any_size(
     check(weights)
 
 
+def some_of(given: dict[str, Tensor], which: Tensor) -> dict[str, Tensor]:
+    of_positions = ("hidden", "targets", "teacher_hidden")
+    return {n: t[which] if n in of_positions else t for n, t in given.items()}
+
+
+def check_counted(w: Weights) -> None:
+    counted = torch.tensor([True, False, False, True, True])
+    given = arguments()
+    want = next_token_loss(**some_of(given, counted), weights=w)
+    gradients = torch.autograd.grad(want, [given["hidden"], given["head"]])
+    got = next_token_loss(**given, counted=counted, weights=w)
+    assert_same(got, want, "fp64", "loss")
+    found = torch.autograd.grad(3 * got, [given["hidden"], given["head"]])
+    for name, a, b in zip(("hidden", "head"), found, gradients, strict=True):
+        assert_same(a, 3 * b, "fp64", name)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_positions_that_do_not_count_change_nothing(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_counted(weights)
+    words = len(arguments()["head"])
+    monkeypatch.setattr(losses, "_LOGITS_AT_ONCE", 2 * words)
+    check_counted(weights)
+    with pytest.raises(ValueError, match="counted"):
+        next_token_loss(**arguments(), counted=torch.ones(2, dtype=torch.bool), weights=weights)
+    monkeypatch.setattr(losses, "_count", lambda n, counted: n)
+    with pytest.raises(AssertionError, match="loss"):
+        check_counted(weights)
+
+
 def test_the_words_by_hand() -> None:
     """Two positions and three words, with nothing but the calculator's functions."""
     student, teacher = [[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]], [[0.0, 1.0, 0.0], [2.0, 2.0, -2.0]]

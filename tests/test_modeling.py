@@ -13,9 +13,11 @@ import tamba  # noqa: F401  (registers the Auto classes)
 from compare import assert_same
 from models import STACKS, VOCAB, random_ids, tiny_model
 from tamba.errors import UserError
+from tamba.model import attention
 from tamba.model.cache import RecurrentLayer, TambaCache
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
+from tamba.model.tokens import restart_positions, segments
 
 STACK_NAMES = sorted(STACKS)
 
@@ -171,6 +173,82 @@ def test_the_last_packed_document_can_be_continued(stack, padded):
     for b in range(2):
         want = logits_of(model, torch.cat([docs[b][1], more[b]])[None])[0, -5:]
         assert_same(torch.cat(got, dim=1)[b], want, "decode")
+
+
+def flash_by_loops(query, key, value, edges, of_keys, longest, _, *switches, **options):
+    """What torch's flash kernel computes over sequences end to end, each [N, H, P]."""
+    assert torch.equal(edges, of_keys)
+    assert int(edges.diff().max()) <= longest
+    assert switches == (0.0, True, False)  # dropout, causal, debugging
+    groups = query.shape[1] // key.shape[1]
+    left = options["window_size_left"]
+    parts = []
+    for begin, end in edges.unique().unfold(0, 2, 1).tolist():
+        q, k, v = (
+            query[begin:end],
+            *(x[begin:end].repeat_interleave(groups, 1) for x in (key, value)),
+        )
+        scores = torch.einsum("thp,shp->hts", q, k) * options["scale"]
+        back = torch.arange(end - begin)[:, None] - torch.arange(end - begin)
+        seen = (back >= 0) & (back <= (end if left is None else left))
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hts,shp->thp", weights, v))
+    return torch.cat(parts), None
+
+
+@pytest.mark.parametrize("how", ["seq_idx", "positions"])
+@pytest.mark.parametrize("stack", ["attention", "sliding", "mixed"])
+def test_documents_end_to_end_equal_a_mask(stack, how, monkeypatch):
+    model, ids = tiny_model(stack, dtype=torch.float64), random_ids(3, 14)
+    seq_idx = torch.tensor([[0] * 4 + [1] * 9 + [2], [0] * 14, [3] * 7 + [1] * 7])
+    where = {"seq_idx": seq_idx} if how == "seq_idx" else {"position_ids": _restarting(seq_idx)}
+
+    def run():
+        model.zero_grad()
+        logits = model(ids, **where).logits
+        logits.square().mean().backward()
+        return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    want = run()
+    monkeypatch.setattr("tamba.model.modeling.takes_documents", lambda config, hidden: True)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_by_loops)
+    for name, a, b in zip(["logits", *model.state_dict()], run(), want, strict=False):
+        assert_same(a, b, "fp64", name)
+
+    def late(starts):
+        edges = segments(starts)
+        edges[1] += 1
+        return edges
+
+    monkeypatch.setattr("tamba.model.modeling.segments", late)
+    with pytest.raises(AssertionError):
+        assert_same(run()[0], want[0], "fp64")
+
+
+def _restarting(seq_idx):
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx.diff(dim=1) != 0
+    return restart_positions(starts)
+
+
+def test_where_documents_begin_end_to_end():
+    starts = torch.zeros(2, 10, dtype=torch.bool)
+    starts[0, 4] = starts[1, 2] = starts[1, 3] = True
+    assert segments(starts).tolist() == [0, 4, 10, 12, 13, 20, 20, 20, 20]
+    starts[:] = True
+    assert segments(starts).tolist() == [*range(20), *[20] * 13]  # 32 documents, 12 of no token
+    assert not torch.is_floating_point(segments(starts)) and segments(starts).dtype == torch.int32
+
+
+def test_what_the_flash_kernel_is_given_fits_its_schema():
+    """Shapes alone, on no device: the operator's arguments and that it has a gradient."""
+    q, k = (torch.zeros(2, h, 10, 16, device="meta", requires_grad=True) for h in (6, 2))
+    edges = torch.zeros(9, dtype=torch.int32, device="meta")
+    for window in (None, 3):
+        mixed = attention._by_document(q.bfloat16(), k.bfloat16(), k.bfloat16(), edges, 0.5, window)
+        assert mixed.shape == (2, 10, 96)
+        mixed.sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape
 
 
 def test_packed_rows_of_one_layout_and_stock_caches():

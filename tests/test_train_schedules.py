@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tamba.model.tokens import segments
 from tamba.recipe import Align, Distil
 from tamba.train.pieces import Pieces, rows_of_step, tokens
 from tamba.train.schedules import active_layers, n_steps, rate_factor, replacement_order
@@ -112,6 +113,8 @@ def test_pieces_are_the_step_however_it_is_divided(world: int, micro: int | None
             assert torch.equal(at, piece.batch.tokens[:, :-1][piece.batch.predicted])
             want = piece.batch.tokens[:, 1:][piece.batch.predicted]
             assert torch.equal(piece.targets, want)
+            assert piece.edges is not None
+            assert torch.equal(piece.edges, segments(piece.batch.starts))
             found += piece.rows.tolist()
             share += piece.share
     assert sorted(found) == sorted(rows_of_step(10, 4, 3, 1).tolist())

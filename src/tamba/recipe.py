@@ -182,6 +182,8 @@ class _GradientStage(_Stage):
         checkpointing: keep a layer's input alone and compute the layer again for its gradient.
         compile: compile layers one by one; ``auto`` does on a GPU. Without effect where layers are
             replaced by and by.
+        graphs: launch the passes of a step as CUDA graphs; ``auto`` does on a GPU where one process
+            trains, without `checkpointing`.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
@@ -198,6 +200,13 @@ class _GradientStage(_Stage):
     ema: float = Field(default=0.0, ge=0, lt=1)
     checkpointing: bool = False
     compile: Literal["auto"] | bool = "auto"
+    graphs: Literal["auto"] | bool = "auto"
+
+    @model_validator(mode="after")
+    def _records_what_stays(self) -> Self:
+        if self.graphs is True and self.checkpointing:
+            raise ValueError("graphs cannot hold layers that are computed again; drop one of both")
+        return self
 
     @model_validator(mode="after")
     def _cools_down(self) -> Self:

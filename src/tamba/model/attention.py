@@ -1,6 +1,7 @@
 """Softmax attention as a mixer: MHA and GQA, rotary, q/k norm, sliding window.
 
-The product itself goes through transformers' attention interface (eager, sdpa, flash, flex).
+The product itself goes through transformers' attention interface (eager, sdpa, flash, flex), but
+for packed rows under sdpa on a GPU, which no mask [B, 1, T, T] is written for.
 Shape letters: `B` batch, `T` new tokens, `S` keys, `H` heads, `G` kv heads, `P` head_dim.
 """
 
@@ -58,8 +59,15 @@ class Attention(nn.Module):
         if self.rotary_key is not None:
             cos, sin = tokens.rotary[self.rotary_key]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        dtype = value.dtype
         if state is not None:
             key, value = state.update(key, value, self.layer_idx)
+        if tokens.segments is not None:
+            # Autocast knows nothing of the operator; angles and states may be wider than products.
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            window = self.spec.sliding_window
+            mixed = _by_document(query, key, value, tokens.segments, self.scaling, window)
+            return self.o_proj(mixed)
         kind = "full_attention" if self.spec.sliding_window is None else "sliding_attention"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
         mixed, weights = attend(
@@ -77,6 +85,50 @@ class Attention(nn.Module):
         if weights is not None:
             self.weights(weights)
         return self.o_proj(mixed.reshape(*hidden.shape[:-1], -1))
+
+
+def takes_documents(config: TambaConfig, hidden: Tensor) -> bool:
+    """Whether attention layers can take packed rows as documents end to end.
+
+    hidden [B, T, D] tells device and type: of a GPU that has the flash kernel that torch carries,
+    which computes in 16 bits alone. Other implementations than sdpa are left what they ask for.
+    """
+    if not hidden.is_cuda or torch.version.hip or config._attn_implementation != "sdpa":
+        return False
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else hidden.dtype
+    widths = [s.mixer.head_dim for s in config.block_specs if isinstance(s.mixer, AttentionSpec)]
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+        and all(width % 8 == 0 and width <= 256 for width in widths)
+    )
+
+
+def _by_document(
+    query: Tensor, key: Tensor, value: Tensor, edges: Tensor, scaling: float, window: int | None
+) -> Tensor:
+    """[B, H, T, P] queries over [B, G, T, P] keys -> [B, T, H·P], each within its document.
+
+    Flash attention over sequences of any length (Dao 2023, arXiv 2307.08691): work grows with the
+    squares of documents, not of rows, and no mask is written.
+    """
+    rows, _, length, _ = query.shape
+    laid = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    mixed: Tensor = torch.ops.aten._flash_attention_forward(
+        *laid,
+        edges,
+        edges,
+        length,
+        length,
+        0.0,
+        True,  # causal
+        False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return mixed.view(rows, length, -1)
 
 
 class AttentionWeights(nn.Identity):

@@ -19,14 +19,14 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from tamba.model.attention import AttentionWeights
+from tamba.model.attention import AttentionWeights, takes_documents
 from tamba.model.block import Block
 from tamba.model.cache import TambaCache, adopt, expect_rollback
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.layers import make_norm
 from tamba.model.recurrent import RecurrentMixer
 from tamba.model.rotary import RotaryAngles, rotary_key
-from tamba.model.tokens import Tokens, locate, restart_positions
+from tamba.model.tokens import Tokens, locate, restart_positions, segments
 
 
 class TambaPreTrainedModel(PreTrainedModel):
@@ -120,7 +120,9 @@ class TambaModel(TambaPreTrainedModel):
         positions: Tensor | None,
         cache: Cache | None,
         seq_idx: Tensor | None,
+        edges: Tensor | None = None,
     ) -> Tokens:
+        """Where tokens stand; `edges` are their `segments`, where somebody has counted them."""
         rows, length = hidden.shape[:2]
         kinds = set(self.config.layer_types)
         ready: Mapping[str, Tensor | None] | None = None
@@ -153,6 +155,13 @@ class TambaModel(TambaPreTrainedModel):
             key: angles(tokens.positions, hidden.dtype) for key, angles in self._rotary.items()
         }
         if kinds & {"full_attention", "sliding_attention"}:
+            alone = mask is None and ready is None and not past and not _static(cache)
+            if tokens.starts is not None and alone and takes_documents(self.config, hidden):
+                if edges is None and not torch.compiler.is_compiling():  # which cannot count
+                    edges = segments(tokens.starts)
+                if edges is not None:
+                    tokens.segments = edges
+                    return tokens
             tokens.attention_masks = self._attention_masks(hidden, mask, ready, tokens, cache, past)
         return tokens
 
@@ -178,8 +187,6 @@ class TambaModel(TambaPreTrainedModel):
             starts = torch.ones_like(tokens.documents, dtype=torch.bool)
             starts[:, 1:] = tokens.documents.diff(dim=1) != 0
             documents, mask, cache = restart_positions(starts), None, None
-        # A static layer has places beyond the tokens so far, which only a written-out mask hides.
-        static = cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
         masks: dict[str, Tensor | None] = {}
         for kind, make in (
             ("full_attention", create_causal_mask),
@@ -196,10 +203,15 @@ class TambaModel(TambaPreTrainedModel):
                         past_key_values=cache,
                         position_ids=documents,
                         layer_idx=kinds.index(kind),
-                        allow_is_causal_skip=not static,
+                        allow_is_causal_skip=not _static(cache),
                     )
                 )
         return masks
+
+
+def _static(cache: Cache | None) -> bool:
+    """Whether layers have places beyond the tokens so far, which only a written-out mask hides."""
+    return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
 def _last_document(tokens: Tokens) -> Tensor:

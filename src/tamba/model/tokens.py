@@ -28,6 +28,8 @@ class Tokens:
         mask: [B, T] bool, False at padding; None when there is none.
         attention_masks: a ready mask for each layer type (`full_attention`, `sliding_attention`),
             in the form that transformers' attention interface expects.
+        segments: as `segments` gives them, where attention takes packed rows as documents end to
+            end; None where `attention_masks` tell documents apart.
         rotary: (cos, sin), each [B, T, rotary_dim], by rotary key (see `rotary.py`).
     """
 
@@ -38,6 +40,7 @@ class Tokens:
     documents: Tensor | None = None
     mask: Tensor | None = None
     attention_masks: dict[str, Tensor | None] = field(default_factory=dict)
+    segments: Tensor | None = None
     rotary: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Tokens:
@@ -54,6 +57,7 @@ class Tokens:
             documents=move(self.documents),
             mask=move(self.mask),
             attention_masks={k: move(m) for k, m in self.attention_masks.items()},
+            segments=move(self.segments),
             rotary={k: (c.to(device), s.to(device)) for k, (c, s) in self.rotary.items()},
         )
 
@@ -143,6 +147,21 @@ def _starts(seq_idx: Tensor) -> Tensor:
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx.diff(dim=1) != 0
     return starts
+
+
+def segments(starts: Tensor) -> Tensor:
+    """[B, T] bool -> [n + 1] int32: where documents begin once rows lie end to end, then B · T.
+
+    A row begins a document whatever its first column says. So that few lengths occur, `n` is a
+    power of two, at least 4 B: the end is repeated, as by documents of no token.
+    """
+    starts = starts.clone()
+    starts[:, 0] = True
+    begins = starts.flatten().nonzero()[:, 0]
+    n = 1 << (max(len(begins), 4 * len(starts)) - 1).bit_length()
+    edges = begins.new_full((n + 1,), starts.numel(), dtype=torch.int32)
+    edges[: len(begins)] = begins
+    return edges
 
 
 def restart_positions(starts: Tensor) -> Tensor:

@@ -99,6 +99,7 @@ def next_token_loss(
     teacher_hidden: Tensor | None = None,
     teacher_head: Tensor | None = None,
     teacher_top: Top | None = None,
+    counted: Tensor | None = None,
     weights: Weights = Weights(),
 ) -> Tensor:
     """``kl · τ² · divergence + ce · cross-entropy`` with a teacher, in nats, a mean over positions.
@@ -116,6 +117,8 @@ def next_token_loss(
             gradient; None without a divergence.
         teacher_top: instead of these two, the teacher's most likely tokens, at the temperature of
             `weights` (`most_likely`). With them ``weights.top_k`` says nothing more.
+        counted: [n] bool, the positions that the mean is over; None for all. What is said of the
+            others changes nothing, so that shapes can stay as they are where numbers differ.
         weights: of the parts.
 
     Returns:
@@ -129,6 +132,10 @@ def next_token_loss(
     if not weights.kl:
         teacher_hidden = teacher_head = teacher_top = None
     _check(hidden, head, targets, teacher_hidden, teacher_head, teacher_top, weights)
+    if counted is not None and counted.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"next_token_loss: counted {tuple(counted.shape)} of {len(hidden)} positions"
+        )
     top = (None, None, None) if teacher_top is None else teacher_top
     learns = torch.is_grad_enabled()
     loss, _grad_hidden, _grad_head = _loss_op(
@@ -138,6 +145,7 @@ def next_token_loss(
         teacher_hidden,
         teacher_head,
         *top,
+        counted,
         weights.kl,
         weights.ce,
         weights.temperature,
@@ -255,6 +263,7 @@ def _loss_op(
     indices: Tensor | None,
     log_probs: Tensor | None,
     log_rest: Tensor | None,
+    counted: Tensor | None,
     kl: float,
     ce: float,
     temperature: float,
@@ -279,7 +288,7 @@ def _loss_op(
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         x, words = hidden.to(product), head.to(product)
         theirs = None if teacher_head is None else teacher_head.to(product)
-        wide, count = _wide(hidden), max(1, len(x))
+        wide, count = _wide(hidden), _count(len(hidden), counted)
         losses = torch.empty(len(x), dtype=wide, device=x.device)
         grad_x = x.new_empty(x.shape if learns_hidden else 0)
         grad_words = torch.zeros(head.shape if learns_head else 0, dtype=wide, device=x.device)
@@ -307,10 +316,22 @@ def _loss_op(
             if learns_hidden:
                 torch.mm(logits, words, out=grad_x[part])
             if learns_head:
-                _add_product(grad_words, logits.mT, x[part])
+                given = x[part]
+                if counted is not None:
+                    given = given.masked_fill(~counted[part, None], 0)
+                _add_product(grad_words, logits.mT, given)
             del logits
+        if counted is not None:
+            losses.masked_fill_(~counted, 0)
+            if learns_hidden:
+                grad_x.masked_fill_(~counted[:, None], 0)
         loss = (losses.sum(dtype=torch.float64) / count).to(wide)
         return loss, grad_x, grad_words.div_(count).to(head.dtype)
+
+
+def _count(n: int, counted: Tensor | None) -> int | Tensor:
+    """Positions that a mean is over, 1 at least; a tensor where the device alone knows."""
+    return max(1, n) if counted is None else counted.sum().clamp_min(1)
 
 
 @_loss_op.register_fake
@@ -325,8 +346,9 @@ def _(hidden: Tensor, head: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, _head, *_rest, learns_hidden, learns_head, _kernels = inputs
-    ctx.save_for_backward(*output[1:])
-    ctx.learns, ctx.count, ctx.dtype = (learns_hidden, learns_head), len(hidden), hidden.dtype
+    counted: Tensor | None = inputs[8]
+    ctx.save_for_backward(*output[1:], *(() if counted is None else (counted,)))
+    ctx.learns, ctx.n, ctx.dtype = (learns_hidden, learns_head), len(hidden), hidden.dtype
     ctx.n_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
@@ -334,9 +356,10 @@ def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 def _gradients(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     of_hidden = of_head = None
     if grad is not None:
-        sums, mean = ctx.saved_tensors
+        sums, mean, *counted = ctx.saved_tensors
+        count = _count(ctx.n, *counted or (None,))
         if ctx.learns[0]:
-            of_hidden = (sums * (grad / max(1, ctx.count))).to(ctx.dtype)
+            of_hidden = (sums * (grad / count)).to(ctx.dtype)
         if ctx.learns[1]:
             of_head = mean * grad
     return (of_hidden, of_head, *(None,) * (ctx.n_inputs - 2))

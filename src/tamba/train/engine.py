@@ -30,6 +30,7 @@ from tamba.recipe import Align, Distil
 from tamba.train.log import StageLog, stage_log
 from tamba.train.objectives import Objective
 from tamba.train.pieces import Piece, Pieces, rows_of_step
+from tamba.train.recorder import Recorder
 from tamba.train.schedules import n_steps
 from tamba.train.trainer import NOWHERE, Place, StageTrainer, decays, full
 
@@ -170,6 +171,21 @@ class Engine(StageTrainer):
         args.gradient_accumulation_steps = self.pieces.per_step
         super().__init__(model=objective, args=args)
         self.begin(stage.stage, objective.student, steps, folder, place.folder is not None)
+        self._recorder = Recorder(objective) if self._records() else None
+
+    def _records(self) -> bool:
+        """Whether passes are launched as CUDA graphs."""
+        stage = self.stage
+        # What wraps a model in several processes talks to the others in the middle of a pass.
+        can = self.args.device.type == "cuda" and self.accelerator.num_processes == 1
+        can = can and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if stage.graphs is True and not can:
+            raise UserError(
+                f"train: {stage.stage}",
+                "graphs = true, and they are for one process on a GPU",
+                "leave graphs out",
+            )
+        return can and bool(stage.graphs) and not stage.checkpointing
 
     # What a step is made of.
 
@@ -188,13 +204,15 @@ class Engine(StageTrainer):
         self, model: nn.Module, inputs: Piece, num_items_in_batch: Any = None
     ) -> Tensor:
         model.train()
-        parts = model(inputs)
+        # Gradients of processes are averaged; a step is the sum of its pieces.
+        if self._recorder is not None:
+            parts = self._recorder(inputs)
+        else:
+            parts = model(inputs)
+            self.accelerator.backward(parts.sum() * (inputs.share * self.args.world_size))
         weighted = parts.detach() * inputs.share
         self._total = weighted if self._total is None else self._total + weighted
-        # Gradients of processes are averaged; a step is the sum of its pieces.
-        loss = parts.sum() * (inputs.share * self.args.world_size)
-        self.accelerator.backward(loss)
-        return loss.detach().nan_to_num(0.0, 0.0, 0.0)
+        return (weighted.sum() * self.args.world_size).nan_to_num(0.0, 0.0, 0.0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         stage = self.stage
@@ -286,6 +304,7 @@ class Engine(StageTrainer):
     def release(self) -> None:
         super().release()
         self._mean.clear()
+        self._recorder = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         logs["tokens"] = self.state.global_step * self._row_tokens

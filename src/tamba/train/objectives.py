@@ -7,7 +7,7 @@ teacher is not a child: it is neither sharded, stepped nor saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any, Protocol
@@ -62,6 +62,10 @@ class Objective(nn.Module):
     def units(self) -> Sequence[nn.Module]:
         """The modules that are compiled one by one."""
         return list(self.student.model.layers)
+
+    def repeats(self, piece: Piece) -> Hashable | None:
+        """What is done to a piece besides what its shape says; None where it waits for the CPU."""
+        return ()
 
 
 # Layer by layer.
@@ -207,7 +211,7 @@ def _enter(model: TambaForCausalLM, piece: Piece) -> tuple[Tensor, Tokens]:
     """
     hidden = model.model.embed_tokens(piece.batch.tokens)
     documents = piece.batch.starts.cumsum(1) if piece.packed else None
-    return hidden, model.model._locate(hidden, None, None, None, documents)
+    return hidden, model.model._locate(hidden, None, None, None, documents, piece.edges)
 
 
 def _mixer(model: TambaForCausalLM, index: int) -> nn.Module:
@@ -336,6 +340,11 @@ class DistilObjective(Objective):
         theirs = self._signal.units() if isinstance(self._signal, LiveTeacher) else ()
         return [*super().units(), *theirs]
 
+    def repeats(self, piece: Piece) -> Hashable | None:
+        if self._signal is not None and not isinstance(self._signal, LiveTeacher):
+            return None
+        return () if self._active is None else tuple(self._active(piece.step))
+
     def forward(self, piece: Piece) -> Tensor:
         wanted: Mapping[str, Any] = {}
         if self._signal is not None:
@@ -354,6 +363,7 @@ class DistilObjective(Objective):
                 piece.at_places(hidden),
                 self.student.lm_head.weight,
                 piece.targets,
+                counted=piece.counted,
                 weights=self._weights,
                 **wanted,
             )

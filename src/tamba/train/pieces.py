@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tamba.data import Batch, TokenBlocks
+from tamba.model.tokens import segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,9 @@ class Piece:
         step: 0, 1, ... of the stage.
         share: weight of this piece's mean in the step's, over all processes.
         packed: whether documents begin inside rows of the text, these or others.
+        edges: `tamba.model.tokens.segments` of the batch, counted where that waits for nothing;
+            None where rows are not packed, or to be counted later.
+        counted: [n] bool, which of `places` do; None for all.
     """
 
     batch: Batch
@@ -36,6 +41,8 @@ class Piece:
     step: int
     share: float
     packed: bool = True
+    edges: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def targets(self) -> Tensor:
@@ -48,9 +55,25 @@ class Piece:
 
     def to(self, device: torch.device) -> Piece:
         """The same on a device."""
-        rows, places = (t.to(device, non_blocking=True) for t in (self.rows, self.places))
-        batch = self.batch.to(device)
-        return Piece(batch, rows, places, self.step, self.share, self.packed)
+
+        def moved(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            batch=self.batch.to(device),
+            rows=moved(self.rows),
+            places=moved(self.places),
+            edges=moved(self.edges),
+            counted=moved(self.counted),
+        )
+
+    def fixed(self) -> Piece:
+        """The same with `places` that depend on its shape alone: all but the last of each row."""
+        rows, length = self.batch.tokens.shape
+        index = torch.arange(rows * length, device=self.batch.tokens.device)
+        places = index.view(rows, length)[:, :-1].flatten()
+        return replace(self, places=places, counted=self.batch.predicted.flatten())
 
 
 Count = Callable[[Batch], int]
@@ -118,7 +141,9 @@ class Pieces:
             keep = torch.zeros_like(batch.starts)
             keep[:, :-1] = batch.predicted
             places = keep.flatten().nonzero()[:, 0]
-            yield Piece(batch, some, places, step, self._count(batch) / whole, self._packed)
+            edges = segments(batch.starts) if self._packed else None
+            share = self._count(batch) / whole
+            yield Piece(batch, some, places, step, share, self._packed, edges)
 
     def _take(self, rows: Tensor) -> Batch:
         return Batch(self._blocks.tokens[rows].long(), self._blocks.starts[rows])

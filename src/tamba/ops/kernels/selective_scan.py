@@ -598,6 +598,46 @@ def chain_kernel(
         tl.store(out + (row * CHANNELS + d) * N + n, carry, mask=mask)
 
 
+@triton.jit
+def there_and_back(
+    h, carry, rate, dA, decays, bs, cs, dts, inputs, grads, ys, d_inputs, d_logs, K: tl.constexpr
+):
+    """One state of each channel through a tile's K tokens, and its gradient back.
+
+    Tuples have a row a token. `h` is the state before the tile, `carry` the gradient of that after.
+    Back come the gradient of the state before; the rate's with what this tile adds; by token the
+    outputs, and the gradients of inputs and of logarithms of decays, with what this state adds; by
+    token its gradients of B and C.
+    """
+    before = ()
+    for_C = ()
+    sums = ()
+    for k in tl.static_range(K):
+        before += (h,)
+        h = decays[k] * h + inputs[k] * bs[k]
+        sums += (ys[k] + h * cs[k],)
+        for_C += (grads[k] * h,)
+    backwards_B = ()
+    backwards_input = ()
+    backwards_log = ()
+    for back in tl.static_range(K):
+        g = grads[K - 1 - back] * cs[K - 1 - back] + carry
+        carry = decays[K - 1 - back] * g
+        q = carry * before[K - 1 - back]
+        backwards_input += (d_inputs[K - 1 - back] + g * bs[K - 1 - back],)
+        backwards_log += (d_logs[K - 1 - back] + q * rate,)
+        backwards_B += (g * inputs[K - 1 - back],)
+        dA += q * dts[K - 1 - back]
+    by_input = ()
+    by_log = ()
+    for_B = ()
+    for k in tl.static_range(K):
+        by_input += (backwards_input[K - 1 - k],)
+        by_log += (backwards_log[K - 1 - k],)
+        for_B += (backwards_B[K - 1 - k],)
+    return carry, dA, sums, by_input, by_log, for_B, for_C
+
+
 @triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J", "n_states"])
 def backward_kernel(
     x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
@@ -761,33 +801,10 @@ def backward_kernel(
                     carry = decays[K - 1 - back] * (grads[K - 1 - back] * cs[K - 1 - back] + carry)
             else:
                 dA_i = get_again(dA + i * CHANNELS, mask, ASM)
-                before = ()
-                for_C = ()
-                sums = ()
-                for k in tl.static_range(K):
-                    before += (h,)
-                    h = decays[k] * h + inputs[k] * bs[k]
-                    sums += (ys[k] + h * cs[k],)
-                    for_C += (grads[k] * h,)
-                ys = sums
-                backwards_B = ()
-                backwards_input = ()
-                backwards_log = ()
-                for back in tl.static_range(K):
-                    g = grads[K - 1 - back] * cs[K - 1 - back] + carry
-                    carry = decays[K - 1 - back] * g
-                    q = carry * before[K - 1 - back]
-                    backwards_input += (d_inputs[K - 1 - back] + g * bs[K - 1 - back],)
-                    backwards_log += (d_logs[K - 1 - back] + q * rate,)
-                    backwards_B += (g * inputs[K - 1 - back],)
-                    dA_i += q * dts[K - 1 - back]
-                d_inputs = ()
-                d_logs = ()
-                for_B = ()
-                for k in tl.static_range(K):
-                    d_inputs += (backwards_input[K - 1 - k],)
-                    d_logs += (backwards_log[K - 1 - k],)
-                    for_B += (backwards_B[K - 1 - k],)
+                carry, dA_i, ys, d_inputs, d_logs, for_B, for_C = there_and_back(
+                    h, carry, rate, dA_i, decays, bs, cs, dts, inputs, grads, ys, d_inputs, d_logs,
+                    K,
+                )  # fmt: skip
                 put(dA + i * CHANNELS, dA_i, mask, ASM)
                 if BY_PRODUCT:
                     tl.static_assert(K == 8)
@@ -1328,37 +1345,14 @@ def split_backward_kernel(
                 bs += (b0, b1)
                 cs += (c0, c1)
             decays = ()
-            before = ()
-            for_C = ()
-            sums = ()
             for k in tl.static_range(K):
                 exponent = dts[k] * rate
                 if HAS_STARTS:
                     exponent += begins[k]
                 decays += (tl.exp2(exponent),)
-                before += (h,)
-                h = decays[k] * h + inputs[k] * bs[k]
-                sums += (ys[k] + h * cs[k],)
-                for_C += (grads[k] * h,)
-            ys = sums
-            backwards_B = ()
-            backwards_input = ()
-            backwards_log = ()
-            for back in tl.static_range(K):
-                g = grads[K - 1 - back] * cs[K - 1 - back] + R
-                R = decays[K - 1 - back] * g
-                q = R * before[K - 1 - back]
-                backwards_input += (d_inputs[K - 1 - back] + g * bs[K - 1 - back],)
-                backwards_log += (d_logs[K - 1 - back] + q * rate,)
-                backwards_B += (g * inputs[K - 1 - back],)
-                dA_i += q * dts[K - 1 - back]
-            d_inputs = ()
-            d_logs = ()
-            for_B = ()
-            for k in tl.static_range(K):
-                d_inputs += (backwards_input[K - 1 - k],)
-                d_logs += (backwards_log[K - 1 - k],)
-                for_B += (backwards_B[K - 1 - k],)
+            R, dA_i, ys, d_inputs, d_logs, for_B, for_C = there_and_back(
+                h, R, rate, dA_i, decays, bs, cs, dts, inputs, grads, ys, d_inputs, d_logs, K
+            )
             put_sums_over_warps(share_at + i * 64, for_B, for_C, lane, BY_PRODUCT)
             carried += (R,)
             set_own(mine_at + (NP + i) * 8 * BLOCK, dA_i)

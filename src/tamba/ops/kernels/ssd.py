@@ -11,7 +11,9 @@ at the usual sizes reading x and writing y is what the time goes to:
 - Backward: the same walk, once from the front and once from the back, leaves the state before and
   the gradient after every chunk, in the precision of x; then programs take one chunk and many heads
   of one group, so that the gradients of B and C are summed over heads inside a program, and over
-  programs in a fixed order. Nothing is added atomically: the same call gives the same bits.
+  programs in a fixed order. Nothing is added atomically: the same call gives the same bits. The
+  states of all heads at once could need several times the room of the arguments, so heads go
+  through both launches in slices.
 
 Decays. Inside a chunk they are `exp2` of differences of running sums, never above 1. A document
 start, or a step so large that nothing of the state before it is left in float32, is no term of the
@@ -22,8 +24,8 @@ in a second array what rounding took off; a difference of two sums then has the 
 of its own size. Exponentials of one sum do without the second: rounded to nearest, a sum small
 enough to leave anything of its exponential is off by 2^-24 of itself.
 
-Shape letters as in `tamba.ops.ssd`; `K` chunks, `S` segments, `R` heads of a group, `U` row blocks
-of a chunk. Step sizes, sums and spans are [B, H, K·Q] float32, float32 and int32.
+Shape letters as in `tamba.ops.ssd`; `K` chunks, `S` segments, `R` heads of a group. Step sizes,
+sums and spans are [B, H, K·Q] float32, float32 and int32.
 """
 
 from __future__ import annotations
@@ -95,18 +97,10 @@ def _decay(end, begin, low_ptr, end_at, begin_at):
 
 
 @triton.jit
-def _decays(ends, begins, low_ptr, end_at, begin_at, end_spans_ptr, begin_spans_ptr, whole, live):
-    """`_decay` where `live` and in one span, else 0.
-
-    `whole`: there is one span only, as in most chunks; then spans need not be read. Pointers have
-    the shapes of the numbers.
-    """
-    if whole:
-        decays = tl.where(live, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
-    else:
-        same = tl.load(end_spans_ptr) == tl.load(begin_spans_ptr)
-        decays = tl.where(live & same, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
-    return decays
+def _decays(ends, begins, low_ptr, end_at, begin_at, end_spans, begin_spans, live):
+    """`_decay` where `live` and in one span, else 0."""
+    live = live & (end_spans == begin_spans)
+    return tl.where(live, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
 
 
 @triton.jit
@@ -124,7 +118,7 @@ def _put(tiles, row, start, column, values, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 _STEP_ARGUMENTS = [
     *("dt_ptr", "A_ptr", "bias_ptr", "starts_ptr", "padding_ptr", "out_ptr"),
-    *("length", "heads", "chunks", "lanes"),
+    *("length", "heads", "chunks"),
     *("dt_b", "dt_t", "dt_h", "starts_b", "starts_t", "out_b", "out_t"),
 ]
 
@@ -140,6 +134,10 @@ def _steps_kernel(
     sum_ptr,
     low_ptr,
     column_ptr,
+    weight_ptr,
+    to_end_ptr,
+    since_ptr,
+    through_ptr,
     span_ptr,
     length,
     heads,
@@ -156,12 +154,14 @@ def _steps_kernel(
     BIAS: tl.constexpr,
     STARTS: tl.constexpr,
     PADDING: tl.constexpr,
+    GRADIENT: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One chunk of a block of heads: step sizes, running sums of log2 decays, and spans.
+    """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
-    With `low_ptr` sums are in two parts, and there are no `columns`.
+    With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
+    `since` and no `columns`.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -198,9 +198,21 @@ def _steps_kernel(
     tl.store(sum_ptr + out, sums, mask=stored)
     if low_ptr is not None:
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
-    else:
+    if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
     tl.store(span_ptr + out, spans, mask=stored)
+    last = (tl.arange(0, Q) == Q - 1)[:, None]
+    sum_end = tl.sum(tl.where(last, sums, 0.0), axis=0)
+    span_end = tl.sum(tl.where(last, spans, 0), axis=0)
+    to_end = tl.exp2((sum_end[None, :] - sums).to(tl.float32))
+    to_end = tl.where(spans == span_end[None, :], to_end, 0.0)
+    tl.store(weight_ptr + out, dt * to_end, mask=stored)
+    if GRADIENT:
+        tl.store(to_end_ptr + out, to_end, mask=stored)
+        since = tl.where(spans == 0, tl.exp2(sums.to(tl.float32)), 0.0)
+        tl.store(since_ptr + out, since, mask=stored)
+    through = tl.where(span_end == 0, tl.exp2(sum_end.to(tl.float32)), 0.0)
+    tl.store(through_ptr + (row * heads + h) * chunks + chunk, through, mask=h < heads)
 
 
 # --- states
@@ -226,14 +238,22 @@ def _enter(
 
 
 @triton.jit
+def _add(state, through, right, weight, left, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """``through · state + (weight · right)ᵀ left`` [P, N], for right [Q, P] and left [Q, N].
+
+    The state is an accumulator, and the other product operand need not leave registers.
+    """
+    weighted = tl.trans(right).to(tl.float32) * weight[None, :]
+    return tl.dot(weighted.to(DOT), left.to(DOT), state * through, input_precision=PRECISION)
+
+
+@triton.jit
 def _walk(
     pid,
     left_tiles,
     right_tiles,
-    sum_ptr,
-    low_ptr,
-    column_ptr,
-    span_ptr,
+    weight_ptr,
+    through_ptr,
     first_ptr,
     local_ptr,
     local_decay_ptr,
@@ -241,6 +261,10 @@ def _walk(
     last_ptr,
     heads,
     share,
+    first_group,
+    groups_here,
+    first_head,
+    heads_here,
     chunks,
     segments,
     span_chunks,
@@ -251,12 +275,10 @@ def _walk(
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
-    PITCH: tl.constexpr,
-    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state [N, P] of one head through one segment: ``decay · state + leftᵀ (weight · right)``.
+    """The state [P, N] of one head through one segment, by `_add`.
 
     Forwards left is B, right x and the weight dt and the decay to the end of the chunk. Backwards
     (`REVERSE`) left is C, right the output's gradient and the weight the decay since the start.
@@ -266,84 +288,81 @@ def _walk(
     """
     blocks: tl.constexpr = P // BLOCK_P
     block = pid % blocks
-    head = (pid // blocks) % heads
-    rest = pid // blocks // heads
+    here = (pid // blocks) % (groups_here * heads_here)
+    rest = pid // blocks // (groups_here * heads_here)
     if LOCAL:  # the segment that nobody comes after needs no such state
         segment = rest % (segments - 1) + (1 if REVERSE else 0)
         row = rest // (segments - 1)
     else:
         segment = rest % segments
         row = rest // segments
+    group = first_group + here // heads_here
+    head = group * share + first_head + here % heads_here
     lane = (row * heads + head).to(tl.int64)
+    place = (row * (groups_here * heads_here) + here).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.arange(0, Q)
-    inner = n[:, None] * P + p[None, :]
-    state = tl.zeros([N, BLOCK_P], tl.float32)
+    inner = p[:, None] * N + n[None, :]
+    state = tl.zeros([BLOCK_P, N], tl.float32)
     whole = tl.full([], 1.0, tl.float32)
     if not LOCAL:
         if FIRST:
-            state += tl.load(first_ptr + lane * (N * P) + p[None, :] * N + n[:, None])
+            state += tl.load(first_ptr + lane * (N * P) + inner)
         state = _enter(
-            state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, REVERSE
+            state, local_ptr, local_decay_ptr, place, segment, segments, inner, N * P, REVERSE
         )
 
     column = head * P + block * BLOCK_P
-    group = head // share * N
-    steps = lane * (chunks * Q)
     begin = segment * span_chunks
     count = tl.minimum(chunks - begin, span_chunks)
+    following = tl.load(through_ptr + lane * chunks + begin + (count - 1 if REVERSE else 0))
     for i in range(0, count):
         chunk = begin + (count - 1 - i if REVERSE else i)
-        start = chunk * Q
-        t = start + q
-        left = _tile(left_tiles, row, start, group, Q, N)
-        right = _tile(right_tiles, row, start, column, Q, BLOCK_P).to(tl.float32)
-        spans = tl.load(span_ptr + steps + t)
-        sum_end = tl.load(sum_ptr + steps + start + Q - 1)
-        span_end = tl.load(span_ptr + steps + start + Q - 1)
-        through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
+        through = following  # loaded one chunk ahead: nothing hides how long that takes
         if REVERSE:
-            weight = tl.where(spans == 0, tl.exp2(tl.load(sum_ptr + steps + t)), 0.0)
+            following = tl.load(through_ptr + lane * chunks + tl.maximum(chunk - 1, 0))
         else:
-            columns = tl.load(column_ptr + steps + t)
-            if FOLDED:
-                weight = tl.exp2(sum_end - columns)
-            else:
-                sums = tl.load(sum_ptr + steps + t)
-                weight = _decay(sum_end, sums, low_ptr, steps + start + Q - 1, steps + t) * columns
-            weight = tl.where(spans == span_end, weight, 0.0)
+            following = tl.load(through_ptr + lane * chunks + tl.minimum(chunk + 1, chunks - 1))
+        start = chunk * Q
+        left = _tile(left_tiles, row, start, group * N, Q, N)
+        right = _tile(right_tiles, row, start, column, Q, BLOCK_P)
+        weight = tl.load(weight_ptr + lane * (chunks * Q) + start + q)
         if not LOCAL:
-            _put(stored_tiles, row, chunk * PITCH, column, state, N, BLOCK_P)
-        state = tl.dot(
-            tl.trans(left).to(DOT),
-            (right * weight[:, None]).to(DOT),
-            state * through,
-            input_precision=PRECISION,
-        )
+            at = here * P + block * BLOCK_P
+            _put(stored_tiles, row * chunks + chunk, at, 0, state, BLOCK_P, N)
+        state = _add(state, through, right, weight, left, DOT, PRECISION)
         whole *= through
     if LOCAL:
-        j = lane * segments + segment
+        j = place * segments + segment
         tl.store(local_ptr + j * (N * P) + inner, state)
         if block == 0:
             tl.store(local_decay_ptr + j, whole)
     elif REVERSE and segment == 0:
-        tl.store(last_ptr + lane * (N * P) + p[None, :] * N + n[:, None], state)
+        tl.store(last_ptr + lane * (N * P) + inner, state)
 
 
-@triton.jit(do_not_specialize=["first_ptr", "heads", "share", "chunks", "segments", "span_chunks"])
+_COUNTS = [
+    *("heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
+    *("chunks", "segments", "span_chunks"),
+]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _segments_kernel(
     B_tiles,
     x_tiles,
-    sum_ptr,
-    low_ptr,
-    column_ptr,
-    span_ptr,
+    weight_ptr,
+    through_ptr,
     local_ptr,
     local_decay_ptr,
     heads,
     share,
+    first_group,
+    groups_here,
+    first_head,
+    heads_here,
     chunks,
     segments,
     span_chunks,
@@ -351,7 +370,6 @@ def _segments_kernel(
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
-    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -360,10 +378,8 @@ def _segments_kernel(
         tl.program_id(0),
         B_tiles,
         x_tiles,
-        sum_ptr,
-        low_ptr,
-        column_ptr,
-        span_ptr,
+        weight_ptr,
+        through_ptr,
         local_ptr,
         local_ptr,
         local_decay_ptr,
@@ -371,6 +387,10 @@ def _segments_kernel(
         local_ptr,
         heads,
         share,
+        first_group,
+        groups_here,
+        first_head,
+        heads_here,
         chunks,
         segments,
         span_chunks,
@@ -381,28 +401,20 @@ def _segments_kernel(
         P,
         BLOCK_P,
         Q,
-        0,
-        FOLDED,
         DOT,
         PRECISION,
     )
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("first_ptr", "d_last_ptr"),
-        *("heads", "share", "chunks", "segments", "span_chunks"),
-    ]
-)
+@triton.jit(do_not_specialize=["first_ptr", "d_last_ptr", *_COUNTS])
 def _states_kernel(
     B_tiles,
     C_tiles,
     x_tiles,
     dy_tiles,
-    sum_ptr,
-    low_ptr,
-    column_ptr,
-    span_ptr,
+    weight_ptr,
+    since_ptr,
+    through_ptr,
     first_ptr,
     d_last_ptr,
     local_ptr,
@@ -414,6 +426,10 @@ def _states_kernel(
     d_first_ptr,
     heads,
     share,
+    first_group,
+    groups_here,
+    first_head,
+    heads_here,
     chunks,
     segments,
     span_chunks,
@@ -424,8 +440,6 @@ def _states_kernel(
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
-    PITCH: tl.constexpr,
-    FOLDED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -437,10 +451,8 @@ def _states_kernel(
             pid,
             B_tiles,
             x_tiles,
-            sum_ptr,
-            low_ptr,
-            column_ptr,
-            span_ptr,
+            weight_ptr,
+            through_ptr,
             first_ptr,
             local_ptr,
             local_decay_ptr,
@@ -448,6 +460,10 @@ def _states_kernel(
             d_first_ptr,
             heads,
             share,
+            first_group,
+            groups_here,
+            first_head,
+            heads_here,
             chunks,
             segments,
             span_chunks,
@@ -458,8 +474,6 @@ def _states_kernel(
             P,
             BLOCK_P,
             Q,
-            N,
-            FOLDED,
             DOT,
             PRECISION,
         )
@@ -468,10 +482,8 @@ def _states_kernel(
             pid - half,
             C_tiles,
             dy_tiles,
-            sum_ptr,
-            low_ptr,
-            column_ptr,
-            span_ptr,
+            since_ptr,
+            through_ptr,
             d_last_ptr,
             d_local_ptr,
             d_local_decay_ptr,
@@ -479,6 +491,10 @@ def _states_kernel(
             d_first_ptr,
             heads,
             share,
+            first_group,
+            groups_here,
+            first_head,
+            heads_here,
             chunks,
             segments,
             span_chunks,
@@ -489,8 +505,6 @@ def _states_kernel(
             P,
             BLOCK_P,
             Q,
-            PITCH,
-            FOLDED,
             DOT,
             PRECISION,
         )
@@ -551,10 +565,10 @@ def _scan_kernel(
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.arange(0, Q)
-    inner = n[:, None] * P + p[None, :]
+    inner = p[None, :] * N + n[:, None]
     state = tl.zeros([N, BLOCK_P], tl.float32)
     if FIRST:
-        state += tl.load(first_ptr + lane * (N * P) + p[None, :] * N + n[:, None])
+        state += tl.load(first_ptr + lane * (N * P) + inner)
     state = _enter(state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, False)
 
     column = head * P + block * BLOCK_P
@@ -578,15 +592,20 @@ def _scan_kernel(
         scores = _dot(C, tl.trans(B), DOT, PRECISION)
         if not FOLDED:
             scores *= columns[None, :]
-        scores *= _decays(
-            sums[:, None],
-            columns[None, :] if FOLDED else sums[None, :],
-            *(low_ptr, at[:, None], at[None, :]),
-            span_ptr + at[:, None],
-            span_ptr + at[None, :],
-            span_end == 0,
-            q[:, None] >= q[None, :],
-        )
+        causal = q[:, None] >= q[None, :]
+        begins = columns if FOLDED else sums
+        if span_end == 0:  # one span only, as in most chunks
+            decays = tl.where(
+                causal,
+                _decay(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
+                0.0,
+            )
+        else:
+            decays = _decays(
+                *(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
+                *(tl.load(span_ptr + at[:, None]), tl.load(span_ptr + at[None, :]), causal),
+            )
+        scores *= decays
         if SKIP:
             scores = tl.where(q[:, None] == q[None, :], scores + D, scores)
         y = _dot(C, state, DOT, PRECISION)
@@ -611,7 +630,7 @@ def _scan_kernel(
             input_precision=PRECISION,
         )
     if segment == segments - 1:
-        tl.store(last_ptr + lane * (N * P) + p[None, :] * N + n[:, None], state)
+        tl.store(last_ptr + lane * (N * P) + inner, state)
 
 
 # --- backward
@@ -640,113 +659,12 @@ def _ungate_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["heads", "groups", "share", "heads_each", "parts", "chunks", "lanes"]
+    do_not_specialize=[
+        *("D_ptr", "heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
+        *("heads_each", "parts", "chunks", "batch", "fresh"),
+    ]
 )
-def _grad_C_kernel(
-    x_tiles,
-    B_tiles,
-    C_tiles,
-    dy_tiles,
-    sum_ptr,
-    low_ptr,
-    column_ptr,
-    span_ptr,
-    entering_tiles,
-    dC_tiles,
-    scores_tiles,
-    ends_ptr,
-    begins_ptr,
-    heads,
-    groups,
-    share,
-    heads_each,
-    parts,
-    chunks,
-    lanes,
-    N: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    ROWS: tl.constexpr,
-    FOLDED: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Some rows of one chunk, some heads of one group: gradient of C.
-
-    Also written: the gradient of C Bᵀ summed over the heads, for the gradient of B; and for every
-    head what flows along paths by the token they end at (with those from the state before the
-    chunk) and, inside the chunk, by the token they begin at.
-    """
-    pid = tl.program_id(0)
-    slices: tl.constexpr = Q // ROWS
-    u_slice = pid % slices
-    part = pid // slices % parts
-    tile_at = pid // slices // parts
-    group = tile_at % groups
-    chunk = (tile_at // groups) % chunks
-    row = tile_at // groups // chunks
-
-    s = tl.arange(0, Q)
-    u = u_slice * ROWS + tl.arange(0, ROWS)
-    start = chunk * Q
-    start_u = start + u_slice * ROWS
-    B = _tile(B_tiles, row, start, group * N, Q, N)
-    C = _tile(C_tiles, row, start_u, group * N, ROWS, N)
-    scores = _dot(C, tl.trans(B), DOT, PRECISION).to(DOT)  # [u, s]
-    d_scores = tl.zeros([ROWS, Q], tl.float32)
-    d_C = tl.zeros([ROWS, N], tl.float32)
-    for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
-        head = group * share + part * heads_each + i
-        lane = (row * heads + head).to(tl.int64)
-        steps = lane * (chunks * Q) + start
-        x = _tile(x_tiles, row, start, head * P, Q, P)
-        dy = _tile(dy_tiles, row, start_u, head * P, ROWS, P)
-        state = _tile(entering_tiles, row, chunk * N, head * P, N, P)
-        sums = tl.load(sum_ptr + steps + u)
-        spans = tl.load(span_ptr + steps + u)
-        columns = tl.load(column_ptr + steps + s)
-        span_end = tl.load(span_ptr + steps + Q - 1)
-
-        mixed = _dot(dy, tl.trans(x), DOT, PRECISION)
-        begins = columns
-        if not FOLDED:
-            mixed *= columns[None, :]
-            begins = tl.load(sum_ptr + steps + s)
-        mixed *= _decays(
-            sums[:, None],
-            begins[None, :],
-            *(low_ptr, steps + u[:, None], steps + s[None, :]),
-            span_ptr + steps + u[:, None],
-            span_ptr + steps + s[None, :],
-            span_end == 0,
-            u[:, None] >= s[None, :],
-        )
-        d_scores += mixed
-        # A path from a token to itself meets no decay.
-        paths = tl.where(u[:, None] > s[None, :], mixed * scores.to(tl.float32), 0.0)
-        ends = tl.sum(paths, axis=1)
-        tl.store(
-            begins_ptr + u_slice * lanes * (chunks * Q).to(tl.int64) + steps + s,
-            tl.sum(paths, axis=0),
-        )
-        since = tl.where(spans == 0, tl.exp2(sums), 0.0)
-        from_state = _dot(dy, tl.trans(state), DOT, PRECISION) * since[:, None]
-        d_C += from_state
-        ends += tl.sum(from_state * C.to(tl.float32), axis=1)
-        tl.store(ends_ptr + steps + u, ends)
-    tiles = tl.num_programs(0) // (slices * parts)
-    d_scores = d_scores.to(DOT)
-    _put(scores_tiles, part * tiles + tile_at, u_slice * ROWS, 0, d_scores, ROWS, Q)
-    B = _tile(B_tiles, row, start, group * N, Q, N)
-    d_C = tl.dot(d_scores, B.to(DOT), d_C, input_precision=PRECISION)
-    rows = tl.num_programs(0) // (slices * parts * groups * chunks)
-    _put(dC_tiles, part * rows + row, start_u, group * N, d_C, ROWS, N)
-
-
-@triton.jit(
-    do_not_specialize=["D_ptr", "heads", "groups", "share", "heads_each", "parts", "chunks"]
-)
-def _grad_x_kernel(
+def _grads_kernel(
     x_tiles,
     B_tiles,
     C_tiles,
@@ -756,98 +674,232 @@ def _grad_x_kernel(
     sum_ptr,
     low_ptr,
     span_ptr,
+    weight_ptr,
+    to_end_ptr,
+    since_ptr,
     entering_tiles,
     leaving_tiles,
-    scores_tiles,
     dx_tiles,
     dB_tiles,
-    direct_ptr,
-    leaves_ptr,
-    through_ptr,
-    skip_ptr,
+    dC_tiles,
+    d_scores_tiles,
+    inputs_ptr,
+    outputs_ptr,
+    begins_ptr,
+    passing_ptr,
     heads,
-    groups,
     share,
+    first_group,
+    groups_here,
+    first_head,
+    heads_here,
     heads_each,
     parts,
     chunks,
+    batch,
+    fresh,
     N: tl.constexpr,
     P: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     Q: tl.constexpr,
     SKIP: tl.constexpr,
-    PITCH: tl.constexpr,
-    FOLDED: tl.constexpr,
+    SHARED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One chunk, some heads of one group: gradients of x and B.
+    """One chunk, some heads of one group: gradient of x, and what they add to those of B and C.
 
-    Also written: for every head and token the gradient of dt as the factor of x, and what flows
-    along the paths that begin there and leave the chunk; and its share of the gradient of D. The
-    gradient of the state after the chunk may lie where dx will: it is read before dx is written.
+    Half of the programs look at tokens from where paths begin (rows `s` of their Q x Q matrices):
+    they have the gradients of x and B. The others, from where paths end (rows `u`), have that of C.
+    Neighbours have the same chunk and heads, so that what both read is read from memory once.
+
+    What is added goes onto what earlier launches left, unless this is the first (`fresh`): two
+    sums over states, and the gradient of C Bᵀ, for `_sums_kernel`. A group of one head (not
+    `SHARED`) has no such sums and its gradients of B and C are finished here.
+
+    Also written, for every head and token: the inner products of x with what comes back to it
+    from the chunk and from behind it (`inputs`, pairs); what flows along paths that end there and
+    of the output's gradient with x (`outputs`, pairs); what flows along paths inside the chunk by
+    the token they begin at (`begins`). For every head the inner product of the state before and
+    the gradient of that behind (`passing`).
     """
     pid = tl.program_id(0)
+    ends = pid % 2
+    pid = pid // 2
     part = pid % parts
-    tile_at = pid // parts
-    group = tile_at % groups
-    chunk = (tile_at // groups) % chunks
-    row = tile_at // groups // chunks
+    here = pid // parts % groups_here
+    chunk = (pid // parts // groups_here) % chunks
+    row = pid // parts // groups_here // chunks
+    group = first_group + here
+    groups = heads // share
+    tile_at = (row * chunks + chunk) * groups + group
+    at_row = part * batch + row
+    at_tile = part * (batch * chunks * groups) + tile_at
 
     q = tl.arange(0, Q)
+    pair = tl.arange(0, 2)
+    p = tl.arange(0, BLOCK_P)
     start = chunk * Q
+    total = tl.zeros([Q, N], tl.float32)
+    count = tl.minimum(heads_here - part * heads_each, heads_each)
+    # Each half has its own tiles: of shared memory a variable of both would be held by both.
+    if ends == 0:
+        B = _tile(B_tiles, row, start, group * N, Q, N)
+        C = _tile(C_tiles, row, start, group * N, Q, N)
+        if SHARED:
+            if fresh == 0:
+                total += _tile(dB_tiles, at_row, start, group * N, Q, N)
+            scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
+        for i in range(0, count):
+            j = part * heads_each + i
+            head = group * share + first_head + j
+            lane = (row * heads + head).to(tl.int64)
+            steps = lane * (chunks * Q) + start
+            at_chunk = row * chunks + chunk
+            weight = tl.load(weight_ptr + steps + q)
+            passing = 0.0
+            for block in tl.static_range(P // BLOCK_P):
+                column = head * P + block * BLOCK_P
+                place = (here * heads_here + j) * P + block * BLOCK_P
+                x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
+                leaving = _tile(leaving_tiles, at_chunk, place, 0, BLOCK_P, N)
+                entering = _tile(entering_tiles, at_chunk, place, 0, BLOCK_P, N)
+                total += _dot(x, leaving, DOT, PRECISION) * weight[:, None]
+                products = _dot(entering, tl.trans(leaving), DOT, PRECISION)
+                passing += tl.sum(tl.where(p[:, None] == p[None, :], products, 0.0))
+            tl.store(passing_ptr + lane * chunks + chunk, passing)
+
+            sums = tl.load(sum_ptr + steps + q)
+            spans = tl.load(span_ptr + steps + q)
+            dt = tl.load(step_ptr + steps + q)
+            if not SHARED:
+                scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)
+            decays = _decays(
+                *(sums[None, :], sums[:, None], low_ptr, steps + q[None, :], steps + q[:, None]),
+                *(spans[None, :], spans[:, None], q[:, None] <= q[None, :]),
+            )
+            if not SHARED:
+                mixed = tl.zeros([Q, Q], tl.float32)
+                for block in tl.static_range(P // BLOCK_P):
+                    column = head * P + block * BLOCK_P
+                    x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
+                    dy = _tile(dy_tiles, row, start, column, Q, BLOCK_P)
+                    mixed += _dot(x, tl.trans(dy), DOT, PRECISION)
+                mixed *= decays * dt[:, None]
+                total = tl.dot(mixed.to(DOT), C.to(DOT), total, input_precision=PRECISION)
+            decayed = (scores.to(tl.float32) * decays).to(DOT)
+            to_end = tl.load(to_end_ptr + steps + q)
+            from_inside = tl.zeros([Q], tl.float32)
+            from_behind = tl.zeros([Q], tl.float32)
+            for block in tl.static_range(P // BLOCK_P):
+                column = head * P + block * BLOCK_P
+                place = (here * heads_here + j) * P + block * BLOCK_P
+                dy = _tile(dy_tiles, row, start, column, Q, BLOCK_P)
+                if P > BLOCK_P:
+                    x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
+                    leaving = _tile(leaving_tiles, at_chunk, place, 0, BLOCK_P, N)
+                outside = _dot(B, tl.trans(leaving), DOT, PRECISION) * to_end[:, None]
+                inside = _dot(decayed, dy, DOT, PRECISION)
+                values = x.to(tl.float32)
+                from_inside += tl.sum(values * inside, axis=1)
+                from_behind += tl.sum(values * outside, axis=1)
+                dx = inside * dt[:, None] + outside * dt[:, None]
+                if SKIP:
+                    dx += tl.load(D_ptr + head).to(tl.float32) * dy.to(tl.float32)
+                _put(dx_tiles, row, start, column, dx, Q, BLOCK_P)
+            found = tl.join(from_inside, from_behind)
+            tl.store(inputs_ptr + (steps + q[:, None]) * 2 + pair[None, :], found)
+        _put(dB_tiles, at_row, start, group * N, total, Q, N)
+    else:
+        B = _tile(B_tiles, row, start, group * N, Q, N)
+        C = _tile(C_tiles, row, start, group * N, Q, N)
+        scores = _dot(C, tl.trans(B), DOT, PRECISION).to(DOT)  # [u, s]
+        d_scores = tl.zeros([Q, Q], tl.float32)
+        if SHARED:  # noqa: SIM102 - of constants and values together no branch can be left out
+            if fresh == 0:
+                total += _tile(dC_tiles, at_row, start, group * N, Q, N)
+                d_scores += _tile(d_scores_tiles, at_tile, 0, 0, Q, Q)
+        for i in range(0, count):
+            j = part * heads_each + i
+            head = group * share + first_head + j
+            lane = (row * heads + head).to(tl.int64)
+            steps = lane * (chunks * Q) + start
+            sums = tl.load(sum_ptr + steps + q)
+            spans = tl.load(span_ptr + steps + q)
+            since = tl.load(since_ptr + steps + q)
+            mixed = tl.zeros([Q, Q], tl.float32)
+            skip = tl.zeros([Q], tl.float32)
+            for block in tl.static_range(P // BLOCK_P):
+                column = head * P + block * BLOCK_P
+                x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
+                dy = _tile(dy_tiles, row, start, column, Q, BLOCK_P)
+                mixed += _dot(dy, tl.trans(x), DOT, PRECISION)
+                skip += tl.sum(x.to(tl.float32) * dy.to(tl.float32), axis=1)
+            mixed *= tl.load(step_ptr + steps + q)[None, :]
+            mixed *= _decays(
+                *(sums[:, None], sums[None, :], low_ptr, steps + q[:, None], steps + q[None, :]),
+                *(spans[:, None], spans[None, :], q[:, None] >= q[None, :]),
+            )
+            if SHARED:
+                d_scores += mixed
+            else:
+                total = tl.dot(mixed.to(DOT), B.to(DOT), total, input_precision=PRECISION)
+            # A path from a token to itself meets no decay.
+            paths = tl.where(q[:, None] > q[None, :], mixed * scores.to(tl.float32), 0.0)
+            tl.store(begins_ptr + steps + q, tl.sum(paths, axis=0))
+            flows = tl.sum(paths, axis=1)
+            for block in tl.static_range(P // BLOCK_P):
+                column = head * P + block * BLOCK_P
+                place = (here * heads_here + j) * P + block * BLOCK_P
+                if P > BLOCK_P:
+                    dy = _tile(dy_tiles, row, start, column, Q, BLOCK_P)
+                entering = _tile(entering_tiles, row * chunks + chunk, place, 0, BLOCK_P, N)
+                before = _dot(C, tl.trans(entering), DOT, PRECISION)
+                flows += since * tl.sum(before * dy.to(tl.float32), axis=1)
+                total += _dot(dy, entering, DOT, PRECISION) * since[:, None]
+            found = tl.join(flows, skip)
+            tl.store(outputs_ptr + (steps + q[:, None]) * 2 + pair[None, :], found)
+        if SHARED:
+            _put(d_scores_tiles, at_tile, 0, 0, d_scores, Q, Q)
+        _put(dC_tiles, at_row, start, group * N, total, Q, N)
+
+
+@triton.jit(do_not_specialize=["groups", "parts", "chunks", "batch"])
+def _sums_kernel(
+    B_tiles,
+    C_tiles,
+    dB_parts,
+    dC_parts,
+    d_scores_parts,
+    dB_tiles,
+    dC_tiles,
+    groups,
+    parts,
+    chunks,
+    batch,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of B and C in one chunk of a group, from the parts that `_grads_kernel` left."""
+    tile_at = tl.program_id(0)
+    group = tile_at % groups
+    start = (tile_at // groups) % chunks * Q
+    row = tile_at // groups // chunks
+    d_scores = tl.zeros([Q, Q], tl.float32)
+    d_B = tl.zeros([Q, N], tl.float32)
+    d_C = tl.zeros([Q, N], tl.float32)
+    for part in range(0, parts):
+        d_scores += _tile(d_scores_parts, part * (batch * chunks * groups) + tile_at, 0, 0, Q, Q)
+        d_B += _tile(dB_parts, part * batch + row, start, group * N, Q, N)
+        d_C += _tile(dC_parts, part * batch + row, start, group * N, Q, N)
     B = _tile(B_tiles, row, start, group * N, Q, N)
     C = _tile(C_tiles, row, start, group * N, Q, N)
-    # Transposed: a token's row is where paths begin, its columns where they end.
-    scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
-    d_B = tl.zeros([Q, N], tl.float32)
-    for i in range(0, tl.minimum(share - part * heads_each, heads_each)):
-        head = group * share + part * heads_each + i
-        lane = (row * heads + head).to(tl.int64)
-        steps = lane * (chunks * Q) + start
-        column = head * P
-        sums = tl.load(sum_ptr + steps + q)
-        sum_end = tl.load(sum_ptr + steps + Q - 1)
-        span_end = tl.load(span_ptr + steps + Q - 1)
-        dy = _tile(dy_tiles, row, start, column, Q, P)
-        decays = _decays(
-            *(sums[None, :], sums[:, None], low_ptr, steps + q[None, :], steps + q[:, None]),
-            *(span_ptr + steps + q[None, :], span_ptr + steps + q[:, None], span_end == 0),
-            q[:, None] <= q[None, :],
-        )
-        # The columns all at once. In two halves the compiler (Triton 3.6, sm90) got the last row
-        # wrong in every head of a program but the first.
-        inside = _dot(scores.to(tl.float32) * decays, dy, DOT, PRECISION)
-
-        leaving = _tile(leaving_tiles, row, chunk * PITCH, column, N, P)
-        x = _tile(x_tiles, row, start, column, Q, P).to(tl.float32)
-        dt = tl.load(step_ptr + steps + q)
-        spans = tl.load(span_ptr + steps + q)
-        to_end = tl.where(
-            spans == span_end, _decay(sum_end, sums, low_ptr, steps + Q - 1, steps + q), 0.0
-        )
-        outside = _dot(B, leaving, DOT, PRECISION) * to_end[:, None]
-        tl.store(leaves_ptr + steps + q, dt * tl.sum(x * outside, axis=1))
-        d_input = inside + outside
-        tl.store(direct_ptr + steps + q, tl.sum(x * d_input, axis=1))
-        added = (x * (dt * to_end)[:, None]).to(DOT)
-        d_B = tl.dot(added, tl.trans(leaving).to(DOT), d_B, input_precision=PRECISION)
-
-        dx = d_input * dt[:, None]
-        if SKIP:
-            dy = dy.to(tl.float32)
-            dx += tl.load(D_ptr + head).to(tl.float32) * dy
-            tl.store(skip_ptr + lane * chunks + chunk, tl.sum(tl.sum(x * dy, axis=1), axis=0))
-        entering = _tile(entering_tiles, row, chunk * N, column, N, P)
-        passing = tl.sum(tl.sum(entering.to(tl.float32) * leaving.to(tl.float32), axis=1), axis=0)
-        passing *= tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
-        tl.store(through_ptr + lane * chunks + chunk, passing)
-        _put(dx_tiles, row, start, column, dx, Q, P)
-    tiles = tl.num_programs(0) // parts
-    d_scores = _tile(scores_tiles, part * tiles + tile_at, 0, 0, Q, Q)  # [u, s]
-    C = _tile(C_tiles, row, start, group * N, Q, N)
     d_B = tl.dot(tl.trans(d_scores).to(DOT), C.to(DOT), d_B, input_precision=PRECISION)
-    rows = tiles // (groups * chunks)
-    _put(dB_tiles, part * rows + row, start, group * N, d_B, Q, N)
+    d_C = tl.dot(d_scores.to(DOT), B.to(DOT), d_C, input_precision=PRECISION)
+    _put(dB_tiles, row, start, group * N, d_B, Q, N)
+    _put(dC_tiles, row, start, group * N, d_C, Q, N)
 
 
 @triton.jit(do_not_specialize=_STEP_ARGUMENTS)
@@ -858,17 +910,16 @@ def _grad_steps_kernel(
     starts_ptr,
     padding_ptr,
     step_ptr,
-    ends_ptr,
-    begins_ptr,
-    direct_ptr,
-    leaves_ptr,
     through_ptr,
+    inputs_ptr,
+    outputs_ptr,
+    begins_ptr,
+    passing_ptr,
     out_ptr,
     sums_ptr,
     length,
     heads,
     chunks,
-    lanes,
     dt_b,
     dt_t,
     dt_h,
@@ -884,10 +935,9 @@ def _grad_steps_kernel(
     STARTS: tl.constexpr,
     PADDING: tl.constexpr,
     Q: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One chunk of a block of heads: the gradient of dt, and shares of those of A and the bias.
+    """One chunk of a block of heads: the gradient of dt, and shares of those of A, the bias and D.
 
     The decay of token t is a factor of the paths that begin before t and end at t or later: those
     inside the chunk by where they end less those by where they begin, summed from t on; those from
@@ -902,13 +952,16 @@ def _grad_steps_kernel(
     lane = row * heads + h
     total = chunks * Q
     at = lane[None, :] * total + t[:, None]
-    balance = tl.load(ends_ptr + at, mask=known, other=0.0)
-    for i in tl.static_range(PARTS):
-        balance -= tl.load(begins_ptr + i * lanes * total + at, mask=known, other=0.0)
-    leaves = tl.load(leaves_ptr + at, mask=known, other=0.0)
-    crossing = tl.cumsum(balance, axis=0, reverse=True) + tl.cumsum(leaves, axis=0) - leaves
-    crossing += tl.load(through_ptr + lane * chunks + chunk, mask=h < heads, other=0.0)[None, :]
     step = tl.load(step_ptr + at, mask=known, other=0.0)
+    behind = tl.load(inputs_ptr + at * 2 + 1, mask=known, other=0.0)
+    direct = tl.load(inputs_ptr + at * 2, mask=known, other=0.0) + behind
+    balance = tl.load(outputs_ptr + at * 2, mask=known, other=0.0)
+    balance -= tl.load(begins_ptr + at, mask=known, other=0.0)
+    leaves = step * behind
+    crossing = tl.cumsum(balance, axis=0, reverse=True) + tl.cumsum(leaves, axis=0) - leaves
+    passing = tl.load(passing_ptr + lane * chunks + chunk, mask=h < heads, other=0.0)
+    passing *= tl.load(through_ptr + lane * chunks + chunk, mask=h < heads, other=0.0)
+    crossing += passing[None, :]
     A = tl.load(A_ptr + h, mask=h < heads, other=0.0).to(tl.float32)
     closed = step * (A * LOG2E)[None, :] < VANISHED
     real = t < length
@@ -918,7 +971,7 @@ def _grad_steps_kernel(
         start = tl.load(starts_ptr + row * starts_b + t.to(tl.int64) * starts_t, mask=real, other=0)
         closed = closed | (start != 0)[:, None]
     crossing = tl.where(closed, 0.0, crossing)
-    grad = crossing * A[None, :] + tl.load(direct_ptr + at, mask=known, other=0.0)
+    grad = crossing * A[None, :] + direct
     within = (t < length)[:, None] & known
     if SOFTPLUS or LIMIT:
         places = dt_ptr + row * dt_b + t.to(tl.int64)[:, None] * dt_t + h[None, :] * dt_h
@@ -945,6 +998,9 @@ def _grad_steps_kernel(
     tl.store(sums_ptr + shares, tl.sum(crossing * step, axis=0), mask=h < heads)
     shares += tl.num_programs(0).to(tl.int64) * heads
     tl.store(sums_ptr + shares, tl.sum(grad, axis=0), mask=h < heads)
+    shares += tl.num_programs(0).to(tl.int64) * heads
+    skip = tl.load(outputs_ptr + at * 2 + 1, mask=known, other=0.0)
+    tl.store(sums_ptr + shares, tl.sum(skip, axis=0), mask=h < heads)
 
 
 # --- launches
@@ -992,12 +1048,13 @@ _segments = _Launcher(_segments_kernel)
 _states = _Launcher(_states_kernel)
 _scan = _Launcher(_scan_kernel)
 _ungate = _Launcher(_ungate_kernel)
-_grad_C = _Launcher(_grad_C_kernel)
-_grad_x = _Launcher(_grad_x_kernel)
+_grads = _Launcher(_grads_kernel)
+_sums = _Launcher(_sums_kernel)
 _grad_steps = _Launcher(_grad_steps_kernel)
 
 _STEP_SIZES: Tile = {"warps": 4, "stages": 1}
 _STEP_HEADS = 16
+_SUMS_SIZES: Tile = {"warps": 4, "stages": 1}
 _UNGATE_SIZES: Tile = {"rows": 64, "warps": 4, "stages": 1}
 
 
@@ -1044,15 +1101,15 @@ class Call:
         self.constants = {
             "N": self.d_state,
             "P": self.head_dim,
-            "FOLDED": not self.wide,
             "DOT": tl.float32 if self.wide or interpreted else tl.bfloat16,
             "PRECISION": precision if self.wide and not interpreted else "ieee",
         }
 
-    def sizes(self, operation: str) -> Tile:
+    def sizes(self, operation: str, *cases: str) -> Tile:
         kind = "wide" if self.wide else "half"
         special = f"{kind} N{self.d_state} P{self.head_dim}"
-        return tile(operation, special, kind, device=self.device)
+        buckets = *(f"{kind} {case}" for case in cases), special, kind
+        return tile(operation, *buckets, device=self.device)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -1081,38 +1138,59 @@ class Call:
         }
         return pointers, strides, constants
 
-    def steps(self, chunk: int) -> Steps:
-        """Launch `_steps_kernel`."""
+    def steps(self, chunk: int, gradient: bool) -> Steps:
+        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`)."""
         chunks = -(-self.length // chunk)
         shape = self.batch, self.heads, chunks * chunk
-        step, sums, rest = self.new(3, *shape).unbind()
-        low, columns = (rest, None) if self.wide else (None, rest)
+        wanted = 3 + self.wide + (2 if gradient else not self.wide)
+        step, sums, weight, *rest = self.new(wanted, *shape).unbind()
+        low = rest.pop() if self.wide else None
+        to_end, since = rest if gradient else (weight, weight)
+        columns = None if gradient or self.wide else rest[0]
         spans = self.new(*shape, dtype=torch.int32)
+        through = self.new(self.batch, self.heads, chunks)
         pointers, strides, constants = self.step_arguments()
-        constants["Q"] = chunk
+        constants |= {"GRADIENT": gradient, "Q": chunk}
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
-                *(*pointers, step, sums, low, columns, spans),
+                *(*pointers, step, sums, low, columns, weight, to_end, since, through, spans),
                 *(self.length, self.heads, chunks, *strides, self.low, self.high),
             ),
             constants,
             _STEP_SIZES,
             self.key,
         )
-        return Steps(step, sums, low, step if columns is None else columns, spans, chunk, chunks)
+        columns = step if columns is None else columns
+        return Steps(
+            *(step, sums, low, columns, spans, weight, to_end, since, through, chunk, chunks)
+        )
 
-    def segment_chunks(self, sizes: Tile, chunks: int, walks: int = 1) -> int:
-        """Chunks of a segment, so that programs fill the card and no segment is empty."""
-        blocks = self.head_dim // min(sizes["head_dim"], self.head_dim)
-        programs = walks * self.batch * self.heads * blocks
+    def slices(self, chunk: int, percent: int) -> tuple[int, int]:
+        """(groups, heads of each) whose states a backward pass holds at a time.
+
+        Both states of every chunk take up to so many numbers as `percent` of those of x, or those
+        of one head of each group where that is not enough.
+        """
+        room = self.batch * self.length * self.heads * self.head_dim * percent // 100
+        chunks = -(-self.length // chunk)
+        most = max(1, room // (2 * self.batch * chunks * self.head_dim * self.d_state))
+        if self.share == 1:
+            return min(most, self.groups), 1
+        count = -(-self.share // max(1, min(most // self.groups, self.share)))
+        return self.groups, -(-self.share // count)
+
+    def segment_chunks(self, sizes: Tile, chunks: int, walks: int) -> int:
+        """Chunks of a segment, so that the programs of `walks` rows of heads fill the card, and no
+        segment is empty."""
+        programs = walks * (self.head_dim // min(sizes["head_dim"], self.head_dim))
         segments = min(sizes["per_sm"] * multiprocessors(self.device) // programs, chunks)
         return -(-chunks // max(1, segments))
 
-    def added_by_segments(self, segments: int) -> tuple[Tensor, Tensor]:
+    def added_by_segments(self, heads: int, segments: int) -> tuple[Tensor, Tensor]:
         """Room for what segments add to a state, and for their decays; none for one segment."""
-        shape = self.batch, self.heads, segments if segments > 1 else 0
-        return self.new(*shape, self.d_state, self.head_dim), self.new(*shape)
+        shape = self.batch, heads, segments if segments > 1 else 0
+        return self.new(*shape, self.head_dim, self.d_state), self.new(*shape)
 
 
 @dataclass(frozen=True)
@@ -1125,8 +1203,12 @@ class Steps:
         low: what rounding took off the sums; None for bfloat16, which has no use for it.
         columns: sums less log2 of the step sizes, so that one exponential has both factors. Good
             for bfloat16 (`FOLDED`); where sums are in the thousands it costs float32 digits, and
-            there the step sizes are in its place.
+            there, as in a backward pass, the step sizes are in its place.
         spans: numbers of spans, from 0 in every chunk.
+        weight: step size times the decay from a token to the end of its chunk.
+        to_end: that decay alone, and
+        since: the decay from the start of the chunk to a token, both for a backward pass only.
+        through: that of the whole chunk [B, H, K].
     """
 
     step: Tensor
@@ -1134,6 +1216,10 @@ class Steps:
     low: Tensor | None
     columns: Tensor
     spans: Tensor
+    weight: Tensor
+    to_end: Tensor
+    since: Tensor
+    through: Tensor
     chunk: int
     chunks: int
 
@@ -1144,19 +1230,21 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, heads = call.d_state, call.heads
     sizes = call.sizes("ssd_scan")
     block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
-    steps = call.steps(chunk)
-    each = call.segment_chunks(sizes, steps.chunks)
+    steps = call.steps(chunk, False)
+    each = call.segment_chunks(sizes, steps.chunks, call.batch * heads)
     segments = -(-steps.chunks // each)
-    sums = steps.sums, steps.low, steps.columns, steps.spans
-    counts = heads, call.share, steps.chunks, segments, each
+    counts = steps.chunks, segments, each
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
-    adds, decays = call.added_by_segments(segments)
+    adds, decays = call.added_by_segments(heads, segments)
     walk = call.sizes("ssd_segments")
     width = min(walk["head_dim"], call.head_dim)
     narrow = x_tiles if width == block else _tiles(x, chunk, width)
     _segments(
         (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
-        (B_tiles, narrow, *sums, adds, decays, *counts),
+        (
+            *(B_tiles, narrow, steps.weight, steps.through, adds, decays),
+            *(heads, call.share, 0, call.groups, 0, call.share, *counts),
+        ),
         {**call.constants, "BLOCK_P": width, "Q": chunk},
         walk,
         call.key,
@@ -1170,10 +1258,10 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         (
             *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
             x_tiles if z is None else _tiles(z, chunk, block),
-            *sums,
+            *(steps.sums, steps.low, steps.columns, steps.spans),
             *(last if state is None else state, adds, decays, y_tiles),
             *(_tiles(before, chunk, block) if keep else y_tiles, last),
-            *counts,
+            *(heads, call.share, *counts),
         ),
         {
             **call.constants,
@@ -1183,6 +1271,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
             "FIRST": state is not None,
             "BLOCK_P": block,
             "Q": chunk,
+            "FOLDED": not call.wide,
         },
         sizes,
         call.key,
@@ -1207,121 +1296,130 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             _UNGATE_SIZES,
             key,
         )
-    sizes = call.sizes("ssd_grad_C")
+    shared = share > 1
+    sizes = call.sizes("ssd_grads", *(() if shared else ("alone",)))
     chunk = sizes["chunk"]
-    steps = call.steps(chunk)
+    steps = call.steps(chunk, True)
     chunks = steps.chunks
-    sums = steps.sums, steps.low, steps.columns, steps.spans
-
-    # The states before all chunks, and the gradients of those after them.
-    entering = call.new(batch, chunks * n, heads, p, dtype=call.stored)
-    dx = call.new(*x.shape, dtype=x.dtype)
-    # A gradient of a state is no larger than that of x in a whole chunk, which comes later.
-    fits = dx.dtype == call.stored and n <= chunk and call.length % chunk == 0
-    leaving = dx if fits else torch.empty_like(entering)
-    pitch = leaving.shape[1] // chunks
-    d_first = call.new(batch, heads, p, n)
     walk = call.sizes("ssd_states")
     width = min(walk["head_dim"], p)
-    each = call.segment_chunks(walk, chunks, walks=2)
+    tiles = batch * chunks * groups
+
+    groups_each, heads_each = call.slices(chunk, sizes["states"])
+    most = groups_each * heads_each
+    entering, leaving = (
+        call.new(batch * chunks, most * p, 1, n, dtype=call.stored) for _ in range(2)
+    )
+    each = call.segment_chunks(walk, chunks, 2 * batch * most)
     segments = -(-chunks // each)
-    adds, decays = call.added_by_segments(segments)
-    d_adds, d_decays = call.added_by_segments(segments)
-    for local in (True, False):
-        _states(
-            (2 * batch * (segments - local) * heads * (p // width), 1, 1),
+    (adds, decays), (d_adds, d_decays) = (call.added_by_segments(most, segments) for _ in range(2))
+    dx = call.new(*x.shape, dtype=x.dtype)
+    d_first = call.new(batch, heads, p, n)
+    begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
+    inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
+
+    # Heads of a program: so many programs that they fill the card.
+    programs = 2 * batch * chunks * groups_each
+    wanted = sizes["per_sm"] * multiprocessors(call.device) // programs
+    part_heads = -(-heads_each // max(1, min(wanted, heads_each)))
+    parts = -(-heads_each // part_heads)
+    dB, dC = call.new(*B.shape, dtype=B.dtype), call.new(*C.shape, dtype=C.dtype)
+    block = min(sizes["head_dim"], p)
+    x_chunks, dy_chunks = _tiles(x, chunk, block), _tiles(dy, chunk, block)
+    B_chunks, C_chunks = _tiles(B, chunk, n), _tiles(C, chunk, n)
+    dB_parts, dC_parts, d_scores = dB, dC, x_chunks
+    if shared:
+        d_scores = _tiles(call.new(parts * tiles, chunk, 1, chunk), chunk, chunk)
+        dB_parts, dC_parts = (call.new(parts * batch, *B.shape[1:]) for _ in range(2))
+    walks = (
+        *(B_chunks, C_chunks, _tiles(x, chunk, width), _tiles(dy, chunk, width)),
+        *(steps.weight, steps.since, steps.through),
+        steps.sums if call.state is None else call.state,
+        steps.sums if d_last is None else d_last,
+        *(adds, decays, d_adds, d_decays),
+        *(_tiles(entering, width, n), _tiles(leaving, width, n), d_first),
+    )
+    products = (
+        *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
+        *(steps.step, steps.sums, steps.low, steps.spans),
+        *(steps.weight, steps.to_end, steps.since),
+        *(_tiles(entering, block, n), _tiles(leaving, block, n), _tiles(dx, chunk, block)),
+        *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
+        *(inputs, outputs, begins, passing),
+    )
+    for first_group in range(0, groups, groups_each):
+        for first_head in range(0, share, heads_each):
+            here = min(groups_each, groups - first_group), min(heads_each, share - first_head)
+            counts = heads, share, first_group, here[0], first_head, here[1]
+            for local in (True, False):
+                programs = 2 * batch * (segments - local) * here[0] * here[1] * (p // width)
+                _states(
+                    (programs, 1, 1),
+                    (*walks, *counts, chunks, segments, each),
+                    {
+                        **call.constants,
+                        "LOCAL": local,
+                        "FIRST": call.state is not None,
+                        "LAST": d_last is not None,
+                        "BLOCK_P": width,
+                        "Q": chunk,
+                    },
+                    walk,
+                    key,
+                )
+            _grads(
+                (2 * batch * chunks * here[0] * parts, 1, 1),
+                (*products, *counts, part_heads, parts, chunks, batch, int(first_head == 0)),
+                {
+                    **call.constants,
+                    "BLOCK_P": block,
+                    "Q": chunk,
+                    "SKIP": D is not None,
+                    "SHARED": shared,
+                },
+                sizes,
+                key,
+            )
+    if shared:
+        _sums(
+            (tiles, 1, 1),
             (
-                *(_tiles(B, chunk, n), _tiles(C, chunk, n)),
-                *(_tiles(x, chunk, width), _tiles(dy, chunk, width)),
-                *sums,
-                steps.sums if call.state is None else call.state,
-                steps.sums if d_last is None else d_last,
-                *(adds, decays, d_adds, d_decays),
-                *(_tiles(entering, n, width), _tiles(leaving, n, width), d_first),
-                *(heads, share, chunks, segments, each),
+                *(B_chunks, C_chunks, _tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n)),
+                *(d_scores, _tiles(dB, chunk, n), _tiles(dC, chunk, n)),
+                *(groups, parts, chunks, batch),
             ),
-            {
-                **call.constants,
-                "LOCAL": local,
-                "FIRST": call.state is not None,
-                "LAST": d_last is not None,
-                "BLOCK_P": width,
-                "Q": chunk,
-                "PITCH": pitch,
-            },
-            walk,
+            {k: call.constants[k] for k in ("N", "DOT", "PRECISION")} | {"Q": chunk},
+            _SUMS_SIZES,
             key,
         )
-
-    # One chunk and some heads of a group a program.
-    rows = min(sizes["rows"], chunk)
-    tiles = batch * chunks * groups
-    wanted = sizes["per_sm"] * multiprocessors(call.device) * rows // chunk // tiles
-    heads_each = -(-share // max(1, min(wanted, share)))
-    parts = -(-share // heads_each)
-    d_scores = call.new(parts * tiles, chunk, 1, chunk, dtype=call.stored)
-    ends, direct, leaves = (torch.empty_like(steps.step) for _ in range(3))
-    begins = call.new(chunk // rows, *steps.step.shape)
-    counts = heads, groups, share, heads_each, parts, chunks
-    constants = {**call.constants, "Q": chunk}
-    dC = _parts(C, parts)
-    _grad_C(
-        (tiles * parts * (chunk // rows), 1, 1),
-        (
-            *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, rows, n)),
-            *(_tiles(dy, rows, p), *sums),
-            *(_tiles(entering, n, p), _tiles(dC, rows, n), _tiles(d_scores, rows, chunk)),
-            *(ends, begins, *counts, batch * heads),
-        ),
-        {**constants, "ROWS": rows},
-        sizes,
-        (*key, dC.dtype),
-    )
-    dC = _whole(dC, C)
-    sizes = call.sizes("ssd_grad_x")
-    dB = _parts(B, parts)
-    skips, through = call.new(batch, heads, chunks), call.new(batch, heads, chunks)
-    _grad_x(
-        (tiles * parts, 1, 1),
-        (
-            *(_tiles(x, chunk, p), _tiles(B, chunk, n), _tiles(C, chunk, n)),
-            *(x if D is None else D, _tiles(dy, chunk, p)),
-            *(steps.step, steps.sums, steps.low, steps.spans),
-            *(_tiles(entering, n, p), _tiles(leaving, n, p), _tiles(d_scores, chunk, chunk)),
-            *(_tiles(dx, chunk, p), _tiles(dB, chunk, n), direct, leaves, through, skips, *counts),
-        ),
-        {**constants, "SKIP": D is not None, "PITCH": pitch},
-        sizes,
-        (*key, dB.dtype),
-    )
-    dB = _whole(dB, B)
     ddt = call.new(*call.dt.shape, dtype=call.dt.dtype)
-    # Shares of the gradients of A and the bias, for sums over all chunks.
-    shares = call.new(2, batch * chunks, heads)
+    # Shares of the gradients of A, the bias and D, for sums over all chunks.
+    shares = call.new(3, batch * chunks, heads)
     pointers, strides, step_constants = call.step_arguments()
     _grad_steps(
         (batch * chunks, -(-heads // _STEP_HEADS), 1),
         (
-            *(*pointers, steps.step, ends, begins, direct, leaves, through, ddt, shares),
-            *(call.length, heads, chunks, batch * heads, *strides, *ddt.stride()[:2]),
+            *(*pointers, steps.step, steps.through, inputs, outputs, begins, passing),
+            *(ddt, shares),
+            *(call.length, heads, chunks, *strides, *ddt.stride()[:2]),
             *(call.low, call.high),
         ),
-        {**step_constants, "Q": chunk, "PARTS": begins.shape[0]},
+        {**step_constants, "Q": chunk},
         _STEP_SIZES,
         key,
     )
     shares = shares.sum(1)
-    none = [call.new(0) for _ in range(4)]
+    none = [call.new(0) for _ in range(3)]
     return (
         dx,
         ddt,
         shares[0],
         dB,
         dC,
-        none[0] if D is None else skips.sum((0, 2)).to(D.dtype),
+        none[0] if D is None else shares[2].to(D.dtype, copy=True),
         dz,
-        none[2] if call.bias is None else shares[1].to(call.bias.dtype, copy=True),
-        none[3] if call.state is None else d_first,
+        none[1] if call.bias is None else shares[1].to(call.bias.dtype, copy=True),
+        none[2] if call.state is None else d_first,
     )
 
 
@@ -1340,18 +1438,6 @@ def _tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     tiles.block_shape = [1, rows, columns]
     tiles.padding = "zero"
     return tiles
-
-
-def _parts(like: Tensor, parts: int) -> Tensor:
-    """[parts·B, T, G, N] for a gradient that is summed by parts; one part has its own dtype."""
-    dtype = like.dtype if parts == 1 else torch.float32
-    return like.new_empty(parts * like.shape[0], *like.shape[1:], dtype=dtype)
-
-
-def _whole(parts: Tensor, like: Tensor) -> Tensor:
-    if parts.shape == like.shape:
-        return parts
-    return parts.unflatten(0, (-1, like.shape[0])).sum(0).to(like.dtype)
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -30,10 +30,26 @@ TILES: dict[str, dict[str, Tile]] = {
         "ssd_segments wide": {"head_dim": 32, "warps": 4, "stages": 1},
         "ssd_states": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_grad_C": {"chunk": 64, "rows": 64, "per_sm": 2, "warps": 8, "stages": 1},
-        "ssd_grad_C wide": {"chunk": 32, "rows": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_grad_x": {"warps": 8, "stages": 1},
-        "ssd_grad_x wide": {"warps": 4, "stages": 1},
+        # `states`: percent of the room of x for the states of all chunks of the heads at hand. A
+        # group of one head is "alone".
+        "ssd_grads": {
+            **{"chunk": 64, "head_dim": 64, "states": 60, "per_sm": 2},
+            **{"warps": 4, "stages": 2},
+        },
+        # With two stages its tiles need more shared memory than there is.
+        "ssd_grads half N128 P128": {
+            **{"chunk": 64, "head_dim": 64, "states": 60, "per_sm": 2},
+            **{"warps": 4, "stages": 1},
+        },
+        "ssd_grads half alone": {
+            **{"chunk": 64, "head_dim": 64, "states": 200, "per_sm": 2},
+            **{"warps": 4, "stages": 1},
+        },
+        # Chunks of 32 spill some 20 times as much.
+        "ssd_grads wide": {
+            **{"chunk": 16, "head_dim": 32, "states": 200, "per_sm": 1},
+            **{"warps": 4, "stages": 1},
+        },
         # The forward pass keeps a state for every tile of the backward pass.
         "scan_forward": {
             "tokens": 8,
@@ -68,13 +84,8 @@ TILES: dict[str, dict[str, Tile]] = {
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
-        "ssd_states half N128 P64": {
-            "head_dim": 64,
-            "per_sm": 2,
-            "warps": 4,
-            "stages": 3,
-        },
-        "ssd_grad_C": {"chunk": 128, "rows": 64, "per_sm": 2, "warps": 8, "stages": 2},
+        "ssd_states half N128 P64": {"head_dim": 64, "per_sm": 1, "warps": 4, "stages": 4},
+        "ssd_states half N128 P128": {"head_dim": 64, "per_sm": 2, "warps": 4, "stages": 3},
     },
 }
 _overrides: dict[str, Tile] = {}
