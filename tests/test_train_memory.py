@@ -38,7 +38,7 @@ def in_two(work: Callable[[int], object], folder: Path) -> list[object]:
             said = f"{type(error).__name__}: {error}"
         told.put((rank, said))
 
-    running = [context.Process(target=process, args=(rank,)) for rank in (0, 1)]
+    running = [context.Process(target=process, args=(rank,), daemon=True) for rank in (0, 1)]
     for one in running:
         one.start()
     found = dict(told.get(timeout=2 * SECONDS) for _ in running)
