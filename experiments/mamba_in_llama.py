@@ -232,7 +232,8 @@ class Bench:
     # --- what rows share
 
     def text(self, recipe: Recipe, side: Literal["train", "heldout"]) -> Made:
-        keys = ("teacher", f"data.{side}", "data.length", "data.heldout_share")
+        keys = ["teacher", f"data.{side}", "data.length", "data.heldout_share"]
+        keys += ["data.lookup_share"] if side == "train" else []
         return self.shared.once(
             side,
             recipe.digest(*keys),
@@ -245,7 +246,7 @@ class Bench:
         text = self.text(recipe, "train").path
         return self.shared.once(
             "analysis",
-            recipe.digest("teacher", "data.train", "data.length", "analyze", "build"),
+            [text.name, recipe.digest("teacher", "analyze", "build")],
             lambda path: tamba.analyze(recipe, path, text=text),
         )
 
@@ -295,7 +296,7 @@ class Bench:
             stages += [(after, None, i) for i in range(len(after.train))]
         for of, words, i in stages:
             before, stage = made[-1].path, of.train[i]
-            facts = [*facts, of.with_stages([i]).digest("train", "data.train", "data.length")]
+            facts = [*facts, words and words.name, of.with_stages([i]).digest("train")]
 
             def train(
                 path: Path,

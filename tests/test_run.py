@@ -140,6 +140,7 @@ APART_CHANGES = {
     'evaluate.texts=["third.txt"]': ["heldout", "evaluate"],
     # Nothing is divided.
     "data.heldout_share=0.4": ["evaluate"],
+    "data.lookup_share=0.5": ["text", *FITTED],
     'data.train=["third.txt"]': ["text", *FITTED],
 }
 

@@ -67,6 +67,8 @@ class Data(Section):
             under both is divided by document, so that none is on both sides.
         heldout_share: share of the documents of a divided source that is held out.
         length: tokens of a row.
+        lookup_share: share of the rows to fit on that are passages followed by their own pieces in
+            another order (`tamba.lookup_text`), so that what looks back is kept and learned.
         written_tokens: how much a ``teacher-written`` source holds.
         written_openings: text file, one a line, that the teacher continues; None for answers to
             requests that tamba carries, which takes a teacher with a chat template.
@@ -78,6 +80,7 @@ class Data(Section):
     heldout: tuple[str, ...] = ()
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
     length: Count = 512
+    lookup_share: float = Field(default=0.0, ge=0, le=1)
     written_tokens: Count = 65_536
     written_openings: str | None = None
     written_temperature: float = Field(default=1.0, gt=0)

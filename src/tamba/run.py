@@ -173,7 +173,8 @@ def steps_of(recipe: Recipe) -> list[Step]:
     if train:
         needs = written if WRITTEN in train else ()
         also: tuple[Any, ...] = ([i for i, _ in divided], share)
-        steps.append(Step("text", (*read, "data.train"), needs, "text", _text, ("train",), also))
+        ours = (*read, "data.train", "data.lookup_share")
+        steps.append(Step("text", ours, needs, "text", _text, ("train",), also))
     needs = written if WRITTEN in heldout else ()
     also = (recipe.evaluate.texts or recipe.data.heldout, [i for _, i in divided], share)
     steps.append(Step("heldout", read, needs, "heldout", _heldout, ("texts",), also))

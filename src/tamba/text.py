@@ -17,6 +17,7 @@ from tamba.artefact import new_folder
 from tamba.checkpoint import load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks, read_texts, split_texts
 from tamba.errors import UserError
+from tamba.lookup_text import with_lookups
 from tamba.recipe import WRITTEN, Recipe
 from tamba.teacher_text import write_blocks
 
@@ -108,9 +109,10 @@ def prepare_text(
         for side, piece in pieces.items():
             if side in sides:
                 parts[side].append(piece)
-    return RecipeText(
-        _mixed(parts["train"], recipe.seed), _mixed(parts["heldout"], recipe.seed + 1)
-    )
+    train = _mixed(parts["train"], recipe.seed)
+    if train is not None and data.lookup_share:
+        train = with_lookups(train, data.lookup_share, recipe.seed)
+    return RecipeText(train, _mixed(parts["heldout"], recipe.seed + 1))
 
 
 def _tokenizer(recipe: Recipe) -> Any:

@@ -1,0 +1,83 @@
+"""Text that asks for what it said before: passages followed by their own pieces in another order.
+
+Ordinary text seldom needs an exact look back over hundreds of tokens. A hybrid that is chosen,
+fitted and trained on nothing else loses what the teacher's attention can do there, and no score on
+text shows it. Here most tokens of a passage's second half follow from its first half alone, once a
+piece has been recognised by its first tokens: copying and key-value recall at once (Olsson et al.
+2022, arXiv 2209.11895; Jelassi et al. 2024, arXiv 2402.01032), in whatever language and tokens the
+text has.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tamba.data import TokenBlocks
+
+SHORTEST_PASSAGE = 32
+"""Tokens of a passage; the longest fills half a row."""
+PIECE = (4, 32)
+"""Fewest and most tokens of a piece, drawn evenly by their logarithm."""
+
+
+def with_lookups(blocks: TokenBlocks, share: float, seed: int) -> TokenBlocks:
+    """Some rows made of passages that are said again, the others as they are.
+
+    Such a row is documents of ``2 c`` tokens, ``c`` drawn evenly by its logarithm from
+    `SHORTEST_PASSAGE` to half a row: `c` tokens of the row's own, then the same in pieces of
+    another order. What is left of the row is a document as it was written.
+
+    Args:
+        share: of the rows, drawn at random.
+        seed: of the rows, passages and pieces.
+
+    Returns:
+        Blocks of as many tokens. The tokens of the other rows are shared with `blocks`'.
+    """
+    n, length = blocks.tokens.shape
+    some = round(share * n)
+    if not some or length < 2 * SHORTEST_PASSAGE:
+        return blocks
+    generator = torch.Generator().manual_seed(seed)
+    tokens, starts = blocks.tokens.clone(), blocks.starts.clone()
+    for row in torch.randperm(n, generator=generator)[:some].tolist():
+        if bool(starts[row].all()):
+            continue  # filling
+        tokens[row], starts[row] = _said_again(blocks.tokens[row], generator)
+    return TokenBlocks(tokens, starts, blocks.n_tokens, blocks.bytes_per_token)
+
+
+def _said_again(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A row [T] of such documents, and where they begin."""
+    length = len(text)
+    parts, starts = [], torch.zeros(length, dtype=torch.bool)
+    at = read = 0
+    while length - at >= 2 * SHORTEST_PASSAGE:
+        c = _between(SHORTEST_PASSAGE, (length - at) // 2, generator)
+        passage = text[read : read + c]
+        parts += [passage, _shuffled(passage, generator)]
+        starts[at] = True
+        at, read = at + 2 * c, read + c
+    if at < length:
+        starts[at] = True
+        parts.append(text[read : read + length - at])
+    return torch.cat(parts), starts
+
+
+def _shuffled(passage: Tensor, generator: torch.Generator) -> Tensor:
+    pieces, at = [], 0
+    while at < len(passage):
+        size = _between(*PIECE, generator)
+        pieces.append(passage[at : at + size])
+        at += size
+    order = torch.randperm(len(pieces), generator=generator).tolist()
+    return torch.cat([pieces[i] for i in order])
+
+
+def _between(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from `low` to `high`, drawn evenly by its logarithm."""
+    drawn = float(torch.rand((), generator=generator))
+    return min(high, int(math.exp(math.log(low) + drawn * math.log((high + 1) / low))))
