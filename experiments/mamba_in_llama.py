@@ -1,7 +1,7 @@
 """The findings of *The Mamba in the Llama* (arXiv 2408.15237) at a scale that fits one GPU.
 
     python experiments/mamba_in_llama.py attention-25 \\
-        --train train.jsonl.xz --heldout valid.jsonl --out runs --record distil-smollm2.json
+        --train train.jsonl.xz --heldout valid.jsonl --out runs --record distill-smollm2.json
 
 Each row is `recipes/distil-smollm2.toml` with a few keys changed; those of conversations go on with
 `recipes/chat-smollm2.toml`. `--list` shows all rows. Rows share what they have in common: text is
