@@ -64,6 +64,7 @@ class Row:
         stages: of the recipe.
         chat: stages of the recipe of conversations that follow.
         talks: whether answers and preferences are measured too.
+        recall: whether layers are chosen by what they cost recall too.
     """
 
     finding: str
@@ -73,6 +74,7 @@ class Row:
     stages: tuple[int, ...] = (LEAST_SQUARES, ALIGN, DISTIL)
     chat: tuple[int, ...] = ()
     talks: bool = False
+    recall: bool = False
 
 
 def _plan(actions: list[str]) -> str:
@@ -94,6 +96,12 @@ SHORT = (
     *_distil(tokens="4000000"),
     "evaluate.tokens=200000",
 )
+LOOKUPS = ("data.lookup_share=0.1",)
+RECALL = (
+    'analyze.measures=["least_squares"]',
+    "analyze.recall=true",
+    'analyze.choose="sum least_squares + 0.25 least_squares_recall"',
+)
 _TUNED = (*SHORT, *_distil(kl="0", ce="1"))
 _MAMBA1 = (*SHORT, "build.convert.mixer=mamba1", "build.convert.norm=none")
 ROWS = {
@@ -101,6 +109,10 @@ ROWS = {
         f"attention-{name}": Row("share of attention (Tables 1, 2, 4)", converted=n)
         for name, n in (("50", 15), ("25", QUARTER), ("12.5", 26), ("0", 30))
     },
+    # What recall needs: layers that serve it, and text that asks for it.
+    "recall-25": Row("a quarter, chosen and trained for recall too", LOOKUPS, recall=True),
+    "recall-25-chosen": Row("a quarter, chosen for recall too", recall=True),
+    "recall-25-trained": Row("a quarter, trained for recall too", LOOKUPS),
     # Short runs at a quarter of the attention, for several seeds each.
     "short": Row("what the rows below are compared with", SHORT, talks=True),
     # Where the weights come from: no closed form, so that what it is worth is not in the way.
@@ -214,9 +226,14 @@ class Bench:
         if asked.teacher:
             self.inputs.append(f"teacher.path={json.dumps(asked.teacher)}")
 
-    def recipe(self, row: Row, seed: int, order: list[int]) -> Recipe:
-        """The recipe of a row; what the caller sets wins."""
-        plan = [] if row.converted is None else [_plan(actions(row, order))]
+    def recipe(self, row: Row, seed: int, analysis: Path) -> Recipe:
+        """The recipe of a row whose layers are scored in `analysis`; what the caller sets wins."""
+        plan = []
+        if row.recall:
+            plan = [f"build.plan={json.dumps(str((analysis / 'plan.toml').resolve()))}"]
+        elif row.converted is not None:
+            order = json.loads((analysis / "scores.json").read_text())["order"]
+            plan = [_plan(actions(row, order))]
         changes = [*self.inputs, f"seed={seed}", *plan, *row.changes, *self.asked.set]
         return read_recipe(RECIPE, changes).with_stages(row.stages)
 
@@ -240,9 +257,11 @@ class Bench:
             lambda path: prepare_text(recipe, sides=[side]).save(path),
         )
 
-    def analysis(self) -> Made:
-        """Scores of the layers, with the first seed."""
-        recipe = read_recipe(RECIPE, [*self.inputs, *self.asked.set])
+    def analysis(self, row: Row) -> Made:
+        """Scores of the layers, with the first seed, of text without lookups unless it has some."""
+        changes = [*RECALL, f"analyze.convert={row.converted}"] if row.recall else []
+        changes += [change for change in row.changes if change in LOOKUPS]
+        recipe = read_recipe(RECIPE, [*self.inputs, *changes, *self.asked.set])
         text = self.text(recipe, "train").path
         return self.shared.once(
             "analysis",
@@ -314,9 +333,9 @@ class Bench:
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """One row, from text to figures."""
-        row, analysis = ROWS[name], self.analysis()
-        order = json.loads((analysis.path / "scores.json").read_text())["order"]
-        recipe = self.recipe(row, seed, order)
+        row = ROWS[name]
+        analysis = self.analysis(row)
+        recipe = self.recipe(row, seed, analysis.path)
         made = self.students(row, recipe)
         blocks = read_text(self.text(recipe, "heldout").path).heldout
         assert blocks is not None

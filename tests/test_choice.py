@@ -104,6 +104,15 @@ def test_lowest_and_ratio() -> None:
         chosen("lowest none", 4, 1, scores=scores)
 
 
+def test_sums_of_weighted_scores() -> None:
+    scores = {"a": [3.0, 1.0, 2.0, 0.5], "b": [0.0, 8.0, 2.0, 8.0]}
+    assert chosen("sum a", 4, 2, scores=scores) == [1, 3]
+    # 3, 5, 3, 4.5; of equals the lower layer.
+    assert chosen("sum a + 0.5 b", 4, 1, scores=scores) == [0]
+    assert chosen("sum 1 a + 0.5 b", 4, 2, scores=scores) == [0, 2]
+    assert choose("sum a+0.5 b", facts(4), Budget(1), scores).why[3] == "a+0.5 b 4.5"
+
+
 def test_budget_of_bytes_converts_as_few_as_it_takes() -> None:
     scores = {"a": [3.0, 1.0, 2.0, 0.5]}
     for strategy in ("lowest a", "top", "uniform", "e-tamba a"):
@@ -131,6 +140,10 @@ WRONG = {
     "lowst a": "did you mean 'lowest'",
     "lowest b": "there is no score 'b'",
     "ratio a": "names no two scores",
+    "sum a + b": "there is no score 'b'",
+    "sum a + half a": "'half a' is no weight and score",
+    "sum a +": "there is no score ''",
+    "sum 2 3 a": "'2 3 a' is no weight and score",
     "explicit": "names no layers",
     "explicit 1,9": "there is no layer 9",
     "explicit 2": "layer 2 has no attention or is to be kept",

@@ -12,6 +12,7 @@ import pytest
 
 from hf_models import tiny_hf_model
 from tamba.errors import UserError
+from tamba.plan import LayerPlan, PlanEntry
 from tokens import character_tokenizer
 
 ROOT = Path(__file__).parent.parent / "experiments"
@@ -38,10 +39,15 @@ def asked(tmp_path: Path) -> argparse.Namespace:
 
 def test_rows_are_recipes(llama: ModuleType, asked: argparse.Namespace) -> None:
     order = [*range(15, 30), *range(15)]
-    bench = llama.Bench(asked)
+    bench, scored = llama.Bench(asked), Path(asked.out)
+    scored.mkdir()
+    (scored / "scores.json").write_text(json.dumps({"order": order}))
+    options = llama.read_recipe(llama.RECIPE).build.convert
+    entries = (PlanEntry("convert" if i in order[:23] else "keep", i) for i in range(30))
+    (scored / "plan.toml").write_text(LayerPlan(tuple(entries), options).to_toml())
     kept = {}
     for name, row in llama.ROWS.items():
-        recipe = bench.recipe(row, seed=3, order=order)
+        recipe = bench.recipe(row, seed=3, analysis=scored)
         assert (recipe.name, recipe.seed) == ("mine", 3), name
         kinds = [stage.stage for stage in recipe.train]
         assert kinds == [("least_squares", "align", "distil")[i] for i in row.stages], name
@@ -59,7 +65,7 @@ def test_rows_are_recipes(llama: ModuleType, asked: argparse.Namespace) -> None:
 
 def test_a_wrong_row_shows(llama: ModuleType, asked: argparse.Namespace) -> None:
     with pytest.raises(UserError, match="did you mean"):
-        llama.Bench(asked).recipe(llama.Row("", ("analyze.convrt=3",)), 0, [*range(30)])
+        llama.Bench(asked).recipe(llama.Row("", ("analyze.convrt=3",), None), 0, Path())
 
 
 def test_a_row_from_text_to_figures(
@@ -83,16 +89,21 @@ def test_a_row_from_text_to_figures(
         "all": llama.Row("", converted=2),
         "fewer": llama.Row("", converted=2, stages=(llama.LEAST_SQUARES, llama.DISTIL)),
         "removed": llama.Row("", converted=1, others="drop", stages=(llama.DISTIL,)),
+        "recall": llama.Row("", llama.LOOKUPS, 2, recall=True, stages=(llama.DISTIL,)),
     })  # fmt: skip
+    # The probe of recall takes a tokenizer with words.
+    chosen = ('analyze.measures=["least_squares"]', 'analyze.choose="lowest least_squares"')
+    monkeypatch.setattr(llama, "RECALL", chosen)
     asked.teacher = str(tmp_path / "teacher")
     bench = llama.Bench(asked)
     rows = {name: bench.run(name, 0) for name in llama.ROWS}
     made = sorted(p.name.partition("-")[0] for p in (tmp_path / "runs/shared").glob("*.seconds"))
     assert made == sorted(
         ["train", "heldout", "analysis", "built", "built", "least_squares", "align"]
-        + ["distil"] * 3
+        + ["train", "analysis", "built"]  # with lookups
+        + ["distil"] * 4
     )
-    assert [len(row["stages"]) for row in rows.values()] == [3, 2, 1]
+    assert [len(row["stages"]) for row in rows.values()] == [3, 2, 1, 1]
     assert rows["all"]["tokens"] == 128 + 64 + 64
     assert rows["removed"]["plan"] == [
         f"keep {i}" for i in (0, 1, 2) if f"keep {i}" in rows["removed"]["plan"]

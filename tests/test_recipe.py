@@ -131,6 +131,11 @@ WRONG = {
         "lr = 1\nbeta = 0.1\n",
         'beta is without effect unless divergence = "js"',
     ),
+    "recall of nothing that changes": (
+        "lr = 1e-3",
+        "lr = 1e-3\n[analyze]\nrecall = true\nmeasures = ['states']",
+        "recall is without effect unless measures change layers",
+    ),
     "not finite": ("lr = 1e-3", "lr = nan", "train[0].lr: should be"),
     "infinite": ("lr = 1e-3", "lr = inf", "train[0].lr: should be a finite number"),
     "no mean": ("lr = 1e-3", "lr = 1e-3\nbetas = [1.0, 0.9]", "train[0].betas[0]: should be less"),

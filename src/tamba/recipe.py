@@ -104,6 +104,8 @@ class Analyze(Section):
         always_keep: teacher layers that stay attention whatever their score.
         measures: scores to measure and write down, of ``states``, ``drop``, ``swap`` and
             ``least_squares``; nothing for `score` alone.
+        recall: with `measures` that change layers, measure too how many answers each costs on
+            lists of words that have to be looked back for.
         choose: how to choose among them, in the words of `tamba.analyze.choice.STRATEGIES`, as
             many as `convert` or `cache_bytes` says.
         cache_bytes: of one sequence of 8,192 tokens, which the choice brings the cache down to.
@@ -114,8 +116,15 @@ class Analyze(Section):
     convert: int = Field(default=0, ge=0)
     always_keep: tuple[int, ...] = ()
     measures: tuple[Literal["states", "drop", "swap", "least_squares"], ...] = ()
+    recall: bool = False
     choose: str = ""
     cache_bytes: Count | None = None
+
+    @model_validator(mode="after")
+    def _recalls_what_changes(self) -> Analyze:
+        changes = bool({*self.measures} - {"states"})
+        _takes_effect(self, "recall", "measures change layers", changes)
+        return self
 
 
 class Build(Section):

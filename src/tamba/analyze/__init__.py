@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -134,7 +135,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     checkpoint = open_model(recipe)
     wanted = recipe.analyze
     check_choice(recipe, checkpoint.tamba_config.block_specs)
-    settings = None
+    settings, probe = None, None
     if wanted.measures or wanted.choose:
         settings = Settings(
             wanted.measures or ("states",),
@@ -146,7 +147,9 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
             seed=recipe.seed,
         )
         need_matplotlib()
-        settings.check(checkpoint.tamba_config, where=checkpoint.location)
+        settings.check(checkpoint.tamba_config, recall=wanted.recall, where=checkpoint.location)
+        if wanted.recall:
+            probe = word_probe(_tokenizer(checkpoint), seed=recipe.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prepared = prepare_text(recipe) if text is None else read_text(text)
     blocks = prepared.train or prepared.heldout
@@ -159,11 +162,13 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
         _write(out, _files(found))
         return found
     facts = {"rows": len(blocks), "length": blocks.length}
-    known = study(teacher, blocks, settings, record=_partial(out) / EFFECTS, text=facts)
+    known = study(
+        teacher, blocks, settings, probe=probe, record=_partial(out) / EFFECTS, text=facts
+    )
     files = files_of(known, _plan_text(known, teacher, settings))
     values, _ = known.scores()
-    name = known.choice.strategy.split()[-1] if known.choice is not None else ""
-    if name in values:
+    word, _, name = known.choice.strategy.partition(" ") if known.choice else ("", "", "")
+    if word == "lowest" and name in values:
         record = {"scores": values[name], "score_name": name.replace("_", " ")}
         files["record.json"] = json.dumps(record, indent=1) + "\n"
     _write(out, files)
@@ -185,11 +190,7 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     if student is not None:
         student_pairs(config, student.tamba_config, student.location)
     into = None if reading.into is None else _receiver(reading, checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise UserError(
-            checkpoint.location, "has no tokenizer", "put tokenizer.json beside the weights"
-        )
+    tokenizer = _tokenizer(checkpoint)
     texts = read_texts(list(reading.texts), max_bytes=reading.tokens * _BYTES_PER_TOKEN)
     blocks = TokenBlocks.from_texts(texts, tokenizer, reading.length, max_tokens=reading.tokens)
     if set(settings.measures) - {"states"}:
@@ -255,6 +256,15 @@ def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) ->
         raise UserError("student", "has no use", "ask for aligned or restore")
     if reading.into is not None and settings.groups is None:
         raise UserError("into", "takes groups of layers", "say how many layers make a group")
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise UserError(
+            checkpoint.location, "has no tokenizer", "put tokenizer.json beside the weights"
+        )
+    return tokenizer
 
 
 def _receiver(reading: Reading, donor: Checkpoint) -> int:

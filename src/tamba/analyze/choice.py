@@ -28,6 +28,7 @@ _JAMBA_PERIOD, _JAMBA_PLACE = 8, 4
 STRATEGIES = {
     "lowest SCORE": "layers of the lowest score, as many as the budget asks for",
     "ratio A/B": "layers whose score A is lowest beside their score B",
+    "sum A + 0.25 B": "layers whose sum of weighted scores is lowest, of as many scores as named",
     "uniform": "at even distances, the last layer kept (The Mamba in the Llama)",
     "explicit 3,5,7": "these layers",
     "e-tamba [SCORE]": "the neighbouring layers of the lowest score, the last layer kept (E-Tamba)",
@@ -159,6 +160,8 @@ def choose(
             pick = _lowest(_score(name, scores, facts, where), why, name)
         case "ratio":
             pick = _lowest(_ratio(argument, scores, facts, where), why, argument)
+        case "sum":
+            pick = _lowest(_sum(argument, scores, facts, where), why, argument)
         case "e-tamba":
             name = argument or "column_mean"
             pick = _run(_score(name, scores, facts, where), facts, where, why, name)
@@ -251,6 +254,22 @@ def _ratio(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int,
         low = max(b[i], value / RATIO_LIMIT)
         out[i] = value / low if low > 0 else 0.0
     return out
+
+
+def _sum(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int, float]:
+    total = dict.fromkeys(facts.free, 0.0)
+    for part in argument.split("+"):
+        *before, name = part.split() or [""]
+        try:
+            weight = float(before[0]) if before else 1.0
+        except ValueError:
+            weight = math.nan
+        if len(before) > 1 or not math.isfinite(weight):
+            hint = "write e.g. 'sum least_squares + 0.25 least_squares_recall'"
+            raise UserError(where, f"'{part.strip()}' is no weight and score", hint)
+        for i, value in _score(name, scores, facts, where).items():
+            total[i] += weight * value
+    return total
 
 
 def _lowest(score: Mapping[int, float], why: dict[int, str], name: str) -> Pick:
