@@ -1,0 +1,110 @@
+"""Pictures of the distillation of SmolLM2, from its record alone.
+
+    python experiments/mamba_in_llama_figures.py distill-smollm2.json --out docs/results/images
+
+Draws the quality of hybrids by the share of attention that they keep, a line a budget of tokens,
+beside what the paper reports of a model of seven billion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tamba.artefact import write_file
+from tamba.errors import UserError
+from tamba.plots import LIGHT, drawing
+from tamba.plots.layers import need_matplotlib
+
+Row = dict[str, Any]
+PAPER = {50.0: 1.03, 25.0: 1.09, 6.25: 1.22, 0.0: 1.66}
+"""Ratio of perplexities by percent of attention (arXiv 2408.15237), on the paper's own text."""
+LOOKS = {"student": "o-", "donor": "s-", "fresh": "^-", "fifth": "D-"}
+
+
+def budgets(rows: list[Row]) -> dict[int, list[Row]]:
+    """Rows of shares of attention by the tokens that they were given, most attention first."""
+    found: dict[int, list[Row]] = {}
+    for row in rows:
+        if row["row"].startswith("attention-"):
+            found.setdefault(row["tokens"], []).append(row)
+    return {
+        tokens: sorted(found[tokens], key=lambda r: -r["attention_kept"])
+        for tokens in sorted(found)
+    }
+
+
+def shares(rows: list[Row]) -> Any:
+    """Ratio of perplexities and KL to the teacher by share of attention."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    panels = (
+        ("perplexity, student over teacher", lambda r: (r["ratio"], r["ratio_error"])),
+        ("KL from the teacher, nats a token", lambda r: (r["kl"], 0.0)),
+    )
+    with drawing():
+        figure = Figure(figsize=(9.2, 3.7))
+        for k, (title, value) in enumerate(panels):
+            ax = figure.add_axes((0.06 + 0.49 * k, 0.15, 0.43, 0.6))
+            for place, ((colour, look), (tokens, some)) in enumerate(
+                zip(LOOKS.items(), budgets(rows).items(), strict=False)
+            ):
+                x = [100 * row["attention_kept"] for row in some]
+                y, error = zip(*map(value, some), strict=True)
+                said = f"{tokens / 1e6:.0f} M tokens"
+                ax.errorbar(x, y, error, fmt=look, ms=5, color=LIGHT[colour], label=said)
+                for at, number in zip(x, y, strict=True):
+                    ax.annotate(
+                        f"{number:.3f}", (at, number), (-6, -12) if place % 2 else (4, -13),
+                        textcoords="offset points", fontsize=8.5, color=LIGHT["ink"],
+                        ha="right" if place % 2 else "left",
+                    )  # fmt: skip
+            if not k:
+                ax.plot(
+                    [*PAPER], [*PAPER.values()], "x--", color=LIGHT["muted"], lw=1.2,
+                    label="the paper, 7 billion parameters, its own text",
+                )  # fmt: skip
+                ax.axhline(1.0, color=LIGHT["teacher"], lw=1)
+            ax.set_title(title, fontsize=9.5, fontweight="normal", color=LIGHT["muted"])
+            ax.set_ylim(bottom=0.95 if not k else 0.0)
+            ax.set_xlim(54, -6)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f} %"))
+            ax.set_xlabel("layers that are still attention")
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="upper left", bbox_to_anchor=(0.015, 0.93), ncols=len(labels),
+            frameon=False, fontsize=9,
+        )  # fmt: skip
+        figure.suptitle(
+            "SmolLM2-135M-Instruct with less and less attention",
+            x=0.02, y=0.985, ha="left", fontsize=11, fontweight="semibold",
+        )  # fmt: skip
+        figure.set_label("Perplexity ratio and KL by share of attention")
+    return figure
+
+
+def main() -> None:
+    """Draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/images"))
+    asked = parser.parse_args()
+    try:
+        need_matplotlib()
+        rows = json.loads(asked.record.read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    path = asked.out / "attention-shares.png"
+    figure = shares(rows)
+    write_file(path, lambda to: figure.savefig(to, format="png", dpi=110))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
