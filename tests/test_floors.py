@@ -21,7 +21,7 @@ FLOORS = [
     ["formats"],
     ["checkpoint"],
     ["data", "plots", "decoding"],
-    ["report", "teacher_text", "trace", "chats"],
+    ["report", "teacher_text", "lookup_text", "trace", "chats"],
     ["card", "text", "generate", "calibrate"],
     ["analyze", "bench", "build", "train", "evaluate", "inspect", "generate_data"],
     ["run"],
