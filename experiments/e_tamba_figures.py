@@ -9,6 +9,7 @@ phone book by size, as tuned and as taught, and memory of the paper's models by 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ WORDS = {
 }
 
 
-_FAR = 0.1
+_FAR = 0.05
 """Nats beyond which a row of the ablation is not drawn to scale."""
 
 
@@ -108,9 +109,10 @@ def ablation(rows: Mapping[str, Row]) -> Any:
                 ax.plot(values, [y] * len(values), "o", ms=5, mew=0, color=kind, alpha=0.45)
                 ax.errorbar(mean, y, xerr=error or 0.0, fmt="D", ms=6, color=kind, capsize=3)
             else:
+                side = math.copysign(bound, mean)
                 ax.annotate(
-                    f"{mean:+.3f}", (bound, y), (bound - 0.4 * bound, y), va="center",
-                    ha="right", fontsize=8.5, color=kind,
+                    f"{mean:+.3f}".replace("-", "\u2212"), (side, y), (0.6 * side, y), va="center",
+                    ha="right" if mean > 0 else "left", fontsize=8.5, color=kind,
                     arrowprops={"arrowstyle": "->", "color": kind},
                 )  # fmt: skip
             ppl, spread = mean_error(row["ppl"] for row in found[system].values())
@@ -183,7 +185,7 @@ def recall(lines: Mapping[str, Row], what: str) -> Any:
             if longest:
                 ax.axvline(longest[task], color=LIGHT["muted"], lw=1, ls=(0, (4, 3)), zorder=1)
                 ax.annotate(
-                    "taught up to here", (longest[task], 1.0), (-4, 0), ha="right", va="top",
+                    "taught up to here", (longest[task], 0.5), (-4, 0), ha="right", va="center",
                     textcoords="offset points", fontsize=8.5, color=LIGHT["muted"], rotation=90,
                 )  # fmt: skip
             ax.set_ylim(-0.03, 1.03)
@@ -191,7 +193,10 @@ def recall(lines: Mapping[str, Row], what: str) -> Any:
             ax.set_xscale("log", base=2)
             ax.xaxis.set_minor_locator(NullLocator())
             # Sizes whose numbers would touch on this scale are left unnamed.
-            shown = [v for i, v in enumerate(x) if not i or v >= 1.4 * x[i - 1]]
+            shown = x[:1]
+            for size in x:
+                if size >= 1.4 * shown[-1]:
+                    shown.append(size)
             ax.xaxis.set_major_locator(FixedLocator(shown))
             ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0f}"))
             ax.set_xlabel(axis)
@@ -250,7 +255,8 @@ def memory(rows: Mapping[str, Row]) -> Any:
         ax.set_xlabel("MiB")
         handles, labels = ax.get_legend_handles_labels()
         figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.02, 1 - 0.3 / h),
-                      ncols=len(labels), frameon=False, fontsize=8.5)  # fmt: skip
+                      ncols=len(labels), frameon=False, fontsize=8.5,
+                      columnspacing=1.2, handlelength=1.4)  # fmt: skip
         context = next(iter(found.values()))["context"]
         figure.suptitle(
             f"Memory of a prompt of {context:,} tokens, batch 1",

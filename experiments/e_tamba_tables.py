@@ -164,6 +164,12 @@ def taught(rows: Mapping[str, Row], task: str) -> str:
     return table([dict(RECALL)[task], "cases", *head], body)
 
 
+def _rate(name: str) -> str:
+    """`0.001`, or `0.001, mixers x 0.1` of a search in which new mixers learn more slowly."""
+    rate, _, mixers = name.partition(" mixers ")
+    return f"{float(rate):g}" + (f", mixers × {float(mixers):g}" if mixers else "")
+
+
 def rates(rows: Mapping[str, Row]) -> str:
     """The search of the learning rate."""
     found: dict[str, dict[str, float]] = {}
@@ -182,7 +188,7 @@ def rates(rows: Mapping[str, Row]) -> str:
                 *(f"**{s}**" if r == best else s for r, s in zip(tried, shown, strict=True)),
             ]
         )
-    return table(["rows", *(f"{float(r):g}" for r in tried)], body)
+    return table(["rows", *(_rate(r) for r in tried)], body)
 
 
 def layers(rows: Mapping[str, Row]) -> str:

@@ -431,17 +431,17 @@ def test_the_plan_has_the_parameters_of_the_record() -> None:
         assert driver.parameters(config) == rows[f"pretrain/{role}"]["parameters"]
     plan = read_plan(RECIPES / "plan.toml")
     plan.check(12, 24)
-    assert [str(e) for e in plan.entries] == rows["final/18-23/0"]["plan"]
+    assert [str(e) for e in plan.entries] == rows["final/13-18/0"]["plan"]
 
     def counts(plan: Any) -> Any:
         spliced = driver.spliced_config(plan, models["base"], models["donor"])
         return driver.parameters(spliced)
 
-    assert counts(plan) == rows["final/18-23/0"]["parameters"]
+    assert counts(plan) == rows["final/13-18/0"]["parameters"]
     total = f"{counts(plan)['total']:,}"
     assert total in (RECIPES / "plan.toml").read_text() and total in PAGE.read_text()
     shorter = replace(plan, entries=plan.entries[:-1])
-    assert counts(shorter) != rows["final/18-23/0"]["parameters"]
+    assert counts(shorter) != rows["final/13-18/0"]["parameters"]
 
 
 def test_the_recipe_of_the_hybrid_loads(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_the_recipe_of_the_hybrid_loads(tmp_path: Path) -> None:
     (tmp_path / "hybrid.toml").write_text(text)
     (tmp_path / "plan.toml").write_text((RECIPES / "plan.toml").read_text())
     recipe = read_recipe(tmp_path / "hybrid.toml")
-    assert [e.index for e in recipe.layer_plan(12).entries] == [*range(6), *range(18, 24), 11]
+    assert [e.index for e in recipe.layer_plan(12).entries] == [*range(6), *range(13, 19), 11]
 
 
 def on_page(rows: dict[str, Any], page: str) -> bool:
