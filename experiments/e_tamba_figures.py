@@ -172,7 +172,7 @@ def recall(lines: Mapping[str, Row], what: str) -> Any:
     with drawing():
         figure = Figure(figsize=(9.2, 3.9))
         for k, (task, axis) in enumerate(
-            zip(TASKS, ("tokens to copy, exactly", "entries in the phone book"), strict=True)
+            zip(TASKS, ("words to copy, exactly", "entries in the phone book"), strict=True)
         ):
             ax = figure.add_axes((0.065 + 0.49 * k, 0.14, 0.43, 0.62))
             for name, row in lines.items():
