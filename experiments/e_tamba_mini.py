@@ -1197,7 +1197,9 @@ class Experiment:
 
             def make(rate: float, folder: Path, system: str = system, start: Path = start) -> Row:
                 model = self.load(start)
-                row = self._teach(model, rate, seed, f"teach {system} {seed} {rate:g}")
+                # Mixers that were made of attention lose their fit here too at the whole rate.
+                given = Rate(rate, self.rate(system).mixers)
+                row = self._teach(model, given, seed, f"teach {system} {seed} {rate:g}")
                 self.save(model, folder)
                 return (
                     row
@@ -1260,7 +1262,7 @@ class Experiment:
             self.teacher = Lessons(self.tokenizer, scored)
         return self.teacher
 
-    def _teach(self, model: TambaForCausalLM, rate: float, seed: int, label: str) -> Row:
+    def _teach(self, model: TambaForCausalLM, rate: Rate, seed: int, label: str) -> Row:
         """Steps of which half the rows are text and half lessons; what a seed sees, all see."""
         assert self.loss is not None
         wanted, text, steps = self.settings.teach, self.settings.text, self.teach_steps
@@ -1280,7 +1282,7 @@ class Experiment:
             (batch.tokens, lessons[k], places[k])
             for k, batch in zip(range(steps), served, strict=False)
         )
-        run = Budgeted(steps, rate, wanted.warmup, seed, cosine=True)
+        run = Budgeted(steps, rate.lr, wanted.warmup, seed, cosine=True, mixers=rate.mixers)
         row = train(model, batches, run, self.settings, self.loss.taught, label, self.graphs)
         return row | {
             "longest": wanted.longest,
