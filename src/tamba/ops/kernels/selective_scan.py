@@ -31,6 +31,7 @@ tokens of a tile, `J` kept states of a row, `S` spans of a row, `R` channel bloc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Added to the exponent of a token that starts a document: its decay is exactly 0.
 START = tl.constexpr(-1.0e30)
 STATES = 16  # of one pass
+
+
+# What differs from call to call of one model: not to be compiled for.
+_OF_A_CALL = ["padding", "x_b", "dt_b", "z_b", "dy_b", "state_b", "dlast_b"]
+
+
+@triton.jit
+def row_at(rows, row, stride, STRIDE: tl.constexpr):
+    """Where a row of the batch begins: a multiple of what of 16 there is in the STRIDE of tokens.
+
+    `rows_of` sees to that, so that accesses are as wide for an odd number of tokens as for others.
+    """
+    if STRIDE % 16 == 0:
+        return rows + tl.multiple_of(row * stride, 16)
+    elif STRIDE % 8 == 0:  # noqa: RET505  # the compiler takes the rest for reachable otherwise
+        return rows + tl.multiple_of(row * stride, 8)
+    elif STRIDE % 4 == 0:
+        return rows + tl.multiple_of(row * stride, 4)
+    else:
+        return rows + row * stride
 
 
 @triton.jit
@@ -367,11 +388,13 @@ def sums_over_warps(p, q, lane):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "T_all"])
+@triton.jit(
+    do_not_specialize=["starts", "padding", "T", "T_all", "B_b", "C_b", "starts_b", "starts_t"]
+)
 def pack_kernel(
     B, C, starts, padding, pairs, offsets,
     T, T_all, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, M2: tl.constexpr,
-    B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, starts_b, starts_t,
+    B_b, B_T: tl.constexpr, B_g, B_n, C_b, C_T: tl.constexpr, C_g, C_n, starts_b, starts_t,
     HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """B and C as pairs [B, G, T_all, M, 2] float32, and what a start adds to exponents [B, T_all].
@@ -387,8 +410,10 @@ def pack_kernel(
     n = tl.arange(0, M2)
     mask = real[:, None] & (n < N)[None, :]
     t_, n_ = t[:, None], n[None, :]
-    b = tl.load(B + row * B_b + t_ * B_t + group * B_g + n_ * B_n, mask=mask, other=0.0)
-    c = tl.load(C + row * C_b + t_ * C_t + group * C_g + n_ * C_n, mask=mask, other=0.0)
+    B = row_at(B, row, B_b, B_T) + group * B_g
+    C = row_at(C, row, C_b, C_T) + group * C_g
+    b = tl.load(B + t_ * B_T + n_ * B_n, mask=mask, other=0.0)
+    c = tl.load(C + t_ * C_T + n_ * C_n, mask=mask, other=0.0)
     both = tl.join(b.to(tl.float32), c.to(tl.float32))  # [TOKENS, M, 2]
     at = ((row * G + group) * T_all + t_) * M + n_
     at = at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
@@ -398,7 +423,7 @@ def pack_kernel(
         tl.store(offsets + row * T_all + t, tl.where(begins, START, 0.0), mask=t < T_all)
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J"])
 def forward_kernel(
     x, dt, z, A, pairs, offsets, D, bias, padding, state,
     y, sums, last, kept, ends, steps,
@@ -565,7 +590,7 @@ def forward_kernel(
         put(steps + (row * n_spans + which) * CHANNELS + d, elapsed, mask, ASM)
 
 
-@triton.jit(do_not_specialize=["n_spans"])
+@triton.jit(do_not_specialize=["n_spans", "state_b"])
 def chain_kernel(
     ends, steps, A, state, out,
     n_spans, A_d, A_n, state_b, state_d, state_n,
@@ -638,7 +663,9 @@ def there_and_back(
     return carry, dA, sums, by_input, by_log, for_B, for_C
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J", "n_states"])
+@triton.jit(
+    do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J", "n_states"]
+)
 def backward_kernel(
     x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
     dx, ddt, dz, dA, dBC, dD, dbias, dstate, R, steps,
@@ -914,7 +941,7 @@ def put_pair(address, pair, mask):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J"])
 def split_forward_kernel(
     x, dt, z, A, pairs, offsets, D, bias, padding, state,
     y, last, kept, ends,
@@ -1189,7 +1216,7 @@ def load_again(pointer, stride, t0, end, mask, K: tl.constexpr):
     return rows
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J"])
 def split_backward_kernel(
     x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
     dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends,
@@ -1532,11 +1559,13 @@ class _Prepared:
         )
         tokens = 32
         marks = self.pairs if starts is None else starts.view(torch.uint8)
+        B, C = rows_of(B), rows_of(C)
         pack_kernel[(-(-self.T_all // tokens), self.batch, self.groups)](
             B, C, marks, _or(padding, self.pairs), self.pairs.view(torch.float32), self.offsets,
             self.length, self.T_all, self.groups, self.d_state, cut.padded,
             triton.next_power_of_2(cut.padded),
-            *B.stride(), *C.stride(), *(marks.stride()[:2]),
+            B.stride(0), token_stride(B), *B.stride()[2:],
+            C.stride(0), token_stride(C), *C.stride()[2:], *marks.stride()[:2],
             HAS_STARTS=starts is not None, HAS_PADDING=padding is not None, TOKENS=tokens,
         )  # fmt: skip
 
@@ -1616,13 +1645,18 @@ def sizes_for(operation: str, x: Tensor) -> Tile:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """Channels next to each other; only what is not so already is copied."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """[B, T, ...] with its last dimension side by side, and each row of the batch where `row_at`
+    expects it; only what is not so already is copied."""
+    unit = math.gcd(token_stride(tensor), 16)
+    fits = tensor.stride(-1) == 1 and (tensor.shape[0] == 1 or tensor.stride(0) % unit == 0)
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def token_stride(rows: Tensor) -> int:
-    """Of [B, T, D]; with one token it says nothing, and must not ask for another compilation."""
-    return rows.stride(1) if rows.shape[1] > 1 else rows.shape[2]
+    """Of [B, T, ...]; that of one token may be anything, and must not ask for another compilation:
+    of a view it is taken for what it is, of less than a token's numbers for theirs."""
+    stride = rows.stride(1)
+    return stride if rows.shape[1] > 1 else max(stride, math.prod(rows.shape[2:]))
 
 
 def _or(tensor: Tensor | None, blank: Tensor) -> Tensor:
