@@ -31,12 +31,17 @@ Launch = tuple[str, tuple[tuple[str, str], ...], str]
 
 @cache
 def _binder(kernel: Any) -> Any:
-    made = JITFunction(kernel.fn, **kernel.kwargs) if _interpreted(kernel) else kernel
+    made = JITFunction(kernel.fn, **kernel.kwargs) if interpreted(kernel) else kernel
     backend = make_backend(GPUTarget("cuda", 90, 32))
     return made.arg_names, create_function_from_signature(made.signature, made.params, backend)
 
 
-def _interpreted(kernel: Any) -> bool:
+def forget_binders() -> None:
+    """After a kernel was changed."""
+    _binder.cache_clear()
+
+
+def interpreted(kernel: Any) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
@@ -49,9 +54,10 @@ def key_of(kernel: Any, *args: Any, **kwargs: Any) -> Launch:
 
 
 @contextmanager
-def launches() -> Iterator[list[Launch]]:
+def launches(known_kinds: set[Any] | None = None) -> Iterator[list[Launch]]:
     """Launches inside, none of which runs; tensors say that they are on a card with 132
-    multiprocessors, and operators take their kernels."""
+    multiprocessors, and operators take their kernels. Calls of `known_kinds` went before."""
+    known_kinds = set() if known_kinds is None else known_kinds
     found: list[Launch] = []
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -65,6 +71,7 @@ def launches() -> Iterator[list[Launch]]:
         for module in (conv, selective_scan, ssd):
             if hasattr(module, "multiprocessors"):
                 patch.setattr(module, "multiprocessors", lambda device: 132)
+        patch.setattr(selective_scan, "_known_kinds", known_kinds)
         patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         patch.setattr(ssd, "_on", lambda tensor: nullcontext())
         patch.setenv("TAMBA_KERNELS", "triton")

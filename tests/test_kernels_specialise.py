@@ -15,10 +15,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from specialisation import Launch, _interpreted, differences, key_of, launches
+from specialisation import Launch, differences, forget_binders, interpreted, key_of, launches
 from tamba.ops import causal_conv1d, selective_scan, ssd
-from tamba.ops.kernels import conv
-from tamba.ops.losses import Weights, next_token_loss
+from tamba.ops.kernels import conv, losses
+from tamba.ops.kernels import selective_scan as scan_kernels
 
 # (batch, length): of both a 1, an odd one, powers of two, and more than a card has programs for.
 CASES = [
@@ -115,3 +115,84 @@ def test_length_batch_and_layout_ask_for_no_other_binary(name, dtype, first):
         for i, case in enumerate(CASES):
             new = keys(OPERATORS[name], *case, dtype, **given, late=i % 3)
             assert not differences(known, new), (case, given)
+
+
+def without(kernel: Any, argument: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton is asked to specialise on `argument` of `kernel` after all."""
+    options = kernel.kwargs if interpreted(kernel) else vars(kernel)
+    kept = [name for name in options["do_not_specialize"] if name != argument]
+    assert len(kept) < len(options["do_not_specialize"])
+    if interpreted(kernel):
+        monkeypatch.setitem(kernel.kwargs, "do_not_specialize", kept)
+    else:
+        again = type(kernel)(kernel.fn, do_not_specialize=kept)
+        monkeypatch.setattr(kernel, "params", again.params)
+    forget_binders()
+
+
+@pytest.mark.parametrize(("argument", "case"), [("starts_b", (2, 62)), ("starts", (2, 512))])
+def test_a_specialised_argument_is_found(argument, case, monkeypatch):
+    """A stride that is the length, and the place of a view: both as faulty as they once were."""
+    given = dict(state=False, starts=True, padding=False, last=False)
+    with monkeypatch.context() as patch:
+        without(conv.forward_kernel, argument, patch)
+        known = keys(call_conv, 2, 512, torch.bfloat16, **given)
+        told = differences(known, keys(call_conv, *case, torch.bfloat16, **given, late=1))
+    forget_binders()
+    assert len(told) == 1
+    assert "conv.forward_kernel" in told[0]
+    assert f"{argument} " in told[0]
+
+
+def test_a_way_that_was_not_compiled_is_found(monkeypatch):
+    """A sequence cut into spans wants kernels that one span has no use for."""
+    monkeypatch.setattr(scan_kernels._Prepared, "ways", lambda call, *others: (call.several,))
+    given = dict(state=False, starts=False, padding=False, last=False)
+    known = keys(call_scan, 1, 16, torch.bfloat16, **given)
+    told = differences(known, keys(call_scan, 1, 4097, torch.bfloat16, **given))
+    assert any("chain_kernel: launched for the first time" in line for line in told)
+
+
+def test_what_is_compiled_for_is_what_triton_says():
+    """An integer that is specialised has a key for 1, for 16 and for 17."""
+    probe = importlib.import_module("triton_probe").probe
+    out = torch.zeros(4)
+    assert len({key_of(probe, out, size) for size in (1, 16, 17, 32, 33)}) == 3
+
+
+def test_a_second_call_compiles_no_other_way():
+    """Both ways are gone once, not at every call."""
+    given = dict(dtype=torch.bfloat16, state=False, starts=None, padding=None)
+    kinds: set[Any] = set()
+    counts = []
+    for _ in range(2):
+        with launches(kinds) as found:
+            call_scan(1, 16, **given)
+        counts.append(len(found))
+    assert counts == [5, 2]
+
+
+@pytest.mark.parametrize("top", [False, True], ids=["dense", "top"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_losses_ask_for_no_other_binary(top, dtype):
+    """Positions by number, and where a slice of them begins."""
+    options = dict(kl=1.0, ce=1.0, temperature=2.0, beta=0.5, divergence="forward", grad=True)
+
+    def of(n: int, first: int) -> set[Launch]:
+        logits = torch.empty(n, 70, dtype=dtype)
+        all_ = first + n
+        targets, sums = torch.zeros(all_, dtype=torch.long), torch.empty(all_)
+        with launches() as found:
+            if top:
+                indices = torch.zeros(all_, 5, dtype=torch.int32)
+                given = indices, torch.empty(all_, 5), torch.empty(all_)
+                losses.top(logits, *given, targets, sums, first, **options)
+                losses.rest(logits, indices[:n].long(), 2.0)
+            else:
+                losses.dense(logits, torch.empty_like(logits), targets, sums, first, **options)
+        assert len(found) == 1 + top
+        return set(found)
+
+    known = of(64, 0)
+    for n, first in [(1, 0), (2, 1), (63, 64), (1000, 16), (1024, 1001)]:
+        assert not differences(known, of(n, first)), (n, first)

@@ -25,7 +25,6 @@ from tamba.ops.kernels import conv_tiles
 from tamba.ops.kernels.selective_scan import row_at, rows_of, sigmoid, token_stride
 from tamba.ops.kernels.tiles import multiprocessors, tile
 
-
 # What differs from call to call of one model: not to be compiled for.
 _OF_A_CALL = ["starts", "padding", "x_b", "state_b", "starts_b", "starts_t"]
 

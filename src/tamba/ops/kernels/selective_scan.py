@@ -32,6 +32,7 @@ tokens of a tile, `J` kept states of a row, `S` spans of a row, `R` channel bloc
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ def row_at(rows, row, stride, STRIDE: tl.constexpr):
     """
     if STRIDE % 16 == 0:
         return rows + tl.multiple_of(row * stride, 16)
-    elif STRIDE % 8 == 0:  # noqa: RET505  # the compiler takes the rest for reachable otherwise
+    elif STRIDE % 8 == 0:
         return rows + tl.multiple_of(row * stride, 8)
     elif STRIDE % 4 == 0:
         return rows + tl.multiple_of(row * stride, 4)
@@ -663,9 +664,7 @@ def there_and_back(
     return carry, dA, sums, by_input, by_log, for_B, for_C
 
 
-@triton.jit(
-    do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J", "n_states"]
-)
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J", "n_states"])
 def backward_kernel(
     x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
     dx, ddt, dz, dA, dBC, dD, dbias, dstate, R, steps,
@@ -1512,6 +1511,10 @@ class Cut:
         )
 
 
+# Kinds of calls that there were, all of whose kernels are compiled.
+_known_kinds: set[Hashable] = set()
+
+
 class _Prepared:
     """Arguments of one call as both passes of the kernels want them."""
 
@@ -1532,6 +1535,7 @@ class _Prepared:
     ) -> None:
         self.batch, self.length, self.n_channels = x.shape
         self.groups, self.d_state = B.shape[2:]
+        self.given = x, dt, A, B, C, D, z, dt_bias, padding
         self.cut = cut = Cut.of(x, A, self.groups, operation)
         self.T_all = cut.n_tiles * cut.tokens
         self.x, self.dt = rows_of(x), rows_of(dt)
@@ -1569,9 +1573,28 @@ class _Prepared:
             HAS_STARTS=starts is not None, HAS_PADDING=padding is not None, TOKENS=tokens,
         )  # fmt: skip
 
+    def grid(self, blocks: int, several: bool) -> tuple[int, int, int]:
+        """Programs of a launch; none where it is only compiled (`ways`)."""
+        spans = self.cut.n_spans if several == self.several else 0
+        return blocks, self.batch, spans
+
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.cut.blocks, self.batch, self.cut.n_spans
+    def several(self) -> bool:
+        return self.cut.n_spans > 1
+
+    def ways(self, *others: object) -> tuple[bool, ...]:
+        """Whether to launch for several spans a row, for one, or both in turn.
+
+        Lengths and batches choose between the two. So the first call of its kind (dtypes, sizes of
+        the model, which arguments are there: `others` what is not among this call's own) goes both
+        ways, one of them without programs, which compiles what a later call will want.
+        """
+        kinds = (t.dtype if isinstance(t, Tensor) else t for t in (*self.given, *others))
+        kind = self.x.device, *self.constants(0).items(), *kinds
+        if kind in _known_kinds:
+            return (self.several,)
+        _known_kinds.add(kind)
+        return not self.several, self.several
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -1631,7 +1654,8 @@ class _Prepared:
     ) -> None:  # fmt: skip
         strides = (0, 0, 0) if state is None else state.stride()
         block = 64
-        chain_kernel[(-(-self.n_channels // block), self.batch, self.d_state)](
+        rows = self.batch if self.several else 0
+        chain_kernel[(-(-self.n_channels // block), rows, self.d_state)](
             ends, steps, self.A, _or(state, ends), _or(out, ends),
             self.cut.n_spans, *self.A.stride(), *strides,
             N=self.d_state, CHANNELS=self.n_channels, BLOCK=block, BACKWARDS=backwards,
@@ -1707,33 +1731,33 @@ def forward(
     sums = call.new(*x.shape) if cut.passes > 1 else last
     ends = steps = last
     strides = (0, 0, 0) if state is None else state.stride()
-    several = cut.n_spans > 1
-    if several:
+    if call.several:
         ends = call.new(batch, cut.n_spans, d_state, channels)
         steps = call.new(batch, cut.n_spans, channels)
 
-    def run(number: int, **flags: bool) -> None:
-        forward_kernel[call.grid](
+    def run(number: int, several: bool, **flags: bool) -> None:
+        forward_kernel[call.grid(cut.blocks, several)](
             *call.inputs, _or(state, last), y, sums, last, kept, ends, steps,
             *call.sizes, *strides, **call.constants(number), EVERY=kept_every(x), **flags,
         )  # fmt: skip
 
-    if several:
-        for number in range(cut.passes):
-            run(number, HAS_STATE=False, ENDS_ONLY=True, FROM_ENDS=False, KEEP=False)
-        call.chain(ends, steps, state, None, backwards=False)
     sizes = sizes_for("scan_forward", x)
-    if x.is_cuda and cut.padded == 16 and cut.tokens == kept_every(x) == 8:
-        constants = call.split_constants(sizes)
-        blocks = call.groups * -(-(channels // call.groups) // sizes["split"])
-        split_forward_kernel[blocks, batch, cut.n_spans](
-            *call.inputs, _or(state, last), y, last, kept, ends, *call.sizes, *strides,
-            **constants, HAS_STATE=state is not None and not several, FROM_ENDS=several, KEEP=keep,
-        )  # fmt: skip
-        return y, last, kept
-    for number in range(cut.passes):
-        from_state = state is not None and not several
-        run(number, HAS_STATE=from_state, ENDS_ONLY=False, FROM_ENDS=several, KEEP=keep)
+    split = x.is_cuda and cut.padded == 16 and cut.tokens == kept_every(x) == 8
+    for several in call.ways(state, keep):
+        if several:
+            for number in range(cut.passes):
+                run(number, several, HAS_STATE=False, ENDS_ONLY=True, FROM_ENDS=False, KEEP=False)
+            call.chain(ends, steps, state, None, backwards=False)
+        flags = dict(HAS_STATE=state is not None and not several, FROM_ENDS=several, KEEP=keep)
+        if split:
+            blocks = call.groups * -(-(channels // call.groups) // sizes["split"])
+            split_forward_kernel[call.grid(blocks, several)](
+                *call.inputs, _or(state, last), y, last, kept, ends, *call.sizes, *strides,
+                **call.split_constants(sizes), **flags,
+            )  # fmt: skip
+            continue
+        for number in range(cut.passes):
+            run(number, several, ENDS_ONLY=False, **flags)
     return y, last, kept
 
 
@@ -1762,7 +1786,6 @@ def backward(
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     dA = call.new(batch, cut.n_spans, d_state, channels)
     by_product = x.is_cuda and x.dtype != torch.float32 and cut.tokens == 8
-    several = cut.n_spans > 1
     sizes = sizes_for("scan_backward", x)
     split = x.is_cuda and cut.padded == 16 and cut.tokens == 8
     if split:
@@ -1776,7 +1799,7 @@ def backward(
     dD, dbias = (call.new(batch, cut.n_spans, halves, channels) for _ in range(2))
     dstate = call.new(batch, channels, d_state) if has_state else call.new(0)
     ends = call.new(batch, cut.n_spans, d_state, channels)
-    steps = call.new(batch, cut.n_spans, channels) if several else dD
+    steps = call.new(batch, cut.n_spans, channels) if call.several else dD
     rates = (A.mT.float() * LOG2E.value).contiguous()
     strides = (0, 0, 0) if dlast is None else dlast.stride()
     x_, dt_, z_, _, *inputs = call.inputs
@@ -1787,25 +1810,25 @@ def backward(
     for name in ("n0", "NB", "POLYNOMIALS", "FIRST", "LAST"):
         del constants[name]
 
-    def run(**flags: bool) -> None:
+    def run(several: bool, **flags: bool) -> None:
         staged = constants["STAGED"] and cut.passes == 1
-        backward_kernel[call.grid](
+        backward_kernel[call.grid(cut.blocks, several)](
             *inputs, *grads, steps, *call.sizes[:5], d_state, *row_strides,
             **constants | dict(STAGED=staged), **flags, BY_PRODUCT=by_product,
         )  # fmt: skip
 
-    if several:
-        run(HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
-        call.chain(ends, steps, dlast, None, backwards=True)
-    from_last = dlast is not None and not several
-    if split:
-        split_backward_kernel[blocks, batch, cut.n_spans](
-            *inputs, *grads, *call.sizes[:5], *row_strides, **call.split_constants(sizes),
-            HAS_STATE=has_state, DY_T=token_stride(dy),
-            HAS_DLAST=from_last, FROM_ENDS=several, BY_PRODUCT=by_product,
-        )  # fmt: skip
-    else:
-        run(HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
+    for several in call.ways(dy, dlast, has_state):
+        if several:
+            run(several, HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
+            call.chain(ends, steps, dlast, None, backwards=True)
+        flags = dict(HAS_DLAST=dlast is not None and not several, FROM_ENDS=several)
+        if split:
+            split_backward_kernel[call.grid(blocks, several)](
+                *inputs, *grads, *call.sizes[:5], *row_strides, **call.split_constants(sizes),
+                HAS_STATE=has_state, DY_T=token_stride(dy), BY_PRODUCT=by_product, **flags,
+            )  # fmt: skip
+        else:
+            run(several, ENDS_ONLY=False, **flags)
     # [G, B, J, M, 2, K] to two of [B, T, G, N]
     of_groups = dBC.view(call.groups, -1, *dBC.shape[1:]).sum(1).permute(4, 1, 2, 5, 0, 3)
     of_groups = of_groups.flatten(2, 3)[:, :, : call.length, :, :d_state]
