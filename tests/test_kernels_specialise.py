@@ -196,3 +196,16 @@ def test_losses_ask_for_no_other_binary(top, dtype):
     known = of(64, 0)
     for n, first in [(1, 0), (2, 1), (63, 64), (1000, 16), (1024, 1001)]:
         assert not differences(known, of(n, first)), (n, first)
+
+
+def test_rows_begin_where_accesses_are_wide_or_are_copied():
+    """Kernels take a row's place in memory for as even as the stride of tokens."""
+    whole = torch.zeros(2, 5, 24)
+    odd = torch.zeros(2 * 5 * 24 + 1).as_strided((2, 5, 16), (5 * 24 + 1, 24, 1))
+    for fits in (whole, whole[..., 3:], whole[:, :1], odd[:1], torch.zeros(2, 5, 7)):
+        assert scan_kernels.rows_of(fits) is fits
+    for other in (odd, whole.mT, whole[:, :, ::2]):
+        assert scan_kernels.rows_of(other).is_contiguous()
+        assert torch.equal(scan_kernels.rows_of(other), other)
+    assert scan_kernels.token_stride(whole[:, :1, 3:]) == 24  # of a view, of one token too
+    assert scan_kernels.token_stride(torch.zeros(2, 24, 1).mT) == 24
