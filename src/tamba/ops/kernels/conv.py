@@ -22,8 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from tamba.ops.kernels import conv_tiles
-from tamba.ops.kernels.selective_scan import rows_of, sigmoid, token_stride
+from tamba.ops.kernels.selective_scan import row_at, rows_of, sigmoid, token_stride
 from tamba.ops.kernels.tiles import multiprocessors, tile
+
+# What differs from call to call of one model: not to be compiled for.
+_OF_A_CALL = ["starts", "padding", "x_b", "state_b", "starts_b", "starts_t"]
 
 
 @triton.jit
@@ -74,7 +77,7 @@ def reaches_end(starts, t, starts_t, first, T, W: tl.constexpr, HAS_STARTS: tl.c
     return seen
 
 
-@triton.jit(do_not_specialize=["T", "span"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "span"])
 def forward_kernel(
     x, weight, bias, state, starts, padding, y, last,
     T, span, x_b, w_c, w_w, state_b, state_c, state_w, starts_b, starts_t,
@@ -88,7 +91,7 @@ def forward_kernel(
     row = tl.program_id(1).to(tl.int64)
     begin = tl.program_id(2) * span
     end = tl.minimum(begin + span, T)
-    x += row * x_b + c
+    x = row_at(x, row, x_b, X_T) + c
     y += row * T * C + c
     state += row * state_b + c * state_c
     starts += row * starts_b
@@ -142,7 +145,7 @@ def forward_kernel(
             tl.store(to, value.to(last.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "span", "n_spans"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "span", "n_spans", "dy_b", "dlast_b"])
 def backward_kernel(
     x, weight, bias, state, starts, padding, dy, dlast, dx, dtaps, dstate,
     T, span, n_spans, x_b, w_c, w_w, state_b, state_c, state_w, starts_b, starts_t,
@@ -162,8 +165,8 @@ def backward_kernel(
     which = tl.program_id(2)
     begin = which * span
     end = tl.minimum(begin + span, T)
-    x += row * x_b + c
-    dy += row * dy_b + c
+    x = row_at(x, row, x_b, X_T) + c
+    dy = row_at(dy, row, dy_b, DY_T) + c
     dx += row * T * C + c
     state += row * state_b + c * state_c
     starts += row * starts_b

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tamba.ops.kernels.selective_scan import rows_of, sigmoid, token_stride
+from tamba.ops.kernels.selective_scan import row_at, rows_of, sigmoid, token_stride
 from tamba.ops.kernels.tiles import tile
 
 
@@ -79,7 +79,7 @@ def sum_of_taps(inputs, taps, bias, k: tl.constexpr, W: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "x_b"])
 def forward_kernel(
     x, weight, bias, y,
     T, x_b, w_c, w_w,
@@ -91,7 +91,7 @@ def forward_kernel(
     live = (c < C)[None, :]
     row = tl.program_id(1).to(tl.int64)
     t = tl.program_id(2) * (R * K) + (tl.arange(0, R) * K)[:, None]
-    x += row * x_b + c[None, :]
+    x = row_at(x, row, x_b, X_T) + c[None, :]
     y += row * T * C + c[None, :]
     inputs = inputs_of(x, t, T, live, X_T, W - 1, K + W - 1)
     taps = taps_of(weight, c, w_c, w_w, C, W)
@@ -103,7 +103,7 @@ def forward_kernel(
         tl.store(to, out.to(y.dtype.element_ty), mask=live & (t + k < T))
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=["T", "tiles", "x_b", "dy_b"])
 def backward_kernel(
     x, weight, bias, dy, dx, shares,
     T, tiles, x_b, w_c, w_w, dy_b,
@@ -116,8 +116,8 @@ def backward_kernel(
     live = (c < C)[None, :]
     row = tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)
-    x += row * x_b + c[None, :]
-    dy += row * dy_b + c[None, :]
+    x = row_at(x, row, x_b, X_T) + c[None, :]
+    dy = row_at(dy, row, dy_b, DY_T) + c[None, :]
     dx += row * T * C + c[None, :]
     taps = taps_of(weight, c, w_c, w_w, C, W)
     bias_ = bias_of(bias, c, C)

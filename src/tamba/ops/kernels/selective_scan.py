@@ -31,6 +31,8 @@ tokens of a tile, `J` kept states of a row, `S` spans of a row, `R` channel bloc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +48,26 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Added to the exponent of a token that starts a document: its decay is exactly 0.
 START = tl.constexpr(-1.0e30)
 STATES = 16  # of one pass
+
+
+# What differs from call to call of one model: not to be compiled for.
+_OF_A_CALL = ["padding", "x_b", "dt_b", "z_b", "dy_b", "state_b", "dlast_b"]
+
+
+@triton.jit
+def row_at(rows, row, stride, STRIDE: tl.constexpr):
+    """Where a row of the batch begins: a multiple of what of 16 there is in the STRIDE of tokens.
+
+    `rows_of` sees to that, so that accesses are as wide for an odd number of tokens as for others.
+    """
+    if STRIDE % 16 == 0:
+        return rows + tl.multiple_of(row * stride, 16)
+    elif STRIDE % 8 == 0:
+        return rows + tl.multiple_of(row * stride, 8)
+    elif STRIDE % 4 == 0:
+        return rows + tl.multiple_of(row * stride, 4)
+    else:
+        return rows + row * stride
 
 
 @triton.jit
@@ -367,11 +389,13 @@ def sums_over_warps(p, q, lane):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "T_all"])
+@triton.jit(
+    do_not_specialize=["starts", "padding", "T", "T_all", "B_b", "C_b", "starts_b", "starts_t"]
+)
 def pack_kernel(
     B, C, starts, padding, pairs, offsets,
     T, T_all, G: tl.constexpr, N: tl.constexpr, M: tl.constexpr, M2: tl.constexpr,
-    B_b, B_t, B_g, B_n, C_b, C_t, C_g, C_n, starts_b, starts_t,
+    B_b, B_T: tl.constexpr, B_g, B_n, C_b, C_T: tl.constexpr, C_g, C_n, starts_b, starts_t,
     HAS_STARTS: tl.constexpr, HAS_PADDING: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """B and C as pairs [B, G, T_all, M, 2] float32, and what a start adds to exponents [B, T_all].
@@ -387,8 +411,10 @@ def pack_kernel(
     n = tl.arange(0, M2)
     mask = real[:, None] & (n < N)[None, :]
     t_, n_ = t[:, None], n[None, :]
-    b = tl.load(B + row * B_b + t_ * B_t + group * B_g + n_ * B_n, mask=mask, other=0.0)
-    c = tl.load(C + row * C_b + t_ * C_t + group * C_g + n_ * C_n, mask=mask, other=0.0)
+    B = row_at(B, row, B_b, B_T) + group * B_g
+    C = row_at(C, row, C_b, C_T) + group * C_g
+    b = tl.load(B + t_ * B_T + n_ * B_n, mask=mask, other=0.0)
+    c = tl.load(C + t_ * C_T + n_ * C_n, mask=mask, other=0.0)
     both = tl.join(b.to(tl.float32), c.to(tl.float32))  # [TOKENS, M, 2]
     at = ((row * G + group) * T_all + t_) * M + n_
     at = at[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
@@ -398,7 +424,7 @@ def pack_kernel(
         tl.store(offsets + row * T_all + t, tl.where(begins, START, 0.0), mask=t < T_all)
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J"])
 def forward_kernel(
     x, dt, z, A, pairs, offsets, D, bias, padding, state,
     y, sums, last, kept, ends, steps,
@@ -565,7 +591,7 @@ def forward_kernel(
         put(steps + (row * n_spans + which) * CHANNELS + d, elapsed, mask, ASM)
 
 
-@triton.jit(do_not_specialize=["n_spans"])
+@triton.jit(do_not_specialize=["n_spans", "state_b"])
 def chain_kernel(
     ends, steps, A, state, out,
     n_spans, A_d, A_n, state_b, state_d, state_n,
@@ -638,7 +664,7 @@ def there_and_back(
     return carry, dA, sums, by_input, by_log, for_B, for_C
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J", "n_states"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J", "n_states"])
 def backward_kernel(
     x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
     dx, ddt, dz, dA, dBC, dD, dbias, dstate, R, steps,
@@ -914,7 +940,7 @@ def put_pair(address, pair, mask):
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J"])
 def split_forward_kernel(
     x, dt, z, A, pairs, offsets, D, bias, padding, state,
     y, last, kept, ends,
@@ -1189,7 +1215,7 @@ def load_again(pointer, stride, t0, end, mask, K: tl.constexpr):
     return rows
 
 
-@triton.jit(do_not_specialize=["T", "T_all", "span", "n_spans", "J"])
+@triton.jit(do_not_specialize=[*_OF_A_CALL, "T", "T_all", "span", "n_spans", "J"])
 def split_backward_kernel(
     x, dt, z, rates, pairs, offsets, D, bias, padding, kept, dy, dlast,
     dx, ddt, dz, dA, dBC, dD, dbias, dstate, ends,
@@ -1485,6 +1511,10 @@ class Cut:
         )
 
 
+# Kinds of calls that there were, all of whose kernels are compiled.
+_known_kinds: set[Hashable] = set()
+
+
 class _Prepared:
     """Arguments of one call as both passes of the kernels want them."""
 
@@ -1505,6 +1535,7 @@ class _Prepared:
     ) -> None:
         self.batch, self.length, self.n_channels = x.shape
         self.groups, self.d_state = B.shape[2:]
+        self.given = x, dt, A, B, C, D, z, dt_bias, padding
         self.cut = cut = Cut.of(x, A, self.groups, operation)
         self.T_all = cut.n_tiles * cut.tokens
         self.x, self.dt = rows_of(x), rows_of(dt)
@@ -1532,17 +1563,38 @@ class _Prepared:
         )
         tokens = 32
         marks = self.pairs if starts is None else starts.view(torch.uint8)
+        B, C = rows_of(B), rows_of(C)
         pack_kernel[(-(-self.T_all // tokens), self.batch, self.groups)](
             B, C, marks, _or(padding, self.pairs), self.pairs.view(torch.float32), self.offsets,
             self.length, self.T_all, self.groups, self.d_state, cut.padded,
             triton.next_power_of_2(cut.padded),
-            *B.stride(), *C.stride(), *(marks.stride()[:2]),
+            B.stride(0), token_stride(B), *B.stride()[2:],
+            C.stride(0), token_stride(C), *C.stride()[2:], *marks.stride()[:2],
             HAS_STARTS=starts is not None, HAS_PADDING=padding is not None, TOKENS=tokens,
         )  # fmt: skip
 
+    def grid(self, blocks: int, several: bool) -> tuple[int, int, int]:
+        """Programs of a launch; none where it is only compiled (`ways`)."""
+        spans = self.cut.n_spans if several == self.several else 0
+        return blocks, self.batch, spans
+
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.cut.blocks, self.batch, self.cut.n_spans
+    def several(self) -> bool:
+        return self.cut.n_spans > 1
+
+    def ways(self, *others: object) -> tuple[bool, ...]:
+        """Whether to launch for several spans a row, for one, or both in turn.
+
+        Lengths and batches choose between the two. So the first call of its kind (dtypes, sizes of
+        the model, which arguments are there: `others` what is not among this call's own) goes both
+        ways, one of them without programs, which compiles what a later call will want.
+        """
+        kinds = (t.dtype if isinstance(t, Tensor) else t for t in (*self.given, *others))
+        kind = self.x.device, *self.constants(0).items(), *kinds
+        if kind in _known_kinds:
+            return (self.several,)
+        _known_kinds.add(kind)
+        return not self.several, self.several
 
     @property
     def inputs(self) -> tuple[Any, ...]:
@@ -1602,7 +1654,8 @@ class _Prepared:
     ) -> None:  # fmt: skip
         strides = (0, 0, 0) if state is None else state.stride()
         block = 64
-        chain_kernel[(-(-self.n_channels // block), self.batch, self.d_state)](
+        rows = self.batch if self.several else 0
+        chain_kernel[(-(-self.n_channels // block), rows, self.d_state)](
             ends, steps, self.A, _or(state, ends), _or(out, ends),
             self.cut.n_spans, *self.A.stride(), *strides,
             N=self.d_state, CHANNELS=self.n_channels, BLOCK=block, BACKWARDS=backwards,
@@ -1616,13 +1669,18 @@ def sizes_for(operation: str, x: Tensor) -> Tile:
 
 
 def rows_of(tensor: Tensor) -> Tensor:
-    """Channels next to each other; only what is not so already is copied."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """[B, T, ...] with its last dimension side by side, and each row of the batch where `row_at`
+    expects it; only what is not so already is copied."""
+    unit = math.gcd(token_stride(tensor), 16)
+    fits = tensor.stride(-1) == 1 and (tensor.shape[0] == 1 or tensor.stride(0) % unit == 0)
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def token_stride(rows: Tensor) -> int:
-    """Of [B, T, D]; with one token it says nothing, and must not ask for another compilation."""
-    return rows.stride(1) if rows.shape[1] > 1 else rows.shape[2]
+    """Of [B, T, ...]; that of one token may be anything, and must not ask for another compilation:
+    of a view it is taken for what it is, of less than a token's numbers for theirs."""
+    stride = rows.stride(1)
+    return stride if rows.shape[1] > 1 else max(stride, math.prod(rows.shape[2:]))
 
 
 def _or(tensor: Tensor | None, blank: Tensor) -> Tensor:
@@ -1673,33 +1731,33 @@ def forward(
     sums = call.new(*x.shape) if cut.passes > 1 else last
     ends = steps = last
     strides = (0, 0, 0) if state is None else state.stride()
-    several = cut.n_spans > 1
-    if several:
+    if call.several:
         ends = call.new(batch, cut.n_spans, d_state, channels)
         steps = call.new(batch, cut.n_spans, channels)
 
-    def run(number: int, **flags: bool) -> None:
-        forward_kernel[call.grid](
+    def run(number: int, several: bool, **flags: bool) -> None:
+        forward_kernel[call.grid(cut.blocks, several)](
             *call.inputs, _or(state, last), y, sums, last, kept, ends, steps,
             *call.sizes, *strides, **call.constants(number), EVERY=kept_every(x), **flags,
         )  # fmt: skip
 
-    if several:
-        for number in range(cut.passes):
-            run(number, HAS_STATE=False, ENDS_ONLY=True, FROM_ENDS=False, KEEP=False)
-        call.chain(ends, steps, state, None, backwards=False)
     sizes = sizes_for("scan_forward", x)
-    if x.is_cuda and cut.padded == 16 and cut.tokens == kept_every(x) == 8:
-        constants = call.split_constants(sizes)
-        blocks = call.groups * -(-(channels // call.groups) // sizes["split"])
-        split_forward_kernel[blocks, batch, cut.n_spans](
-            *call.inputs, _or(state, last), y, last, kept, ends, *call.sizes, *strides,
-            **constants, HAS_STATE=state is not None and not several, FROM_ENDS=several, KEEP=keep,
-        )  # fmt: skip
-        return y, last, kept
-    for number in range(cut.passes):
-        from_state = state is not None and not several
-        run(number, HAS_STATE=from_state, ENDS_ONLY=False, FROM_ENDS=several, KEEP=keep)
+    split = x.is_cuda and cut.padded == 16 and cut.tokens == kept_every(x) == 8
+    for several in call.ways(state, keep):
+        if several:
+            for number in range(cut.passes):
+                run(number, several, HAS_STATE=False, ENDS_ONLY=True, FROM_ENDS=False, KEEP=False)
+            call.chain(ends, steps, state, None, backwards=False)
+        flags = dict(HAS_STATE=state is not None and not several, FROM_ENDS=several, KEEP=keep)
+        if split:
+            blocks = call.groups * -(-(channels // call.groups) // sizes["split"])
+            split_forward_kernel[call.grid(blocks, several)](
+                *call.inputs, _or(state, last), y, last, kept, ends, *call.sizes, *strides,
+                **call.split_constants(sizes), **flags,
+            )  # fmt: skip
+            continue
+        for number in range(cut.passes):
+            run(number, several, ENDS_ONLY=False, **flags)
     return y, last, kept
 
 
@@ -1728,7 +1786,6 @@ def backward(
     dz = x.new_empty(0) if z is None else z.new_empty(z.shape)
     dA = call.new(batch, cut.n_spans, d_state, channels)
     by_product = x.is_cuda and x.dtype != torch.float32 and cut.tokens == 8
-    several = cut.n_spans > 1
     sizes = sizes_for("scan_backward", x)
     split = x.is_cuda and cut.padded == 16 and cut.tokens == 8
     if split:
@@ -1742,7 +1799,7 @@ def backward(
     dD, dbias = (call.new(batch, cut.n_spans, halves, channels) for _ in range(2))
     dstate = call.new(batch, channels, d_state) if has_state else call.new(0)
     ends = call.new(batch, cut.n_spans, d_state, channels)
-    steps = call.new(batch, cut.n_spans, channels) if several else dD
+    steps = call.new(batch, cut.n_spans, channels) if call.several else dD
     rates = (A.mT.float() * LOG2E.value).contiguous()
     strides = (0, 0, 0) if dlast is None else dlast.stride()
     x_, dt_, z_, _, *inputs = call.inputs
@@ -1753,25 +1810,25 @@ def backward(
     for name in ("n0", "NB", "POLYNOMIALS", "FIRST", "LAST"):
         del constants[name]
 
-    def run(**flags: bool) -> None:
+    def run(several: bool, **flags: bool) -> None:
         staged = constants["STAGED"] and cut.passes == 1
-        backward_kernel[call.grid](
+        backward_kernel[call.grid(cut.blocks, several)](
             *inputs, *grads, steps, *call.sizes[:5], d_state, *row_strides,
             **constants | dict(STAGED=staged), **flags, BY_PRODUCT=by_product,
         )  # fmt: skip
 
-    if several:
-        run(HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
-        call.chain(ends, steps, dlast, None, backwards=True)
-    from_last = dlast is not None and not several
-    if split:
-        split_backward_kernel[blocks, batch, cut.n_spans](
-            *inputs, *grads, *call.sizes[:5], *row_strides, **call.split_constants(sizes),
-            HAS_STATE=has_state, DY_T=token_stride(dy),
-            HAS_DLAST=from_last, FROM_ENDS=several, BY_PRODUCT=by_product,
-        )  # fmt: skip
-    else:
-        run(HAS_DLAST=from_last, ENDS_ONLY=False, FROM_ENDS=several)
+    for several in call.ways(dy, dlast, has_state):
+        if several:
+            run(several, HAS_DLAST=False, ENDS_ONLY=True, FROM_ENDS=False)
+            call.chain(ends, steps, dlast, None, backwards=True)
+        flags = dict(HAS_DLAST=dlast is not None and not several, FROM_ENDS=several)
+        if split:
+            split_backward_kernel[call.grid(blocks, several)](
+                *inputs, *grads, *call.sizes[:5], *row_strides, **call.split_constants(sizes),
+                HAS_STATE=has_state, DY_T=token_stride(dy), BY_PRODUCT=by_product, **flags,
+            )  # fmt: skip
+        else:
+            run(several, ENDS_ONLY=False, **flags)
     # [G, B, J, M, 2, K] to two of [B, T, G, N]
     of_groups = dBC.view(call.groups, -1, *dBC.shape[1:]).sum(1).permute(4, 1, 2, 5, 0, 3)
     of_groups = of_groups.flatten(2, 3)[:, :, : call.length, :, :d_state]
