@@ -42,7 +42,7 @@ def test_rows_are_recipes(llama: ModuleType, asked: argparse.Namespace) -> None:
     bench, scored = llama.Bench(asked), Path(asked.out)
     scored.mkdir()
     (scored / "scores.json").write_text(json.dumps({"order": order}))
-    options = llama.read_recipe(llama.RECIPE).build.convert
+    options = llama.read_recipe(llama.RECIPE, bench.inputs).build.convert
     entries = (PlanEntry("convert" if i in order[:23] else "keep", i) for i in range(30))
     (scored / "plan.toml").write_text(LayerPlan(tuple(entries), options).to_toml())
     kept = {}
