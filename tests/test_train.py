@@ -714,6 +714,17 @@ def test_a_batch_that_processes_cannot_share_is_refused_before_any_stage(
         shares(chat, 5, "here")
 
 
+def test_graphs_without_a_gpu_are_refused_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(tmp_path, STAGES.replace("ce = 0.5", "ce = 0.5\ngraphs = true"))
+    cpu = SimpleNamespace(num_processes=1, is_main_process=True, device=torch.device("cpu"))
+    monkeypatch.setattr(train_module, "PartialState", lambda **_: cpu)
+    with pytest.raises(UserError, match=r"train.1 \(distil\): graphs = true.*leave graphs out"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
 def test_text_of_another_tokenizer_is_refused_before_any_stage(tmp_path: Path) -> None:
     blocks = rows()
     blocks.tokens[3, 5] = VOCAB

@@ -101,8 +101,13 @@ def test_what_cannot_be_recorded_runs_as_it_is(recordings, why, monkeypatch, cap
         again.work = lambda: 2 * work()
         return again, found
 
+    used, prepare = [], Recorder._prepare
+    monkeypatch.setattr(
+        Recorder, "_prepare", lambda self, *given: used.append(self) or prepare(self, *given)
+    )
     monkeypatch.setattr(Recordings, "__call__", wrong)
     check_by_hand()
+    assert used and not any(one._sums for one in used), "sums of nothing take no memory"
     (said,) = [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
     assert "page" not in said
     assert ("not permitted" if why == "cannot" else "another gradient") in said

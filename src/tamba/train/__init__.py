@@ -44,7 +44,7 @@ from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
-from tamba.recipe import WRITTEN, ChatStage, Distil, LeastSquares, Recipe, Stage, as_recipe
+from tamba.recipe import WRITTEN, Align, ChatStage, Distil, LeastSquares, Recipe, Stage, as_recipe
 from tamba.text import Side, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.chat_steps import shares
@@ -120,6 +120,7 @@ def train(
     loggers = _loggers(recipe)
     processes = PartialState(cpu=not torch.cuda.is_available())
     _check_shares(recipe, processes.num_processes)
+    _check_graphs(recipe, processes)
     writes = processes.is_main_process
     prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
@@ -214,6 +215,19 @@ def _check_shares(recipe: Recipe, processes: int) -> None:
                 where,
                 f"batch = {stage.batch} cannot be shared by {processes} processes",
                 "choose a multiple",
+            )
+
+
+def _check_graphs(recipe: Recipe, processes: PartialState) -> None:
+    """Refuse graphs that were asked for where there can be none, before any stage runs."""
+    if processes.device.type == "cuda" and processes.num_processes == 1:
+        return
+    for index, stage in enumerate(recipe.train):
+        if isinstance(stage, Align | Distil) and stage.graphs is True:
+            raise UserError(
+                recipe.where_stage(index),
+                "graphs = true, and they are for one process on a GPU",
+                "leave graphs out",
             )
 
 

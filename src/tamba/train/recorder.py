@@ -93,6 +93,7 @@ class Recorder:
         except Exception as error:  # whatever somewhere in a model cannot be recorded
             self._record = None
             self._recorded.clear()
+            self._sums.clear()  # memory may be what was short
             logger.warning(
                 "steps are launched kernel by kernel, slower than CUDA graphs: %s",
                 str(error).partition("\n")[0],
