@@ -44,8 +44,8 @@ def with_lookups(blocks: TokenBlocks, share: float, seed: int) -> TokenBlocks:
     generator = torch.Generator().manual_seed(seed)
     tokens, starts = blocks.tokens.clone(), blocks.starts.clone()
     for row in torch.randperm(n, generator=generator)[:some].tolist():
-        if bool(starts[row].all()):
-            continue  # filling
+        if bool(starts[row, -2:].all()):
+            continue  # it ends in filling, whose every token is a document
         tokens[row], starts[row] = _said_again(blocks.tokens[row], generator)
     return TokenBlocks(tokens, starts, blocks.n_tokens, blocks.bytes_per_token)
 

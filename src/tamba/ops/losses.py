@@ -118,7 +118,8 @@ def next_token_loss(
         teacher_top: instead of these two, the teacher's most likely tokens, at the temperature of
             `weights` (`most_likely`). With them ``weights.top_k`` says nothing more.
         counted: [n] bool, the positions that the mean is over; None for all. What is said of the
-            others changes nothing, so that shapes can stay as they are where numbers differ.
+            others changes nothing while it is finite, so that shapes can stay as they are where
+            numbers differ.
         weights: of the parts.
 
     Returns:
