@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamba.artefact import command_without_folders
 from tamba.ops import losses
 from tamba.ops.kernels import losses as kernels
 from tamba.ops.kernels.tiles import tile, using
@@ -233,7 +234,8 @@ def main() -> int:
     arguments_.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
     options = arguments_.parse_args()
     begun = time.monotonic()
-    record: dict[str, Any] = {"command": " ".join(sys.argv), "torch": torch.__version__}
+    command = command_without_folders("python benchmarks/loss_kernels.py", sys.argv[1:])
+    record: dict[str, Any] = {"command": command, "torch": torch.__version__}
     with ProcessPoolExecutor(options.processes, get_context("spawn")) as pool:
         shares = [pool.submit(_compile, i, options.processes) for i in range(options.processes)]
         for share in shares:

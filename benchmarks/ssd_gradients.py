@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamba.artefact import command_without_folders
 from tamba.ops import ssd
 
 SIZES = (16, 32, 64, 128)
@@ -130,7 +131,7 @@ def _record(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
         {**row, "errors": {k: float(f"{e:.2g}") for k, e in row["errors"].items()}} for row in rows
     ]
     return {
-        "command": "python benchmarks/ssd_gradients.py " + " ".join(sys.argv[1:]),
+        "command": command_without_folders("python benchmarks/ssd_gradients.py", sys.argv[1:]),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -66,7 +66,7 @@ from tamba.analyze.choice import (
     transplant_plans,
 )
 from tamba.analyze.distances import Estimate
-from tamba.artefact import new_folder, versions, write_file
+from tamba.artefact import command_without_folders, new_folder, versions, write_file
 from tamba.build import build_student
 from tamba.checkpoint import load_model, open_checkpoint, parameter_specs
 from tamba.data import TokenBlocks
@@ -1455,11 +1455,10 @@ def _tokenizer(path: Path) -> Any:
 def header(settings: Settings, tokens: Path, arguments: Sequence[str], device: str) -> Row:
     """What the record says beside its rows."""
     gpu = torch.cuda.get_device_name() if device == "cuda" else None
-    named = [Path(a).name if os.sep in a else a for a in arguments]
     return {
         "experiment": "e-tamba-mini",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python experiments/e_tamba_mini.py", *named]),
+        "command": command_without_folders("python experiments/e_tamba_mini.py", arguments),
         "machine": {"device": gpu or platform.processor() or "cpu", "cores": os.cpu_count()},
         "versions": versions(),
         "settings": settings.model_dump(),

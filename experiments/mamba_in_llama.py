@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shlex
 import shutil
 import sys
 import time
@@ -28,7 +27,7 @@ from typing import Any, Literal
 import torch
 
 import tamba
-from tamba.artefact import versions, write_file
+from tamba.artefact import command_without_folders, versions, write_file
 from tamba.checkpoint import load_model, load_tokenizer, open_checkpoint
 from tamba.errors import UserError
 from tamba.evaluate.scoring import loglikelihoods
@@ -481,7 +480,7 @@ def main() -> None:
     if any(ROWS[name].chat for name in asked.rows) and not (asked.prompts and asked.preferences):
         # Said here, not after everything that comes before conversations.
         parser().error("rows of conversations need --prompts and --preferences")
-    command = shlex.join(["python", "experiments/mamba_in_llama.py", *sys.argv[1:]])
+    command = command_without_folders("python experiments/mamba_in_llama.py", sys.argv[1:])
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     bench, begun = Bench(asked), time.monotonic()
     for seed in asked.seeds:

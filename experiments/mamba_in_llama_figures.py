@@ -87,6 +87,21 @@ def shares(rows: list[Row]) -> Any:
     return figure
 
 
+def read(path: Path) -> list[Row]:
+    """The rows of a record. Raises UserError where it is none."""
+    made = "make it with mamba_in_llama.py"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), f"cannot be read as JSON ({error})", made) from error
+    try:
+        if budgets(rows):
+            return rows
+    except (TypeError, KeyError) as error:
+        raise UserError(str(path), "is no record of rows", made) from error
+    raise UserError(str(path), "holds no row of a share of attention", made)
+
+
 def main() -> None:
     """Draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -95,8 +110,8 @@ def main() -> None:
     asked = parser.parse_args()
     try:
         need_matplotlib()
-        rows = json.loads(asked.record.read_text(encoding="utf-8"))
-    except (UserError, OSError, ValueError) as error:
+        rows = read(asked.record)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tamba.artefact import new_folder
+from tamba.artefact import command_without_folders, new_folder
 from tamba.errors import UserError
 
 
@@ -57,3 +57,9 @@ def test_two_writers_and_what_a_killed_one_left(tmp_path: Path) -> None:
             raise AssertionError("entered")
         (partial / "a").write_text("1")
     assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["a"]
+
+
+def test_shared_commands_name_no_folder_of_a_machine() -> None:
+    given = ["--out", "/home/me/record.json", "runs/a", "--set", "name=two words"]
+    said = command_without_folders("python bench.py", given)
+    assert said == "python bench.py --out record.json runs/a --set 'name=two words'"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -144,3 +146,18 @@ def test_a_record_keeps_one_row_of_a_name_and_seed(llama: ModuleType, tmp_path: 
     for row in ({"row": "a", "seed": 0, "x": 1}, {"row": "a", "seed": 1}, {"row": "a", "seed": 0}):
         llama.keep(row, record)
     assert json.loads(record.read_text()) == [{"row": "a", "seed": 1}, {"row": "a", "seed": 0}]
+
+
+@pytest.mark.parametrize(
+    ("held", "said"), [(None, "cannot be read"), ("", "cannot be read"), ("[]", "no row"),
+                       ('{"a": 1}', "no record")],
+)  # fmt: skip
+def test_a_picture_of_no_record_is_refused(held: str | None, said: str, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    if held is not None:
+        record.write_text(held)
+    script = Path(__file__).parent.parent / "experiments" / "mamba_in_llama_figures.py"
+    command = [sys.executable, str(script), str(record), "--out", str(tmp_path / "made")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "record.json" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "made").exists()

@@ -11,8 +11,9 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,6 +129,12 @@ def _rename(partial: Path, out: Path, overwrite: bool) -> None:
             raise UserError(str(out), "was made by another process meanwhile") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def command_without_folders(program: str, arguments: Sequence[str]) -> str:
+    """A command line for records that are shared: absolute paths are told by their last name."""
+    named = [Path(a).name if os.path.isabs(a) else a for a in arguments]
+    return shlex.join([*shlex.split(program), *named])
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -227,7 +228,6 @@ def _cpu_name() -> str:
 
 
 def _command() -> str:
-    """The command line without machine paths."""
     program, *arguments = sys.argv or ["python"]
-    short = [Path(a).name if os.path.isabs(a) else a for a in arguments]
-    return " ".join([Path(program).name.replace("__main__.py", "tamba"), *short])
+    name = Path(program).name.replace("__main__.py", "tamba")
+    return artefact.command_without_folders(shlex.quote(name), arguments)
