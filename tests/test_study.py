@@ -207,6 +207,8 @@ WRONG = {
         "has 3 layers and the teacher 7",
     ),
     "no run of layers": (["--groups", "2", "--replace", "5..7"], "is no run of layers"),
+    "a run downwards": (["--groups", "2", "--replace", "7-5"], "'7-5' is no run of layers"),
+    "fewer layers than none": (["--convert", "-1"], "'--convert'"),
     "settings of a recipe": (["--set", "analyze.tokens=3"], "changes a recipe"),
     "unknown type": (["--dtype", "int8"], "'int8' is not one to compute in"),
     "missing text": (["--text", "nowhere.txt"], "no such file"),

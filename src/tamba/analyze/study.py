@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tamba.analyze.choice import (
+    RATIO_LIMIT,
     Budget,
     Choice,
     Facts,
@@ -28,6 +29,7 @@ from tamba.analyze.choice import (
     choose,
     donor_groups,
     rank_correlations,
+    ratio,
 )
 from tamba.analyze.distances import Estimate, StateScores, state_scores
 from tamba.analyze.effects import (
@@ -150,7 +152,7 @@ class Settings:
     def _names(self, recall: bool) -> list[str]:
         """Names of the scores that will be measured."""
         names = list(STATE_SCORES) if "states" in self.measures else []
-        parts = ("", "_loss", "_recall") if recall else ("", "_loss")
+        parts = ("", "_loss", "_recall", "_ratio") if recall else ("", "_loss")
         return names + [m + part for m in self.measures if m != "states" for part in parts]
 
     def facts(self, config: TambaConfig) -> Facts:
@@ -212,6 +214,10 @@ class Study:
                     errors[name] = [
                         None if c is None else getattr(c, f"{part}_error") for c in changes
                     ]
+            if f"{measure}_recall" in values:
+                ratios = [_retrieval(layers.get(i)) for i in range(self.n_layers)]
+                values[f"{measure}_ratio"] = [value for value, _ in ratios]
+                errors[f"{measure}_ratio"] = [error for _, error in ratios]
         return values, errors
 
     def distances(self) -> dict[str, list[list[float]]]:
@@ -222,6 +228,21 @@ class Study:
             "all_tokens": _rows(self.states.all_tokens.mean),
             "last_token": _rows(self.states.last_token.mean),
         }
+
+
+def _retrieval(change: Change | None) -> tuple[float | None, float | None]:
+    """Retrieval beside knowledge: answers lost for each nat that the text loses, and its error.
+
+    The error is that of a ratio of two means over different rows, to first order; None where the
+    ratio is cut off.
+    """
+    if change is None or change.recall is None:
+        return None, None
+    value = ratio(change.recall, change.loss)
+    if not 0.0 < value < RATIO_LIMIT or change.recall_error is None or change.loss_error is None:
+        return value, None
+    over, under = change.recall_error / change.recall, change.loss_error / change.loss
+    return value, value * math.hypot(over, under)
 
 
 def _listed(values: Tensor) -> list[float | None]:
