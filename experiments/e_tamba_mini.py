@@ -11,19 +11,19 @@
     search     the learning rate of each kind of row
     starts     how far each of them is from the base before any tuning
     grid       Table 1: deleted, fresh, every group of the donor, attention turned into Mamba-2
-    final      Table 2: base, donor and hybrids tuned on the same tokens
-    teaching   each of those shown how to copy and look up, for a few steps at each of some rates
-    taught     the better of these, by documents that nothing else is measured on
-    recall     copying and phone book at growing lengths, as tuned and as taught
+    final      Table 2: base, donor and hybrids tuned on the same tokens, seed by seed
     memory     of the small models
+    teaching   those of the first seed shown how to copy and look up, at each of some rates
+    taught     the better of these, by documents that nothing else is measured on
+    recall     copying and phone book at growing lengths, as taught and as tuned
 
 Every row of the record is a file in ``OUT/rows``, written when it is done; the same call goes on
 where it stopped. A row that does not fit in ``--seconds`` any more is left out and listed under
 `not_run`, and so is one that ``--only`` does not name: with ``--only 'search/*/0.001*'
 'grid/[0-9]*/0' 'final/*'`` the pair is made and analysed, one rate is tried, the groups of the
 donor are compared with one seed, and Table 2 is filled. Checkpoints are in ``OUT/work``: without
-them nothing can go on. The record, `e-tamba-mini.json`, is written anew after each row; `e_tamba_figures.py`
-draws it.
+them nothing can go on. The record, `e-tamba-mini.json`, is written anew after each row;
+`e_tamba_figures.py` draws it.
 
 On a GPU a step of learning is one CUDA graph: with layers so small a step is mostly the launching
 of kernels. A graph is compared with plain steps before it is used; where it cannot be made, or says

@@ -128,5 +128,5 @@ def test_angles_are_those_of_the_formula() -> None:
 def test_what_is_kept_is_not_chosen() -> None:
     found = analyze_model(made(), rows(), recipe("own_turn", always_keep=(IDLE,), convert=2))
     assert IDLE not in found.plan.converted and LOUD not in found.plan.converted
-    with pytest.raises(UserError, match="1 row of text cannot be divided"):
+    with pytest.raises(UserError, match="is 1 row, which cannot be divided"):
         analyze_model(made(), rows(1), recipe("own_turn"))

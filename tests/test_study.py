@@ -167,6 +167,23 @@ def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
     assert "converted" in str(report) or plan.converted
 
 
+def test_a_recipe_without_measures_is_drawn_where_it_can_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = RECIPE.replace('heldout = ["text.txt"]\n', "").splitlines()[:-3]
+    (folder / "small.toml").write_text("\n".join([*lines, 'score = "own_turn"', "convert = 1"]))
+    recipe = read_recipe(folder / "small.toml")
+    tamba.analyze(recipe, folder / "drawn")
+    names = {"scores.json", "record.json", "plan.toml"}
+    pictures = {f"{n}.{e}" for n in ("distances", "scores", "plan") for e in ("png", "svg")}
+    assert {p.name for p in (folder / "drawn").iterdir()} == names | pictures
+    monkeypatch.setattr(analyze_module, "can_draw", lambda: False)
+    tamba.analyze(recipe, folder / "plain")
+    assert {p.name for p in (folder / "plain").iterdir()} == names
+    for name in ("scores.json", "plan.toml"):
+        assert (folder / "drawn" / name).read_text() == (folder / "plain" / name).read_text()
+
+
 WRONG = {
     "unknown score": (["--scores", "sttes"], "did you mean 'states'"),
     "no such layer to keep": (["--keep", "9"], "there is no layer 9"),

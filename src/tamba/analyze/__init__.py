@@ -19,11 +19,12 @@ from tamba.analyze.choice import Budget, plan_of, transplant_plans
 from tamba.analyze.distances import StateScores, state_scores
 from tamba.analyze.effects import student_pairs
 from tamba.analyze.probe import word_probe
-from tamba.analyze.study import Settings, Study, divided, files_of, study
+from tamba.analyze.study import Settings, Study, files_of, pictures, study
 from tamba.analyze.swaps import (
     Analysis,
     analyze_model,
     angular_distances,
+    divided,
     perplexity_ratios,
     swap_scores,
 )
@@ -39,7 +40,7 @@ from tamba.errors import UserError
 from tamba.model.config import AttentionSpec, BlockSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, PlanEntry
-from tamba.plots.layers import need_matplotlib
+from tamba.plots.layers import can_draw, need_matplotlib
 from tamba.recipe import Recipe, as_recipe
 from tamba.text import prepare_text, read_text
 
@@ -159,7 +160,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     teacher = load_model(checkpoint, dtype, device)
     if settings is None:
         found = analyze_model(teacher, blocks, recipe)
-        _write(out, _files(found))
+        _write(out, _files(found, Path(checkpoint.location).stem))
         return found
     facts = {"rows": len(blocks), "length": blocks.length}
     known = study(
@@ -335,8 +336,8 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
     return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 
 
-def _files(found: Analysis) -> dict[str, str | bytes]:
-    """What the analysis of a recipe leaves."""
+def _files(found: Analysis, title: str) -> dict[str, str | bytes]:
+    """What the quick analysis of a recipe leaves; pictures only where they can be drawn."""
     record = {
         "scores": found.scores,
         "score_name": "KL (nats/token)" if found.frontier else found.score,
@@ -356,10 +357,18 @@ def _files(found: Analysis) -> dict[str, str | bytes]:
         "order": found.order,
         "frontier": found.frontier,
     }
+    tables: dict[str, list[list[float]]] = {}
     if found.distances is not None:
         triangle = [row[: len(row) - low] for low, row in enumerate(found.distances)]
-        scores["angular_distance"] = {"all_tokens": triangle}
+        tables["all_tokens"] = [[value or 0.0 for value in row] for row in triangle]
+        scores["angular_distance"] = tables
+    drawn: dict[str, bytes] = {}
+    if can_draw():
+        bars = {found.score: (found.scores, [None] * len(found.scores))}
+        entries = [(entry.action, entry.index) for entry in found.plan.entries]
+        drawn = pictures(title, tables, bars, entries)
     return {
+        **drawn,
         "scores.json": json.dumps(scores, indent=1) + "\n",
         "record.json": json.dumps(record, indent=1) + "\n",
         "plan.toml": replace(found.plan, name="plan.toml").to_toml(),

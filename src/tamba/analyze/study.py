@@ -42,6 +42,7 @@ from tamba.analyze.effects import (
     restore_scores,
 )
 from tamba.analyze.probe import Probe
+from tamba.analyze.swaps import divided
 from tamba.data import TokenBlocks
 from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
@@ -316,22 +317,6 @@ def study(
     return replace(found, choice=choice, groups=groups)
 
 
-def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """Rows to fit on and other rows to score on, `tokens` of each where there are so many."""
-    if len(blocks) < 2:
-        raise UserError(
-            "text",
-            f"is {len(blocks)} row, which cannot be divided into text to fit and text to score on",
-            "give more text, or shorter rows",
-        )
-    n = max(1, min(tokens // blocks.length, len(blocks) // 2))
-    parts = (slice(0, n), slice(n, 2 * n))
-    first, second = (
-        TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
-    )
-    return first, second
-
-
 def _digest(
     model: TambaForCausalLM,
     score: TokenBlocks,
@@ -409,23 +394,49 @@ def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
     """
     values, errors = found.scores()
     files: dict[str, str | bytes] = {"scores.json": json.dumps(scores_json(found), indent=1) + "\n"}
-    chosen = found.choice.layers if found.choice is not None else ()
-    figures = {}
-    if found.states is not None:
-        tables = {name.replace("_", " "): t for name, t in found.distances().items()}
-        figures["distances"] = heat_maps(tables, f"Angular distance, {found.title}")
-    bars = {name: (values[name], errors[name]) for name in values}
-    figures["scores"] = score_bars(bars, f"Scores by layer, {found.title}", chosen)
+    entries: list[tuple[str, int]] = []
     if found.choice is not None:
+        chosen = found.choice.layers
         entries = [("convert" if i in chosen else "keep", i) for i in range(found.n_layers)]
-        figures["plan"] = plan_stack(entries, "Plan")
-    for name, figure in figures.items():
-        for ending in ("png", "svg"):
-            files[f"{name}.{ending}"] = to_bytes(figure, ending)
+    bars = {name: (values[name], errors[name]) for name in values}
+    drawn = pictures(found.title, found.distances(), bars, entries)
+    files |= drawn
     if plan is not None:
         files["plan.toml"] = plan
-    files["report.md"] = report(found, list(figures))
+    files["report.md"] = report(found, [name[:-4] for name in drawn if name.endswith(".png")])
     return files
+
+
+def pictures(
+    title: str,
+    tables: Mapping[str, Table],
+    bars: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]],
+    entries: Sequence[tuple[str, int]],
+) -> dict[str, bytes]:
+    """Heat maps, bars and a plan as PNG and SVG by file name, of what is given.
+
+    Args:
+        title: the model's name.
+        tables: distances [l][n-1] by name.
+        bars: by score, a value and a standard error a layer.
+        entries: of the plan: action and layer.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figures = {}
+    if tables:
+        named = {name.replace("_", " "): table for name, table in tables.items()}
+        figures["distances"] = heat_maps(named, f"Angular distance, {title}")
+    chosen = [layer for action, layer in entries if action == "convert"]
+    figures["scores"] = score_bars(bars, f"Scores by layer, {title}", chosen)
+    if entries:
+        figures["plan"] = plan_stack(entries, "Plan")
+    return {
+        f"{name}.{ending}": to_bytes(figure, ending)
+        for name, figure in figures.items()
+        for ending in ("png", "svg")
+    }
 
 
 def report(found: Study, pictures: Sequence[str] = ()) -> str:

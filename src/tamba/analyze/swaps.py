@@ -75,7 +75,7 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
         recipe: its ``analyze`` and ``build.convert`` sections decide.
     """
     wanted, options = recipe.analyze, recipe.build.convert
-    fit, score = _divide(blocks, wanted.tokens)
+    fit, score = divided(blocks, wanted.tokens)
     convertible = [
         i for i, s in enumerate(teacher.config.block_specs) if isinstance(s.mixer, AttentionSpec)
     ]
@@ -112,21 +112,24 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
     return Analysis(wanted.score, by_layer, order, plan, frontier, distances)
 
 
-def _divide(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """Rows to fit on and other rows to score on, `tokens` of each where there are so many."""
+def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """Rows to fit on and other rows to score on, `tokens` of each where there are so many.
+
+    Raises:
+        UserError: fewer than two rows.
+    """
     if len(blocks) < 2:
         raise UserError(
-            "analyze.tokens",
-            f"{len(blocks)} row of text cannot be divided into text to fit and text to score on",
-            "give more text, or shorter rows (data.length)",
+            "text",
+            f"is {len(blocks)} row, which cannot be divided into text to fit and text to score on",
+            "give more text, or shorter rows",
         )
     n = max(1, min(tokens // blocks.length, len(blocks) // 2))
-
-    def rows(first: int) -> TokenBlocks:
-        part = slice(first, first + n)
-        return TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length)
-
-    return rows(0), rows(n)
+    parts = (slice(0, n), slice(n, 2 * n))
+    first, second = (
+        TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
+    )
+    return first, second
 
 
 def swap_scores(

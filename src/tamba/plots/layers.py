@@ -261,6 +261,11 @@ def _title(figure: Figure, words: str) -> None:
     figure.suptitle(words, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
 
 
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return not _MISSING
+
+
 def need_matplotlib() -> None:
     """Raise UserError where nothing can be drawn, for steps to ask before they work."""
     if _MISSING:
