@@ -32,6 +32,7 @@ from tamba.sections import read_toml, validate
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import e_tamba_figures as figures  # noqa: E402
 import e_tamba_lessons as lessons  # noqa: E402
 import e_tamba_mini as driver  # noqa: E402
 import e_tamba_tables as printed  # noqa: E402
@@ -566,6 +567,15 @@ def test_the_page_holds_the_tables_of_the_record() -> None:
         assert f"`{name}`" in page
     rows["grid/fresh/1"]["report"]["ppl"] += 1.0
     assert not on_page(rows, page)
+
+
+def test_a_record_of_some_rows_is_drawn_as_far_as_it_goes() -> None:
+    rows = printed.read_rows(RECORD)
+    some = {n: row for n, row in rows.items() if n.startswith(("grid/13-18", "grid/none"))}
+    assert set(figures.drawn(some)) == set()
+    fresh = {n: row for n, row in rows.items() if n.startswith("grid/fresh")}
+    assert set(figures.drawn(fresh)) == set()
+    assert set(figures.drawn(some | fresh)) == {"ablation"}
 
 
 def test_paired_differences_are_those_of_a_hand_count() -> None:
