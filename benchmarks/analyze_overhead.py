@@ -11,8 +11,8 @@ neighbours, less one. On a CPU seconds are those that the process computed, not 
 for others, so run it with one thread. The bar is 15 %. `angle_error` is the largest difference
 of a mean angle of one row from the same states compared in float64, in half turns.
 
-A random model has the shape that it is named after. What a score costs depends on weights only where
-states nearly agree; random layers of these shapes turn the stream as far as trained ones do.
+A random model has the shape that it is named after. What a score costs depends on weights only
+where states nearly agree; random layers of these shapes turn the stream as far as trained ones do.
 """
 
 from __future__ import annotations

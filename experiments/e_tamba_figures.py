@@ -77,7 +77,9 @@ def layers(rows: Mapping[str, Row]) -> dict[str, Any]:
         found = rows["analysis"][role]
         scores = {n: (found["scores"][n], found["errors"][n]) for n in ("own_turn", "column_mean")}
         costs = found["drop_loss"]
-        scores["loss without the layer, nats"] = (costs, [0.0] * len(costs))
+        # The first records have no errors of these.
+        doubt = found.get("drop_loss_error", [None] * len(costs))
+        scores["loss without the layer, nats"] = (costs, doubt)
         chosen = rows["analysis"]["replaced"] if role == "base" else ()
         figures[f"layers-{role}"] = score_bars(scores, f"{what}: what its layers do", chosen)
     return figures

@@ -77,6 +77,7 @@ from tamba.data import TokenBlocks
 from tamba.errors import UserError, nearest
 from tamba.evaluate import SUITES, Options, perplexity
 from tamba.evaluate.measure import Models, Request, Subject
+from tamba.evaluate.perplexity import token_scores
 from tamba.evaluate.recall import RecallMeasure
 from tamba.evaluate.statistics import mean_score
 from tamba.families.gpt_neox import GPT_NEOX
@@ -984,7 +985,7 @@ class Experiment:
             halves = [state_scores(model, part, label=f"half of {role}") for part in parts]
             measured[role] = whole
             per_layer = _layer_scores(whole)
-            dropped = self._drop(model, some.take(self.settings.text.rows))
+            dropped, doubt = self._drop(model, some.take(self.settings.text.rows))
             again = [_layer_scores(part) for part in halves]
             out[role] = {
                 "all_tokens": _rows_of(whole.all_tokens.mean),
@@ -994,6 +995,7 @@ class Experiment:
                 "scores": {name: e.mean.tolist() for name, e in per_layer.items()},
                 "errors": {name: e.error.tolist() for name, e in per_layer.items()},
                 "drop_loss": dropped,
+                "drop_loss_error": doubt,
                 "after_final_norm": whole.after_norm.mean.tolist(),
                 "agreement": rank_correlations(
                     {n: e.mean.tolist() for n, e in per_layer.items()} | {"drop_loss": dropped}
@@ -1024,18 +1026,30 @@ class Experiment:
             "groups": [[g.first, g.last, g.turn] for g in groups],
         }
 
-    def _drop(self, model: TambaForCausalLM, blocks: TokenBlocks) -> list[float]:
-        """Nats a token that leaving out each layer costs."""
+    def _drop(
+        self, model: TambaForCausalLM, blocks: TokenBlocks
+    ) -> tuple[list[float], list[float | None]]:
+        """Nats a token that leaving out each layer costs, and standard errors row by row."""
         layers = model.model.layers
-        whole = score(model, blocks, self.settings)["nll"]
+        whole = self._row_losses(model, blocks)
         costs = []
         try:
             for layer in range(len(layers)):
                 model.model.layers = nn.ModuleList(b for i, b in enumerate(layers) if i != layer)
-                costs.append(score(model, blocks, self.settings)["nll"] - whole)
+                costs.append(self._row_losses(model, blocks) - whole)
         finally:
             model.model.layers = layers
-        return costs
+        n = len(whole)
+        errors = [float(cost.std()) / math.sqrt(n) if n > 1 else None for cost in costs]
+        return [float(cost.mean()) for cost in costs], errors
+
+    def _row_losses(self, model: TambaForCausalLM, blocks: TokenBlocks) -> Tensor:
+        """[n], nats a token of each row."""
+        autocast = torch.bfloat16 if model.device.type == "cuda" else None
+        size = self.settings.text.rows
+        scored = token_scores([model], blocks, batch_size=size, autocast=autocast)
+        rows = [nll[0].sum(1).cpu() / batch.predicted.sum(1).cpu() for batch, nll in scored]
+        return torch.cat(rows)
 
     # Tuning.
 

@@ -372,6 +372,10 @@ def test_the_driver_does_all_of_it(toy: Path) -> None:
     systems = [n.split("/")[1] for n in rows if n.startswith("grid/") and n.endswith("/0")]
     assert systems[:2] == ["none", "fresh"] and systems[-2:] == ["fitted", "shuffled"]
     assert {n.split("/")[1] for n in rows if n.startswith("final/")} >= {"base", "donor", "fitted"}
+    for role in ("base", "donor"):
+        # The sum over rows of what the whole model loses, and its spread.
+        costs, doubt = (rows["analysis"][role][k] for k in ("drop_loss", "drop_loss_error"))
+        assert len(costs) == len(doubt) and min(doubt) > 0 and max(map(abs, costs)) > max(doubt)
     assert len(rows["starts/fitted"]["own_turn"]) == 4 and rows["starts/none"]["own_turn"]
     # Nothing is drawn in a fitted layer, so seeds begin alike.
     assert (toy / "out" / "work" / "students" / "fitted").is_dir()
@@ -475,6 +479,31 @@ def test_teaching_keeps_the_share_that_tuning_found_best(
     }
 
 
+def test_what_a_layer_costs_is_the_loss_of_a_model_without_it(tmp_path: Path) -> None:
+    wanted = validate(driver.Settings, tomllib.loads(TOY), "it")
+    about = {"settings": {}, "text": {}, "command": "it"}
+    rows = driver.Rows(tmp_path / "rows", tmp_path / "it.json", about, 60)
+    found = driver.Experiment(wanted, text_of(tmp_path), tmp_path / "work", rows, "cpu")
+    model = driver.new_model(driver.base_config(wanted.models), 0, torch.device("cpu")).eval()
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.data *= 100 * (index + 1)
+    blocks = found.streams["analysis"].take(3)
+    costs, errors = found._drop(model, blocks)
+
+    def nats() -> torch.Tensor:
+        ids = blocks.tokens.long()
+        with torch.no_grad():
+            said = model(input_ids=ids).logits.double().log_softmax(-1)
+        return -said[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(1)
+
+    whole = nats()
+    model.model.layers = torch.nn.ModuleList(b for i, b in enumerate(model.model.layers) if i != 2)
+    apart = nats() - whole
+    assert costs[2] == pytest.approx(apart.mean().item(), abs=1e-5)
+    assert errors[2] == pytest.approx(apart.std().item() / 3**0.5, abs=1e-5)
+    assert abs(costs[1] - costs[2]) > 1e-4 and errors[2] > 1e-4
+
+
 @pytest.mark.slow
 def test_a_second_call_goes_on_where_the_first_stopped(toy: Path) -> None:
     arguments = ["--tokens", str(toy / "tokens"), "--out", str(toy / "out"), "--smoke"]
@@ -565,6 +594,9 @@ def test_the_page_holds_the_tables_of_the_record() -> None:
     assert on_page(rows, page)
     for name in json.loads(RECORD.read_text())["not_run"]:
         assert f"`{name}`" in page
+    rows["teaching/fitted/0.0015"]["mixers"] = 0.1
+    assert "`teaching/fitted/0.0015`, mixers × 0.1 |" in printed.teaching(rows)
+    rows = printed.read_rows(RECORD)
     rows["grid/fresh/1"]["report"]["ppl"] += 1.0
     assert not on_page(rows, page)
 

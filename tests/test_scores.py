@@ -272,6 +272,15 @@ def test_an_idle_layer_is_lowest_and_a_loud_one_highest(score: str) -> None:
     assert float(found[IDLE]) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_the_column_of_an_idle_layer_is_its_neighbours() -> None:
+    """But for the one cell that is its own turn: a column says more of what is above a layer."""
+    found = state_scores(made(), rows(12))
+    table = found.all_tokens.mean
+    for n in range(1, 3):
+        assert float(table[IDLE, n]) == pytest.approx(float(table[IDLE + 1, n - 1]), abs=1e-6)
+    assert int(found.column_mean.mean.argmax()) == LOUD
+
+
 def test_errors_shrink_with_text_and_cover_the_truth() -> None:
     model = tiny_model("mixed")
     starts = torch.zeros(96, 16, dtype=torch.bool)
