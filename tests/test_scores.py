@@ -126,14 +126,14 @@ def test_angles_are_equation_1_in_packed_rows(kind: str) -> None:
         model.double()
 
 
-def wrong_norm(states: list[Tensor], counts: Tensor, rows: Tensor, first: int) -> Tensor:
-    return RIGHT_DIRECTIONS([*states[:-2], states[-1], states[-1]], counts, rows, first)
+def wrong_norm(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    return RIGHT_DIRECTIONS([*states[:-2], states[-1], states[-1]], counts)
 
 
-def padding_counts(states: list[Tensor], counts: Tensor, rows: Tensor, first: int) -> Tensor:
-    everything = torch.ones_like(counts)
-    unit = RIGHT_DIRECTIONS(states, everything, everything.nonzero()[:, 0], first)
-    return unit[: len(rows)]
+def padding_counts(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    unit, lengths = RIGHT_DIRECTIONS(states, torch.ones_like(counts))
+    n = int(counts.sum())
+    return unit[:n], lengths[:n]
 
 
 def no_pi(unit: Tensor, cosine: Tensor) -> Tensor:

@@ -248,8 +248,10 @@ class _Sums:
             )
         rows = counts.nonzero()[:, 0]
         per_row = counts.sum(1)
-        unit = _directions(states, counts, rows, first_row)
+        unit, lengths = _directions(states, counts)
         angle = _angles(unit, unit @ unit.mT)
+        # Not before: angles wait for the GPU in any case, and one wait is enough.
+        _check_lengths(lengths, rows, first_row)
         # [B, n], the mean over the tokens of a row as a product: no additions in turns.
         share = (torch.arange(len(counts))[:, None] == rows).double() / per_row[:, None]
         share = share.to(device)
@@ -292,8 +294,8 @@ def _by_distance(table: Estimate, n_layers: int) -> Estimate:
     return Estimate(shifted(table.mean), shifted(table.error))
 
 
-def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: int) -> Tensor:
-    """[n, S, D]: the states of tokens that count, each of length one, float32 at least."""
+def _directions(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    """States of tokens that count, of length one [n, S, D], and lengths [n, S]; float32 at least."""
     flat = [state.flatten(0, 1) for state in states]
     if not bool(counts.all()):
         where = counts.flatten().nonzero()[:, 0].to(flat[0].device)
@@ -304,22 +306,27 @@ def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: i
     scale = lengths[..., None]
     # What was stacked is a copy, which a wide type lets be written over.
     unit = seen.div_(scale) if seen.dtype == wide else seen / scale
+    return unit, lengths
+
+
+def _check_lengths(lengths: Tensor, rows: Tensor, first_row: int) -> None:
+    """Refuse states [n, S] that have no direction, of tokens in these rows. Raises UserError."""
     good = torch.isfinite(lengths) & (lengths > 0)
-    if not bool(good.all()):
-        # The lowest state at fault: those above it only inherit it.
-        index, token = (int(i) for i in (~good).T.nonzero()[0])
-        what = "zero and has no direction" if lengths[token, index] == 0 else "not a finite number"
-        n_layers = len(states) - 2
-        if index == 0:
-            source = "the embedding"
-        else:
-            source = f"layer {index - 1}" if index <= n_layers else "the final norm"
-        raise UserError(
-            source,
-            f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
-            "check the weights, or compute in a wider type",
-        )
-    return unit
+    if bool(good.all()):
+        return
+    # The lowest state at fault: those above it only inherit it.
+    index, token = (int(i) for i in (~good).T.nonzero()[0])
+    what = "zero and has no direction" if lengths[token, index] == 0 else "not a finite number"
+    n_layers = lengths.shape[1] - 2
+    if index == 0:
+        source = "the embedding"
+    else:
+        source = f"layer {index - 1}" if index <= n_layers else "the final norm"
+    raise UserError(
+        source,
+        f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
+        "check the weights, or compute in a wider type",
+    )
 
 
 def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
