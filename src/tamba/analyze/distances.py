@@ -295,7 +295,7 @@ def _by_distance(table: Estimate, n_layers: int) -> Estimate:
 
 
 def _directions(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
-    """States of tokens that count, of length one [n, S, D], and lengths [n, S]; float32 at least."""
+    """States of tokens that count, [n, S, D] of length one, and their lengths [n, S]."""
     flat = [state.flatten(0, 1) for state in states]
     if not bool(counts.all()):
         where = counts.flatten().nonzero()[:, 0].to(flat[0].device)
