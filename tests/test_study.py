@@ -177,6 +177,15 @@ def test_a_recipe_without_measures_is_drawn_where_it_can_be(
     names = {"scores.json", "record.json", "plan.toml"}
     pictures = {f"{n}.{e}" for n in ("distances", "scores", "plan") for e in ("png", "svg")}
     assert {p.name for p in (folder / "drawn").iterdir()} == names | pictures
+    scores = json.loads((folder / "drawn" / "scores.json").read_text())
+    tables = scores["angular_distance"]
+    for name in ("all_tokens", "last_token"):
+        assert [len(row) for row in tables[name]] == [7, 6, 5, 4, 3, 2, 1]
+        assert [len(row) for row in tables["standard_error"][name]] == [7, 6, 5, 4, 3, 2, 1]
+    turns, errors = tables["all_tokens"], tables["standard_error"]["all_tokens"]
+    known = [i for i, value in enumerate(scores["own_turn"]) if value is not None]
+    assert [scores["own_turn"][i] for i in known] == [turns[i][0] for i in known]
+    assert [scores["standard_error"]["own_turn"][i] for i in known] == [errors[i][0] for i in known]
     monkeypatch.setattr(analyze_module, "can_draw", lambda: False)
     tamba.analyze(recipe, folder / "plain")
     assert {p.name for p in (folder / "plain").iterdir()} == names

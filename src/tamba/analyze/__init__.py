@@ -19,11 +19,10 @@ from tamba.analyze.choice import Budget, plan_of, transplant_plans
 from tamba.analyze.distances import StateScores, state_scores
 from tamba.analyze.effects import student_pairs
 from tamba.analyze.probe import word_probe
-from tamba.analyze.study import Settings, Study, files_of, pictures, study
+from tamba.analyze.study import Settings, Study, files_of, pictures, study, tables_json
 from tamba.analyze.swaps import (
     Analysis,
     analyze_model,
-    angular_distances,
     divided,
     perplexity_ratios,
     swap_scores,
@@ -52,7 +51,6 @@ __all__ = [
     "Study",
     "analyze",
     "analyze_model",
-    "angular_distances",
     "check_choice",
     "perplexity_ratios",
     "state_scores",
@@ -350,6 +348,7 @@ def _files(found: Analysis, title: str) -> dict[str, str | bytes]:
         "scores": found.scores,
         # By the names that `tamba analyze MODEL` writes too.
         found.score: found.scores,
+        "standard_error": {found.score: found.errors},
         "choice": {
             "strategy": f"lowest {found.score}",
             "layers": list(found.plan.converted),
@@ -357,14 +356,12 @@ def _files(found: Analysis, title: str) -> dict[str, str | bytes]:
         "order": found.order,
         "frontier": found.frontier,
     }
-    tables: dict[str, list[list[float]]] = {}
-    if found.distances is not None:
-        triangle = [row[: len(row) - low] for low, row in enumerate(found.distances)]
-        tables["all_tokens"] = [[value or 0.0 for value in row] for row in triangle]
-        scores["angular_distance"] = tables
+    tables = {} if found.states is None else found.states.distances()
+    if found.states is not None:
+        scores |= tables_json(found.states)
     drawn: dict[str, bytes] = {}
     if can_draw():
-        bars = {found.score: (found.scores, [None] * len(found.scores))}
+        bars = {found.score: (found.scores, found.errors)}
         entries = [(entry.action, entry.index) for entry in found.plan.entries]
         drawn = pictures(title, tables, bars, entries)
     return {

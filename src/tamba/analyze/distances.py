@@ -97,11 +97,24 @@ class StateScores:
         """
         return Estimate(self.all_tokens.mean.nanmean(1), self.all_tokens.error.nanmean(1))
 
+    def distances(self) -> dict[str, list[list[float]]]:
+        """The angular distances [l][n-1], rows of falling length, by name."""
+        return {
+            "all_tokens": triangle(self.all_tokens.mean),
+            "last_token": triangle(self.last_token.mean),
+        }
+
     @property
     def kernel_change(self) -> Estimate:
         """[L], one minus the kernel similarity of the states before and after each layer."""
         first = self.kernel_similarity[:, 0]
         return Estimate(1.0 - first.mean, first.error)
+
+
+def triangle(table: Tensor) -> list[list[float]]:
+    """The cells of a table of `StateScores` that compare two states, row by row."""
+    L = len(table)
+    return [table[low, : L - low].tolist() for low in range(L)]
 
 
 def state_scores(

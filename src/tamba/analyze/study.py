@@ -31,7 +31,7 @@ from tamba.analyze.choice import (
     rank_correlations,
     ratio,
 )
-from tamba.analyze.distances import Estimate, StateScores, state_scores
+from tamba.analyze.distances import Estimate, StateScores, state_scores, triangle
 from tamba.analyze.effects import (
     Change,
     Ledger,
@@ -223,12 +223,7 @@ class Study:
 
     def distances(self) -> dict[str, list[list[float]]]:
         """Angular distances [l][n-1] by name; empty where hidden states were not read."""
-        if self.states is None:
-            return {}
-        return {
-            "all_tokens": _rows(self.states.all_tokens.mean),
-            "last_token": _rows(self.states.last_token.mean),
-        }
+        return {} if self.states is None else self.states.distances()
 
 
 def _retrieval(change: Change | None) -> tuple[float | None, float | None]:
@@ -248,12 +243,6 @@ def _retrieval(change: Change | None) -> tuple[float | None, float | None]:
 
 def _listed(values: Tensor) -> list[float | None]:
     return [_number(v) for v in values.tolist()]
-
-
-def _rows(table: Tensor) -> list[list[float]]:
-    """The cells of a triangle, row by row."""
-    L = len(table)
-    return [table[low, : L - low].tolist() for low in range(L)]
 
 
 def study(
@@ -354,20 +343,8 @@ def scores_json(found: Study) -> dict[str, Any]:
     """
     values, errors = found.scores()
     out: dict[str, Any] = {"model": found.model, "layers": found.n_layers, "text": found.text}
-    if (states := found.states) is not None:
-        out["angular_distance"] = found.distances() | {
-            "standard_error": {
-                "all_tokens": _errors(states.all_tokens),
-                "last_token": _errors(states.last_token),
-            }
-        }
-        out["kernel_similarity"] = {
-            "all_tokens": [
-                [_number(v) for v in row] for row in _rows(states.kernel_similarity.mean)
-            ],
-            "standard_error": {"all_tokens": _errors(states.kernel_similarity)},
-        }
-        out["after_final_norm"] = _listed(states.after_norm.mean)
+    if found.states is not None:
+        out |= tables_json(found.states)
     out |= values
     out["standard_error"] = errors
     out["rank_correlation"] = rank_correlations(values)
@@ -378,8 +355,26 @@ def scores_json(found: Study) -> dict[str, Any]:
     return out
 
 
-def _errors(estimate: Estimate) -> list[list[float | None]]:
-    return [[_number(v) for v in row] for row in _rows(estimate.error)]
+def tables_json(states: StateScores) -> dict[str, Any]:
+    """What ``scores.json`` holds of every two states, and of the final norm."""
+    return {
+        "angular_distance": states.distances()
+        | {
+            "standard_error": {
+                "all_tokens": _numbers(states.all_tokens.error),
+                "last_token": _numbers(states.last_token.error),
+            }
+        },
+        "kernel_similarity": {
+            "all_tokens": _numbers(states.kernel_similarity.mean),
+            "standard_error": {"all_tokens": _numbers(states.kernel_similarity.error)},
+        },
+        "after_final_norm": _listed(states.after_norm.mean),
+    }
+
+
+def _numbers(table: Tensor) -> list[list[float | None]]:
+    return [[_number(v) for v in row] for row in triangle(table)]
 
 
 def _number(value: float) -> float | None:
