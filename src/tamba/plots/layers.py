@@ -165,6 +165,7 @@ def score_bars(
             positive = [v for v in shown if v > 0]
             if positive and len(positive) == len(shown) and max(positive) > 40 * min(positive):
                 ax.set_yscale("log")
+                ax.set_title(f"{ax.get_title()}, log scale", fontsize=9.5, fontweight="normal", pad=5)
                 # A bar of nothing would stretch the axis beyond what can be told apart.
                 ax.set_ylim(max(min(positive) / 1.6, max(positive) / 1e4), max(positive) * 1.6)
                 ax.yaxis.set_minor_locator(NullLocator())
