@@ -16,12 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from accelerate import PartialState
 
+from tamba.artefact import command_without_folders, versions
 from tamba.data import TokenBlocks
 from tamba.model.config import AttentionSpec, BlockSpec, MLPSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
@@ -141,10 +144,12 @@ def main() -> None:
         "seconds_a_step": seconds,
         "tokens_per_second": rate,
         "losses": [log.losses[0][1], log.losses[-1][1]],
-        "torch": torch.__version__,
+        "command": command_without_folders("python benchmarks/train_step.py", sys.argv[1:]),
+        "versions": versions(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     if device.type == "cuda":
-        row["device"] = torch.cuda.get_device_name()
+        row["hardware"] = torch.cuda.get_device_name()
         row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         row["mfu"] = rate * needed / PEAK / processes.num_processes
     if processes.is_main_process:

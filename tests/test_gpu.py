@@ -129,9 +129,10 @@ def test_packed_rows_of_a_model_in_bfloat16(compiled):
     with torch.autocast("cuda", torch.bfloat16):
         assert takes_documents(model.config, model.model.embed_tokens(ids))
         got = model(ids, seq_idx=seq_idx).logits
-    assert (got.float() - want).norm() < 0.05 * want.norm()
-    alone = model(ids).logits
-    assert (alone - want).norm() > 0.05 * want.norm()
+    # bfloat16 is 5.8 % off in this model on a CPU too; a document that sees another, 48 %.
+    assert (got.float() - want).norm() < 0.1 * want.norm()
+    joined = model(ids).logits
+    assert (joined - want).norm() > 0.3 * want.norm()
 
 
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of much that is not ours

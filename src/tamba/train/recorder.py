@@ -96,7 +96,7 @@ class Recorder:
             self._sums.clear()  # memory may be what was short
             logger.warning(
                 "steps are launched kernel by kernel, slower than CUDA graphs: %s",
-                str(error).partition("\n")[0],
+                str(_first(error)).partition("\n")[0],
             )
         for p, gradient in before.items():
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
@@ -154,6 +154,13 @@ class _Recorded:
     share: Tensor
     parts: Tensor
     sums: dict[nn.Parameter, Tensor]
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that others followed: what ends a recording complains about what broke it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def _tensors(piece: Piece) -> list[Tensor]:
