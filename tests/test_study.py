@@ -324,7 +324,7 @@ def test_bars_and_stack() -> None:
     (ax,) = figure.axes
     bars = [patch for patch in ax.patches if patch.get_height() > 0]
     assert [b.get_x() + b.get_width() / 2 for b in bars] == pytest.approx([1.0, 2.0, 3.0])
-    assert ax.get_yscale() == "log" and ax.get_title() == "drop loss, log scale"
+    assert ax.get_yscale() == "log" and ax.get_title("left") == "drop loss, log scale"
     assert bars[2].get_facecolor() != bars[1].get_facecolor()
     assert "drop_loss is highest at layer 1" in figure.get_label()
     stack = plan_stack([("keep", 0), ("transplant", 25), ("convert", 2)], "Plan")

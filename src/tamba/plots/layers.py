@@ -160,18 +160,19 @@ def score_bars(
                 "capsize": 0,
             }
             ax.errorbar(here, shown, yerr=bounds, **style)
-            ax.set_title(name.replace("_", " "), fontsize=9.5, fontweight="normal", pad=5)
+            said = name.replace("_", " ")
             ax.set_xlim(-0.7, n - 0.3)
             positive = [v for v in shown if v > 0]
             if positive and len(positive) == len(shown) and max(positive) > 40 * min(positive):
                 ax.set_yscale("log")
-                ax.set_title(f"{ax.get_title()}, log scale", fontsize=9.5, fontweight="normal", pad=5)
+                said += ", log scale"
                 # A bar of nothing would stretch the axis beyond what can be told apart.
                 ax.set_ylim(max(min(positive) / 1.6, max(positive) / 1e4), max(positive) * 1.6)
                 ax.yaxis.set_minor_locator(NullLocator())
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             else:
                 ax.yaxis.set_major_locator(MaxNLocator(3))
+            ax.set_title(said, fontsize=9.5, fontweight="normal", pad=5)
             ax.xaxis.set_major_locator(MultipleLocator(_step(n)))
             ax.tick_params(labelsize=8.5)
         ax.set_xlabel("layer" + (" (coloured: to be replaced)" if chosen else ""))
