@@ -140,6 +140,20 @@ def test_harm_and_its_error_are_those_of_the_whole_model(monkeypatch: pytest.Mon
         check_harm()
 
 
+def test_numbers_that_are_not_finite_choose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(bad: str, words: str) -> None:
+        model = made()
+        with torch.no_grad():
+            model.get_parameter(bad)[0, 0] = torch.nan
+        with pytest.raises(UserError, match=words):
+            analyze_model(model, rows(), recipe("swap"))
+
+    check("model.layers.2.mlp.down_proj.weight", "layer 2: gives a hidden state .* in row 0")
+    # Without that look the layer is not found, and without the next one NaN would be ranked.
+    monkeypatch.setattr(analyze_module, "check_finite", lambda *_: None)
+    check("model.layers.2.mlp.down_proj.weight", "converted: gives no finite numbers in row 0")
+
+
 def test_angles_are_those_of_the_formula() -> None:
     model, blocks = made(), rows(4)
     scored = analyze_model(model, blocks, recipe("own_turn", tokens=48)).states

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from models import random_ids, tiny_model
-from tamba.analyze import effects
+from tamba.analyze import effects, swaps
 from tamba.analyze.choice import RATIO_LIMIT, Budget, Facts, choose
 from tamba.analyze.choice import ratio as ratio_of
 from tamba.analyze.effects import (
@@ -315,7 +315,8 @@ def test_numbers_that_are_not_finite_name_layer_and_row(monkeypatch: pytest.Monk
             drop_scores(model, blocks, dtype=None)
 
     check()
-    monkeypatch.setattr(effects, "_bad_rows", lambda stream: [])
+    for module in (effects, swaps):
+        monkeypatch.setattr(module, "bad_rows", lambda stream: [])
     with pytest.raises(pytest.fail.Exception):
         check()
 

@@ -193,6 +193,24 @@ def test_a_recipe_without_measures_is_drawn_where_it_can_be(
         assert (folder / "drawn" / name).read_text() == (folder / "plain" / name).read_text()
 
 
+def test_a_recipe_that_cannot_be_is_refused_before_the_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analyze_module, "load_model", None)
+    lines = RECIPE.replace('heldout = ["text.txt"]\n', "").splitlines()[:-3]
+    quick = "\n".join([*lines, 'score = "own_turn"', "convert = 1"])
+    (folder / "text.txt").write_text(TEXT[:40])
+    (folder / "short.toml").write_text(quick)
+    with pytest.raises(UserError, match="cannot be divided into text to fit"):
+        tamba.analyze(read_recipe(folder / "short.toml"), folder / "out")
+    checkpoint(folder / "single", ["attention"])
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "one.toml").write_text(quick.replace("model", "single", 1))
+    with pytest.raises(UserError, match=r"one.toml.*analyze.score.*there is one"):
+        tamba.analyze(read_recipe(folder / "one.toml"), folder / "out")
+    assert not (folder / "out").exists()
+
+
 WRONG = {
     "unknown score": (["--scores", "sttes"], "did you mean 'states'"),
     "no such layer to keep": (["--keep", "9"], "there is no layer 9"),

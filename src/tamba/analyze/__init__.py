@@ -21,6 +21,7 @@ from tamba.analyze.effects import student_pairs
 from tamba.analyze.probe import word_probe
 from tamba.analyze.study import Settings, Study, files_of, pictures, study, tables_json
 from tamba.analyze.swaps import (
+    QUICK_STATE_SCORES,
     Analysis,
     analyze_model,
     divided,
@@ -154,6 +155,8 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     blocks = prepared.train or prepared.heldout
     if blocks is None:
         raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
+    if settings is None or set(settings.measures) - {"states"}:
+        divided(blocks, wanted.tokens)
     dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
     teacher = load_model(checkpoint, dtype, device)
     if settings is None:
@@ -308,7 +311,8 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
         A plan of the form that the analysis will write; which layers it converts means nothing.
 
     Raises:
-        UserError: a layer to keep that is not there, or more to convert than there is attention.
+        UserError: a layer to keep that is not there, more to convert than there is attention, or
+            one layer to compare with others.
     """
     wanted = recipe.analyze
     for layer in wanted.always_keep:
@@ -328,6 +332,12 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
             recipe.where("analyze.convert"),
             f"{wanted.convert} layers are to be converted and {len(free)} can be",
             "convert fewer or keep fewer",
+        )
+    if len(specs) < 2 and not wanted.measures and wanted.score in QUICK_STATE_SCORES:
+        raise UserError(
+            recipe.where("analyze.score"),
+            f"'{wanted.score}' compares layers, and there is one",
+            "take swap, or a teacher of two layers or more",
         )
     some = free[: wanted.convert]
     entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))

@@ -33,6 +33,8 @@ from tamba.recipe import Recipe
 from tamba.surgery import convert_layer
 from tamba.trace import Trace, climb, computing, each, enter, finish, trace
 
+QUICK_STATE_SCORES = ("own_turn", "column_mean")
+"""What a recipe may take for `score` beside the harm of a conversion."""
 _DTYPE = torch.bfloat16
 """Of matrix products, where weights are wider: scores need two digits."""
 _STRIDE = 2
@@ -86,7 +88,7 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
     ]
     states = None
     frontier: list[tuple[int, float]] = []
-    if wanted.score in ("own_turn", "column_mean"):
+    if wanted.score in QUICK_STATE_SCORES:
         states = state_scores(teacher, score, dtype=_DTYPE, label="angles")
         turns = states.own_turn if wanted.score == "own_turn" else states.column_mean
         found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in convertible}
@@ -139,6 +141,34 @@ def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]
     return first, second
 
 
+def bad_rows(stream: Tensor) -> list[int]:
+    """Rows of [n, T, D] that hold a number that is not finite."""
+    return [row for row, x in enumerate(stream) if not bool(torch.isfinite(x).all())]
+
+
+def check_finite(
+    model: TambaForCausalLM, top: Tensor, blocks: TokenBlocks, dtype: torch.dtype | None
+) -> None:
+    """Refuse numbers that are not finite, naming the lowest layer that gives them.
+
+    Args:
+        top: [n, T, D], what the last layer gives.
+    """
+    bad = bad_rows(top)
+    if not bad:
+        return
+    row = TokenBlocks(blocks.tokens[bad[:1]], blocks.starts[bad[:1]], blocks.length)
+    n_layers = len(model.model.layers)
+    streams = trace(model, row, streams=range(n_layers + 1), dtype=dtype).streams
+    first = next((i for i in range(n_layers + 1) if bad_rows(streams[i])), n_layers)
+    raise UserError(
+        f"{model.config.name_or_path or 'model'}: "
+        + (f"layer {first - 1}" if first else "embedding"),
+        f"gives a hidden state that is not a finite number, in row {bad[0]}",
+        "check the weights, or compute in a wider type",
+    )
+
+
 def swap_scores(
     teacher: TambaForCausalLM,
     layers: Sequence[int],
@@ -157,6 +187,9 @@ def swap_scores(
             Mixers that `calibrate` does not know are fitted in their output projection.
         seed: of what the conversion draws.
 
+    Raises:
+        UserError: hidden states that are not finite (which layer, which row), or nothing to score.
+
     Returns:
         The converted layer, and the score with its standard error, by layer.
     """
@@ -168,6 +201,8 @@ def swap_scores(
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
         reference = trace(teacher, blocks, streams=[*some, L], dtype=_DTYPE)
+        if first == 0:
+            check_finite(teacher, reference.streams[L], blocks, _DTYPE)
         seen = _seen(teacher, some, fit)
 
         def one(
@@ -269,6 +304,12 @@ def _harm(
     if not rows:
         raise UserError("text", "holds no token to score", "give longer documents")
     each_row = torch.stack(rows).cpu()
+    if len(wrong := (~torch.isfinite(each_row)).nonzero()):
+        raise UserError(
+            f"layer {', '.join(map(str, replaced))} converted",
+            f"gives no finite numbers in row {int(wrong[0])}",
+            "keep it with analyze.always_keep, or convert it another way",
+        )
     weight = torch.tensor(counts, dtype=torch.float64)
     error = float(each_row.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
     return float((each_row * weight).sum() / weight.sum()), error
