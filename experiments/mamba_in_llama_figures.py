@@ -77,7 +77,8 @@ def budgets(rows: list[Row]) -> dict[int, list[Row]]:
     """Rows of shares of attention by the tokens that they were given, most attention first."""
     found: dict[int, list[Row]] = {}
     for row in rows:
-        if row["row"].startswith("attention-"):
+        kind, _, share = row["row"].partition("-")
+        if kind == "attention" and share.replace(".", "").isdigit():
             found.setdefault(row["tokens"], []).append(row)
     return {
         tokens: sorted(found[tokens], key=lambda r: -r["attention_kept"])
@@ -138,7 +139,7 @@ def shares(rows: list[Row]) -> Any:
 def findings(rows: list[Row]) -> Any | None:
     """Ratio of perplexities and KL of the short rows, question by question; None without any."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -157,6 +158,9 @@ def findings(rows: list[Row]) -> Any | None:
         figure = Figure(figsize=(9.2, tall))
         for k, (title, key) in enumerate(panels):
             ax = figure.add_axes((0.3 + 0.36 * k, 0.5 / tall, 0.31, 1 - 1.25 / tall))
+            every = sorted(row[key] for names in asked.values() for n in names for row in found[n])
+            # What is far off all others would press them together: an arrow at the edge.
+            end = max(v for v in every if v <= 3 * every[len(every) // 2])
             at, ticks, words = 0.0, [], []
             for question, names in asked.items():
                 if not k:
@@ -169,10 +173,12 @@ def findings(rows: list[Row]) -> Any | None:
                     values = [row[key] for row in found[name]]
                     mean, first = sum(values) / len(values), name == next(iter(names))
                     colour = LIGHT["teacher" if first else "student"]
+                    edge = max(v for v in values if v <= end) if mean <= end else end
+                    look, size = ("|", 11) if mean <= end else (">", 6)
                     ax.plot(values, [at] * len(values), "o", ms=4, mew=0, alpha=0.45, color=colour)
-                    ax.plot([mean], [at], "|", ms=11, mew=2, color=colour)
+                    ax.plot([min(mean, end)], [at], look, ms=size, mew=2, color=colour)
                     ax.annotate(
-                        f"{mean:.2f}", (max(values), at), (6, 0), textcoords="offset points",
+                        f"{mean:.2f}", (edge, at), (8, 0), textcoords="offset points",
                         fontsize=8, va="center", color=LIGHT["ink"],
                     )  # fmt: skip
                     ticks.append(at)
@@ -184,18 +190,17 @@ def findings(rows: list[Row]) -> Any | None:
             ax.grid(axis="y", visible=False)
             # Starts differ by factors, losses by hundredths: a ratio's room is logarithmic.
             ax.set_xscale("log")
-            least, most = ax.get_xlim()
-            ax.set_xlim(least, most * (most / least) ** 0.12)
-            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-            ax.xaxis.set_minor_locator(MaxNLocator(1))
+            ax.set_xlim(every[0] * (every[0] / end) ** 0.06, end * (end / every[0]) ** 0.2)
+            ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 1.5, 2, 3, 5, 7)))
+            ax.xaxis.set_minor_locator(NullLocator())
             ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             ax.set_title(title, fontsize=9.5, fontweight="normal", color=LIGHT["muted"])
         seeds = max(len(found[name]) for names in asked.values() for name in names)
         some = [row for names in asked.values() for name in names for row in found[name]]
-        kept = next(iter(some))["attention_kept"]
+        kept = some[0]["attention_kept"]
         figure.suptitle(
             f"One thing changed at a time, {100 * kept:.0f} % of attention kept: "
-            + ("one seed" if seeds == 1 else f"a dot a seed ({seeds}), a bar their mean"),
+            + ("one seed" if seeds == 1 else f"a dot a seed (up to {seeds}), a bar their mean"),
             x=0.02, y=1 - 0.12 / tall, ha="left", va="top", fontsize=11, fontweight="semibold",
         )  # fmt: skip
         figure.set_label("Perplexity ratio and KL of short rows by question")
