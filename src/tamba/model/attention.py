@@ -18,6 +18,7 @@ from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.layers import RMSNorm
 from tamba.model.rotary import rotary_key, rotate
 from tamba.model.tokens import Tokens
+from tamba.ops.backend import rows_for_cpu
 
 
 class Attention(nn.Module):
@@ -68,6 +69,11 @@ class Attention(nn.Module):
             window = self.spec.sliding_window
             mixed = _by_document(query, key, value, tokens.segments, self.scaling, window)
             return self.o_proj(mixed)
+        if state is None and self._by_products(query, key, value, tokens):
+            from tamba.ops.attention import causal_attention
+
+            mixed = causal_attention(query.to(dtype), key.to(dtype), value, self.scaling)
+            return self.o_proj(mixed.transpose(1, 2).reshape(*hidden.shape[:-1], -1))
         kind = "full_attention" if self.spec.sliding_window is None else "sliding_attention"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager)
         mixed, weights = attend(
@@ -85,6 +91,18 @@ class Attention(nn.Module):
         if weights is not None:
             self.weights(weights)
         return self.o_proj(mixed.reshape(*hidden.shape[:-1], -1))
+
+    def _by_products(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> bool:
+        """Whether a gradient is to come of plain causal attention in bfloat16 on a CPU."""
+        return (
+            self.config._attn_implementation == "sdpa"
+            and self.spec.sliding_window is None
+            and tokens.attention_masks.get("full_attention") is None
+            and torch.is_grad_enabled()
+            and (query.requires_grad or key.requires_grad or value.requires_grad)
+            and value.dtype == torch.bfloat16
+            and rows_for_cpu(query, key, value)
+        )
 
 
 def takes_documents(config: TambaConfig, hidden: Tensor) -> bool:

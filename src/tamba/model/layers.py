@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from tamba.model.config import MLPSpec, NormSpec
+from tamba.ops.backend import rows_for_cpu, short_products_on_cpu
 
 
 class RMSNorm(nn.Module):
@@ -21,6 +22,11 @@ class RMSNorm(nn.Module):
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
+        if short_products_on_cpu(x) and rows_for_cpu(x, self.weight):
+            # Products are all that follows, and they take bfloat16: rounded once, here.
+            from tamba.ops.kernels import rows_cpu
+
+            return rows_cpu.rms_norm(x, self.weight, self.eps, self.groups)
         wide = x if x.dtype == torch.float64 else x.float()
         if self.groups > 1:
             wide = wide.unflatten(-1, (self.groups, -1))
@@ -69,8 +75,14 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(d_model, spec.d_mlp, bias=spec.bias)
         self.down_proj = nn.Linear(spec.d_mlp, d_model, bias=spec.bias)
         self.activation = ACT2FN[spec.activation]
+        self._silu = spec.activation == "silu"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.activation(self.up_proj(x)))
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self._silu and gate.dtype == torch.bfloat16 and rows_for_cpu(gate, up):
+            from tamba.ops.kernels import rows_cpu
+
+            return self.down_proj(rows_cpu.gate(gate, up))
+        return self.down_proj(self.activation(gate) * up)

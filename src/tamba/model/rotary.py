@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tamba.model.config import AttentionSpec
+from tamba.ops.backend import rows_for_cpu, short_products_on_cpu
 
 
 def rotary_key(spec: AttentionSpec) -> str:
@@ -81,6 +82,11 @@ class RotaryAngles(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading dimensions of each head: x [B, H, T, P], angles [B, T, rotary_dim]."""
+    if x.dtype == torch.bfloat16 and short_products_on_cpu(x) and rows_for_cpu(x, cos.float()):
+        # Scores are products, for which autocast would round the result.
+        from tamba.ops.kernels import rows_cpu
+
+        return rows_cpu.rotate(x, cos.float(), sin.float())
     dim = cos.shape[-1]
     turned, rest = x[..., :dim], x[..., dim:]
     cos, sin = cos[:, None], sin[:, None]

@@ -3,7 +3,8 @@
 Kernels run where every tensor lies on one CUDA device and Triton is installed. On a CPU they run
 under Triton's interpreter when `TRITON_INTERPRET=1`, for tests. What they do not cover (float64,
 an unusual size) goes to plain torch; on a CUDA device that is said once, since it is slower.
-Mamba-1's scan has a compiled loop for CPUs (Numba), where plain torch is slow and memory-bound.
+Mamba-1's scan and what lies between bfloat16 products have compiled loops for CPUs (Numba), where
+plain torch is slow and memory-bound.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import Tensor
 logger = logging.getLogger("tamba")
 
 _HAS_TRITON = find_spec("triton") is not None
+# Below, a call of a compiled loop costs more than it saves.
+_MANY_NUMBERS = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -60,6 +63,26 @@ def compiles_for_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
         and not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and _has_numba()
+    )
+
+
+def rows_for_cpu(*tensors: Tensor) -> bool:
+    """Whether what is done to these tensors, row by row, has a compiled loop: on a CPU, for many
+    numbers in bfloat16 or float32, where Numba is installed and `TAMBA_KERNELS` says nothing else.
+    """
+    return (
+        tensors[0].numel() >= _MANY_NUMBERS
+        and all(t.dtype in (torch.bfloat16, torch.float32) for t in tensors)
+        and all(compiles_for_cpu(t, torch.float32) for t in tensors)
+    )
+
+
+def short_products_on_cpu(tensor: Tensor) -> bool:
+    """Whether this lies on a CPU whose products autocast computes in bfloat16."""
+    return (
+        tensor.device.type == "cpu"
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tamba.ops.backend import kernels_run
+from tamba.ops.backend import kernels_run, rows_for_cpu
 
 Divergence = Literal["forward", "reverse", "js"]
 
@@ -302,7 +302,8 @@ def _loss_op(
                 if theirs is not None:
                     assert teacher_hidden is not None
                     teacher = _logits(teacher_hidden[rows].to(product), theirs)
-                turn = _by_kernel if kernels else _by_torch
+                loop = not kernels and _has_loop(logits, teacher, parts)
+                turn = _by_kernel if kernels else _by_loop if loop else _by_torch
                 turn(
                     logits[some],
                     teacher,
@@ -468,6 +469,44 @@ def _by_kernel(
         triton_kernels.dense(student, teacher, targets, losses, first, **how)
     else:
         triton_kernels.top(student, *top, targets, losses, first, **how)
+
+
+def _has_loop(logits: Tensor, teacher: Tensor | None, weights: Weights) -> bool:
+    """Whether a compiled loop of a CPU knows this loss: KL of whole distributions in bfloat16."""
+    return (
+        teacher is not None
+        and weights.divergence == "forward"
+        and (weights.top_k is None or weights.top_k >= logits.shape[1])
+        and logits.dtype == torch.bfloat16
+        and rows_for_cpu(logits)
+    )
+
+
+def _by_loop(
+    student: Tensor,
+    teacher: Tensor | None,
+    top: Top | None,
+    targets: Tensor | None,
+    losses: Tensor,
+    first: int,
+    weights: Weights,
+    grad: bool,
+) -> None:
+    """`_by_kernel` in one compiled loop, where `_has_loop`."""
+    from tamba.ops.kernels import rows_cpu
+
+    assert teacher is not None and top is None
+    here = slice(first, first + len(student))
+    rows_cpu.divergence(
+        student,
+        teacher,
+        None if targets is None else targets[here],
+        losses[here],
+        kl=weights.kl,
+        ce=weights.ce,
+        temperature=weights.temperature,
+        grad=grad,
+    )
 
 
 def _by_torch(

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tamba.ops.backend import kernels_run
+from tamba.ops.backend import kernels_run, rows_for_cpu
 from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, step_sizes
 
 # Up to this many tokens a plain recurrence needs fewer operations than one chunk does.
@@ -107,7 +107,11 @@ def ssd(
     y, state = _on_torch(
         x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, state, starts, padding, chunk_size
     )
-    if z is not None:
+    if z is not None and y.dtype == torch.bfloat16 and rows_for_cpu(y, z):
+        from tamba.ops.kernels import rows_cpu
+
+        y = rows_cpu.gate(z, y)
+    elif z is not None:
         y = (y * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))).to(x.dtype)
     return y, state
 
