@@ -569,7 +569,11 @@ class _Gradients:
         work = tile.scratch(d_B_to_end.shape)
         out_of_chunk = torch.mul(d_B_to_end, tile.B_to_end, out=work).sum(-1)
         self.balance[at] = balance.sub_(out_of_chunk).view(*tile.lead, chunk)
-        through = torch.bmm(flat_leaving.flatten(1)[:, None], tile.states_as_columns)
+        if dy.is_cpu:  # a product with one column is no product that a CPU is fast at
+            work = tile.scratch(leaving.shape)
+            through = torch.mul(leaving, tile.states, out=work).sum((-2, -1))
+        else:
+            through = torch.bmm(flat_leaving.flatten(1)[:, None], tile.states_as_columns)
         leaves = torch.addcmul(out_of_chunk.sum(-1), through.flatten(), tile.through.flatten())
         self.leaves[at] = leaves.view(tile.lead)
 

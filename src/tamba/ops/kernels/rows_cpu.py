@@ -249,8 +249,8 @@ class _Gate(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(a, b)
         out = torch.empty_like(b, memory_format=torch.contiguous_format)
-        A, B, O = _array(a), _array(b), _array(out)
-        _each(len(a), lambda at, _: _gate_forward(A[at], B[at], O[at]))
+        A, B, Y = _array(a), _array(b), _array(out)
+        _each(len(a), lambda at, _: _gate_forward(A[at], B[at], Y[at]))
         return out
 
     @staticmethod
@@ -270,8 +270,8 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty(x.shape, dtype=torch.bfloat16)
         scale = torch.empty(len(x), len(weight))
-        X, W, O, S = (_array(t) for t in (x, weight, out, scale))
-        _each(len(x), lambda at, _: _norm_forward(X[at], W, np.float32(eps), O[at], S[at]))
+        X, W, Y, S = (_array(t) for t in (x, weight, out, scale))
+        _each(len(x), lambda at, _: _norm_forward(X[at], W, np.float32(eps), Y[at], S[at]))
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -299,13 +299,14 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad.contiguous(), *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad.contiguous(), cos, sin, -1.0), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
-    X, C, S, O = (_array(t) for t in (x, cos, sin, out))
-    _each(len(x), lambda at, _: _turn(X[at], C[at], S[at], np.float32(sign), O[at]))
+    X, C, S, Y = (_array(t) for t in (x, cos, sin, out))
+    _each(len(x), lambda at, _: _turn(X[at], C[at], S[at], np.float32(sign), Y[at]))
     return out
 
 
@@ -381,12 +382,11 @@ def divergence(
 def scores_backward(
     scores: Tensor, grads: Tensor, log_sums: Tensor, along: Tensor, scaling: float, first: int
 ) -> Tensor:
-    """The shares ``exp(scaling · scores - log_sums)`` of causal attention, and the scores' gradient.
+    """The shares ``exp(scaling · scores - log_sums)`` of causal attention; their gradient.
 
     Args:
         scores: [n, R, t, S] float32, products of queries ``first`` to ``first + t`` with S keys.
-        grads: [n, R, t, S] bfloat16, gradients of the shares; those of the products take their
-            place.
+        grads: [n, R, t, S] bfloat16, of the shares; those of the products take their place.
         log_sums: [n, R, t] float32, of the exponentials of scaled scores.
         along: [n, R, t] float32, the shares' gradients in their mean.
 
