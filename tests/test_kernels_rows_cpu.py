@@ -23,7 +23,7 @@ from tamba.model.config import (
     TambaConfig,
 )
 from tamba.model.modeling import TambaForCausalLM
-from tamba.ops import backend, ssd
+from tamba.ops import backend, causal_conv1d, ssd
 from tamba.ops.losses import Weights, next_token_loss
 
 rows = pytest.importorskip("tamba.ops.kernels.rows_cpu", reason="Numba is not installed")
@@ -93,6 +93,36 @@ def test_norm(make: torch.Generator, dtype: torch.dtype, groups: int) -> None:
     weight = draw(make, 36, dtype=torch.float32)
     given = [x, weight]
     compare(lambda x, w: rows.rms_norm(x, w, 1e-3, groups), truth, given, draw(make, 2, ROWS, 36))
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("length", [2, ROWS, 2 * ROWS + 2])
+def test_convolution(make: torch.Generator, length: int, width: int, silu: bool) -> None:
+    def truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.conv1d(F.pad(x.mT, (width - 1, 0)), weight[:, None], bias, groups=6).mT
+        return F.silu(y) if silu else y
+
+    given = [draw(make, 2, length, 6), draw(make, 6, width), draw(make, 6)]
+    compare(
+        lambda x, w, b: causal_conv1d(x, w, b, activation="silu" if silu else None)[0],
+        truth,
+        given,
+        draw(make, 2, length, 6),
+    )
+
+
+def test_a_convolution_that_forgets_its_halo_is_seen(
+    make: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = rows._conv_backward
+
+    def wrong(x: Any, w: Any, b: Any, silu: bool, first: int, end: int, g: Any, *to: Any) -> None:
+        right(x[:end], w, b, silu, first, end, g, *to)
+
+    monkeypatch.setattr(rows, "_conv_backward", wrong)
+    with pytest.raises(AssertionError, match="half_gradient"):
+        test_convolution(make, 2 * ROWS + 2, 4, True)
 
 
 @pytest.mark.parametrize("dim", [8, 20])
@@ -238,7 +268,7 @@ def errors(hybrid: TambaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> tuple[f
     return found[0] / len(want), found[1] / len(want)
 
 
-PARTS = ["rms_norm", "gate", "rotate", "scores_backward"]
+PARTS = ["causal_conv1d", "rms_norm", "gate", "rotate", "scores_backward"]
 
 
 def test_a_hybrid_under_autocast_is_no_further_from_float32(

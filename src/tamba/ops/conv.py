@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tamba.ops.backend import kernels_run
+from tamba.ops.backend import kernels_run, rows_for_cpu
 from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts
 
 # Numbers of one [t, C] buffer of a tile: a few such buffers should fit a core's cache. Elsewhere
@@ -92,6 +92,11 @@ def causal_conv1d(
         )
         live = document[:, length:] == document[:, -1:]
         last = last.masked_fill(~live[..., None], 0)
+    if visible is None and given is x and x.dtype == torch.bfloat16 and rows_for_cpu(x):
+        from tamba.ops.kernels import rows_cpu
+
+        y = rows_cpu.causal_conv1d(x, weight, bias, activation == "silu")
+        return y, last.mT.contiguous()
     y = _Convolution.apply(given, weight, bias, visible, activation == "silu", length)
     return y, last.mT.contiguous()
 

@@ -12,7 +12,7 @@ Shape letters: `n` rows, `D` numbers of a row, `V` vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -224,6 +224,68 @@ def _scores_backward(scores, grads, log_sums, along, scaling, first, count, shar
             grads[i, j] = _as(grads, _ZERO)
 
 
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _window(x, weight, bias, t, out):
+    """Token t of a causal convolution before its activation: x [T, C], weight [W, C]."""
+    width = weight.shape[0]
+    for c in range(x.shape[1]):
+        out[c] = bias[c]
+    for k in range(max(0, width - 1 - t), width):
+        row, taps = x[t - (width - 1) + k], weight[k]
+        for c in range(x.shape[1]):
+            out[c] += taps[c] * _wide(row[c])
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _conv_forward(x, weight, bias, silu, first, end, y):
+    out = np.empty(x.shape[1], np.float32)
+    for t in range(first, end):
+        _window(x, weight, bias, t, out)
+        row = y[t]
+        for c in range(x.shape[1]):
+            v = out[c]
+            if silu:
+                v = v / (_ONE + _exp2(-v * _LOG2_E))
+            row[c] = _as(row, v)
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _conv_backward(x, weight, bias, silu, first, end, g, gx, gw, gb):
+    """Tokens from `first` to `end`: what they get from those up to W - 1 after, and give."""
+    width, channels = weight.shape
+    length = x.shape[0]
+    out = np.empty(channels, np.float32)
+    reach = min(end + width - 1, length)
+    into = np.zeros((reach - first, channels), np.float32)
+    for t in range(first, reach):
+        _window(x, weight, bias, t, out)
+        row, d_out = g[t], into[t - first]
+        for c in range(channels):
+            d = _wide(row[c])
+            if silu:
+                s = _ONE / (_ONE + _exp2(-out[c] * _LOG2_E))
+                d *= s * (_ONE + out[c] * (_ONE - s))
+            d_out[c] = d
+    for t in range(first, end):
+        d_out = into[t - first]
+        for c in range(channels):
+            gb[c] += d_out[c]
+            out[c] = _ZERO
+        for k in range(width):
+            back, on = t - (width - 1) + k, t + (width - 1) - k
+            if back >= 0:
+                row, taps = x[back], gw[k]
+                for c in range(channels):
+                    taps[c] += d_out[c] * _wide(row[c])
+            if on < length:
+                later, own = into[on - first], weight[k]
+                for c in range(channels):
+                    out[c] += later[c] * own[c]
+        row = gx[t]
+        for c in range(channels):
+            row[c] = _as(row, out[c])
+
+
 def _array(tensor: Tensor) -> Any:
     """Its numbers, bfloat16 as bits, where they lie."""
     tensor = tensor.detach()
@@ -308,6 +370,70 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     X, C, S, Y = (_array(t) for t in (x, cos, sin, out))
     _each(len(x), lambda at, _: _turn(X[at], C[at], S[at], np.float32(sign), Y[at]))
     return out
+
+
+class _Conv(torch.autograd.Function):
+    """x [B, T, C]; weight [W, C] and bias [C] in float32; whether silu follows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
+        y = torch.empty(x.shape, dtype=x.dtype)
+        X, W, b, Y = (_array(t) for t in (x, weight, bias, y))
+
+        def work(at: slice, _: int) -> None:
+            for row, first, end in _tokens_of(at, x.shape):
+                _conv_forward(X[row], W, b, silu, first, end, Y[row])
+
+        _each(x.shape[0] * -(-x.shape[1] // _ROWS), work, 1)
+        ctx.save_for_backward(x, weight, bias)
+        ctx.silu = silu
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, bias = ctx.saved_tensors
+        blocks = x.shape[0] * -(-x.shape[1] // _ROWS)
+        grad_x = torch.empty(x.shape, dtype=x.dtype)
+        taps, total = torch.zeros(blocks, *weight.shape), torch.zeros(blocks, *bias.shape)
+        X, W, b, G, to_x, to_w, to_b = (
+            _array(t) for t in (x, weight, bias, grad.contiguous(), grad_x, taps, total)
+        )
+
+        def work(at: slice, k: int) -> None:
+            for row, first, end in _tokens_of(at, x.shape):
+                _conv_backward(
+                    X[row], W, b, ctx.silu, first, end, G[row], to_x[row], to_w[k], to_b[k]
+                )
+
+        _each(blocks, work, 1)
+        return grad_x, taps.sum(0), total.sum(0), None
+
+
+def _tokens_of(at: slice, shape: torch.Size) -> Iterator[tuple[int, int, int]]:
+    """The row of the batch, the first token and the end of every block of tokens."""
+    per_row = -(-shape[1] // _ROWS)
+    for block in range(at.start, at.stop):
+        row, first = block // per_row, block % per_row * _ROWS
+        yield row, first, min(first + _ROWS, shape[1])
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The convolution of whole rows from nothing; see `tamba.ops.causal_conv1d`.
+
+    Args:
+        x: [B, T, C] in bfloat16.
+        weight: [C, W].
+        bias: [C], or None.
+        silu: whether the activation follows.
+
+    Returns:
+        [B, T, C] in bfloat16.
+    """
+    taps = weight.float().mT.contiguous()
+    added = torch.zeros(x.shape[2]) if bias is None else bias.float()
+    y: Tensor = _Conv.apply(x.contiguous(), taps, added, silu)
+    return y
 
 
 def gate(a: Tensor, b: Tensor) -> Tensor:
