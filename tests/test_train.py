@@ -6,11 +6,7 @@ import errno
 import gc
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import tamba
 from compare import assert_same
+from killed import assert_killed, die
 from models import VOCAB, random_ids, tiny_model
 from tamba import train as train_module
 from tamba.data import Batch, TokenBlocks
@@ -316,25 +313,20 @@ lr = 1e-2
 ce = 0.5
 """
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-import tamba
-from tamba.train import engine, trainer
 
-torch.use_deterministic_algorithms(True)
-trainer.KEEP_SECONDS = 0.0
-save = engine.Engine._save_checkpoint
+def train_until_killed(folder: Path) -> None:
+    """Keep every step, and die after the fifth of the second stage."""
+    torch.use_deterministic_algorithms(True)
+    trainer.KEEP_SECONDS = 0.0
+    save = Engine._save_checkpoint
 
-def and_die(self, *args):
-    save(self, *args)
-    if self.stage.stage == "distil" and self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def and_die(self: Engine, *args: object) -> None:
+        save(self, *args)
+        if self.stage.stage == "distil" and self.state.global_step == 5:
+            die()
 
-engine.Engine._save_checkpoint = and_die
-here = Path(sys.argv[1])
-tamba.train(here / "recipe.toml", here / "student", student=here / "built", text=here / "text")
-"""
+    Engine._save_checkpoint = and_die  # type: ignore[method-assign]
+    run_training(folder)
 
 
 def assert_same_training(folder: Path, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -353,13 +345,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     """Ten steps of two stages; SIGKILL after five of the second; five more."""
     prepare(tmp_path, STAGES)
     want = run_training(tmp_path, "whole")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(tamba.__file__).parents[1])},
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert_killed(train_until_killed, tmp_path)
     assert not (tmp_path / "student").exists()
     taken: list[int] = []
     right = Engine.note
