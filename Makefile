@@ -4,7 +4,7 @@ export PYTHON TORCH_INDEX
 SHELL := bash
 BIN := .venv/bin
 # Tiny models: a process a core with one thread each is faster than one process with many.
-CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+CORES := $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PYTEST := $(BIN)/python -m pytest
 # Plugins that pytest finds by itself it also rewrites, all of hypothesis in each process. A process
 # begins with one half of the tests, so that neighbours share what is made once.
