@@ -32,7 +32,7 @@ from tamba.train.objectives import Objective
 from tamba.train.pieces import Piece, Pieces, rows_of_step
 from tamba.train.recorder import Recorder
 from tamba.train.schedules import n_steps
-from tamba.train.trainer import NOWHERE, Place, StageTrainer, decays, full
+from tamba.train.trainer import NOWHERE, Place, StageTrainer, check_launcher, decays, full
 
 _MEAN = "ema.safetensors"
 
@@ -148,6 +148,7 @@ class Engine(StageTrainer):
         self._row_tokens = stage.batch * blocks.length
         self._mean: dict[str, Tensor] = {}
         steps = n_steps(stage, blocks.length)
+        check_launcher(stage.dtype, f"train: {stage.stage}")
         args = place.arguments(
             TrainingArguments,
             folder,

@@ -86,10 +86,35 @@ class Place:
             **options,
         )
         args._n_gpu = min(args.n_gpu, 1)  # one process is one GPU, however many are there
+        # Not the launcher's word: see `check_launcher`.
+        args.mixed_precision = "bf16" if args.bf16 else "no"
         return args
 
 
 NOWHERE = Place()
+
+
+def check_launcher(dtype: str, where: str) -> None:
+    """Refuse a precision that ``accelerate launch`` was told and a stage was not.
+
+    A stage's `dtype` decides what matrix products run in, and nothing else is shortened. What the
+    launcher would have accelerate do besides (scale float16's losses, share weights out or hold
+    them in 16 bits, decays among them) is not done; where both name bfloat16 they mean the same.
+
+    Raises:
+        UserError: they differ; its message begins with `where`.
+    """
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    # DeepSpeed is configured by that word before we are asked, and holds all weights so.
+    deep = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if told == "no" or (told == "bf16" and dtype == "bfloat16" and not deep):
+        return
+    remedy = "launch with --mixed_precision no; dtype says what matrix products run in"
+    if told == "bf16" and dtype != "bfloat16":
+        remedy += ", and 'bfloat16' is one"
+    raise UserError(
+        where, f"has dtype = '{dtype}', and accelerate was told --mixed_precision {told}", remedy
+    )
 
 
 class StageTrainer(Trainer):
@@ -162,6 +187,10 @@ class StageTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
+        plugin = getattr(state, "fsdp_plugin", None)
+        if plugin is not None:
+            # It would gather all weights in 16 bits, decays too. Products are autocast.
+            plugin.mixed_precision_policy = None
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if asked and state.distributed_type == DistributedType.MULTI_CPU:
             # accelerate shards over GPUs alone; here CPUs too, where sharding can be tried out.
