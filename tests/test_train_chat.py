@@ -300,6 +300,33 @@ def test_short_masters_are_refused_and_products_may_be_short() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_sharded_products_are_short_and_parameters_are_not(kind, monkeypatch) -> None:
+    """accelerate is not told: it would shorten decays and sums of gradients as well."""
+    told, above = {"dtype": "bfloat16", "lr": 1e-2, "steps": 2}, teacher()
+    honest, seen = chat_steps.Run.trainer, []
+
+    def watched(self, *args, **options):
+        made = honest(self, *args, **options)
+        seen.append((made.args.bf16, made.accelerator.mixed_precision))
+        return made
+
+    monkeypatch.setattr(chat_steps.Run, "trainer", watched)
+
+    def losses():
+        if kind == "dpo":
+            return dpo(student(), tokenizer(), dpo_stage(**told), pairs(), teacher=above).losses
+        stage = sft_stage(**told, kl=0.5)
+        return sft(student(), tokenizer(), stage, rows(), teacher=above).losses
+
+    want = losses()
+    monkeypatch.setattr(chat_steps, "_shared_out", lambda: True)
+    assert losses() == want
+    assert seen == [(True, "bf16"), (False, "no")]
+    monkeypatch.setattr(chat_steps._Steps, "shorten_products", lambda *_: None)
+    assert losses() != want
+
+
 def test_budgets() -> None:
     def steps(**options) -> int:
         stage = sft_stage(**({"steps": None, "batch": 2} | options))

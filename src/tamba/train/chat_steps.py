@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import os
 import random
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
@@ -73,6 +75,12 @@ def shares(stage: ChatStage, processes: int, where: str) -> tuple[int, int]:
     return micro, mine // micro
 
 
+def _shared_out() -> bool:
+    """Whether parameters or moments lie on several processes."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name, "false").lower() == "true" for name in names)
+
+
 class Run:
     """One stage at work: its trainer's arguments, and what it leaves."""
 
@@ -102,6 +110,7 @@ class Run:
             self.folder,
             steps,
             self.seed,
+            stage,
             use_cpu=not cuda,
             per_device_train_batch_size=1,
             learning_rate=stage.lr,
@@ -109,7 +118,7 @@ class Run:
             adam_beta1=stage.betas[0],
             adam_beta2=stage.betas[1],
             max_grad_norm=stage.clip,
-            bf16=stage.dtype == "bfloat16",
+            bf16=stage.dtype == "bfloat16" and not _shared_out(),
             # Layers are told in `running`; transformers 5.23 has another word for this than 5.17.
             **{next(n for n in _CHECKPOINTING if n in config_class.__dataclass_fields__): False},
             remove_unused_columns=False,
@@ -129,6 +138,8 @@ class Run:
             **models,
         )
         trainer.stage = stage
+        if stage.dtype == "bfloat16" and not args.bf16:
+            trainer.shorten_products(self.student, *models.values())
         keeps = self.place.folder is not None
         trainer.begin(kind_of(stage), self.student, steps, self.folder, keeps)
         self._tokens = round(tokens / len(rows) * steps * stage.batch)
@@ -229,6 +240,22 @@ class _Steps(StageTrainer):
         super().begin(*args, **told)
         self._seen: list[Any] = []
 
+    short: torch.dtype | None = None
+    """Of products, where accelerate is not the one that says it."""
+
+    def shorten_products(self, *models: nn.Module) -> None:
+        """Products in bfloat16 and nothing else: accelerate would shorten sharded parameters too,
+        decays and what gradients are summed in."""
+        self.short = torch.bfloat16
+        for model in models:
+            model.forward = convert_outputs_to_fp32(self._products()(model.forward))
+
+    def _products(self) -> Any:
+        """Inside, they run in the stage's type."""
+        if self.short is None:
+            return self.accelerator.autocast()
+        return torch.autocast(self.accelerator.device.type, dtype=self.short)
+
     def _send_telemetry(self) -> None:
         """Nobody is told what is trained here."""
 
@@ -302,7 +329,7 @@ class _SftSteps(_Steps):
             model(**shown, use_cache=False, logits_to_keep=1)
         finally:
             hook.remove()
-        with self.accelerator.autocast():
+        with self._products():
             with torch.no_grad():
                 above = teacher.model(**shown, use_cache=False).last_hidden_state
             loss = next_token_loss(

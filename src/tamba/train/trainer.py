@@ -68,28 +68,93 @@ class Place:
         yield self.folder
 
     def arguments(
-        self, kind: type[Arguments], folder: Path, steps: int, seed: int, **options: Any
+        self, kind: type[Arguments], folder: Path, steps: int, seed: int, stage: Any, **options: Any
     ) -> Arguments:
-        """What every stage tells a Trainer, as arguments of this kind, and `options` besides."""
+        """What every stage tells a Trainer, as arguments of this kind, and `options` besides.
+
+        Raises:
+            UserError: a launcher that wants other precision than the stage.
+        """
+        check_launch(stage, f"train: {stage.stage}")
         if self.logs is not None:
             # The one way in which both ends of the supported range of transformers are told.
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.logs)
-        args = kind(
-            output_dir=str(folder),
-            max_steps=steps,
-            logging_steps=max(1, steps // 200),
-            logging_nan_inf_filter=False,  # would wait for the device after each piece
-            save_strategy="no",  # `_Watch` says when
-            disable_tqdm=True,
-            report_to=list(self.report_to) or "none",
-            seed=seed % 2**32,
-            **options,
-        )
+        with _own_precision():
+            args = kind(
+                output_dir=str(folder),
+                max_steps=steps,
+                logging_steps=max(1, steps // 200),
+                logging_nan_inf_filter=False,  # would wait for the device after each piece
+                save_strategy="no",  # `_Watch` says when
+                disable_tqdm=True,
+                report_to=list(self.report_to) or "none",
+                seed=seed % 2**32,
+                **options,
+            )
         args._n_gpu = min(args.n_gpu, 1)  # one process is one GPU, however many are there
         return args
 
 
 NOWHERE = Place()
+
+
+def check_launch(stage: Any, where: str) -> None:
+    """Refuse settings of a launcher that a stage cannot follow, before any work.
+
+    ``--mixed_precision`` (or accelerate's own configuration) may say the same as the stage's
+    `dtype`, which decides. DeepSpeed may share out gradients and moments; what it makes of
+    parameters is not what the stage says.
+
+    Raises:
+        UserError: with a message that begins with `where`.
+    """
+    asked = os.environ.get(_PRECISION, "no").lower()
+    if asked != "no" and _NAMES.get(asked, asked) != stage.dtype:
+        raise UserError(
+            where,
+            f"dtype = '{stage.dtype}', and the launcher says --mixed_precision {asked}",
+            "launch with --mixed_precision no; the stage's dtype decides",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    asks: dict[str, Any] = {}
+    if file not in ("", "none"):
+        try:
+            asks = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(file, f"cannot be read ({error})", "give a JSON file") from error
+    else:
+        level = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        asks = {"zero_optimization": {"stage": int(level) if level.isdigit() else 2}}
+    if asks.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError(
+            where,
+            "DeepSpeed's stage 3 takes parameters away from layers that are run one by one",
+            "use its stage 2, or FSDP2 to share out parameters too",
+        )
+    for name in ("bf16", "fp16"):
+        if asks.get(name, {}).get("enabled") is True:
+            raise UserError(
+                where,
+                f"DeepSpeed's configuration enables {name}, which shortens the float32 parameters",
+                f"leave {name} out of it; the stage's dtype decides what products run in",
+            )
+
+
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Inside, the launcher's precision is not seen: products know theirs, decays stay float32."""
+    asked = os.environ.pop(_PRECISION, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_PRECISION] = asked
 
 
 class StageTrainer(Trainer):
@@ -200,6 +265,8 @@ class StageTrainer(Trainer):
         else:
             # Its loss may be a number where its gradient is none: the curve has neither.
             self.losses[-1] = [math.nan] * len(parts)
+            if self.is_deepspeed_enabled:
+                self._give_up()  # it has stepped before it let anybody look
             model.zero_grad(set_to_none=True)
             self._skipped_running += 1
             if self._skipped_running == min(MOST_SKIPPED, self.steps):
@@ -211,7 +278,7 @@ class StageTrainer(Trainer):
         return super()._get_grad_norm(model, clipped)
 
     def _give_up(self) -> None:
-        step = self.state.global_step + 1
+        step, count = self.state.global_step + 1, max(1, self._skipped_running)
         remedy = "lower the learning rate"
         if self._keeps:
             path = self._folder.parent / f"not-a-number-{step}.safetensors"
@@ -225,7 +292,7 @@ class StageTrainer(Trainer):
                 remedy += f"; the last batch is not kept: {error}"
         raise UserError(
             f"train: {self.kind}",
-            f"no loss or gradient was a number in {self._skipped_running} steps, up to step {step}",
+            f"no loss or gradient was a number in {count} steps, up to step {step}",
             remedy,
         )
 
