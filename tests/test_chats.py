@@ -177,7 +177,9 @@ def test_a_token_that_spans_a_cut_is_cut():
     made = Tokenizer(models.BPE(vocab=words, merges=[("Ġ", "f")]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
-    fast.chat_template = PLAIN.replace("'|>' }}", "'|> ' }}").replace("assistant|>{", "assistant|> {")
+    fast.chat_template = PLAIN.replace("'|>' }}", "'|> ' }}").replace(
+        "assistant|>{", "assistant|> {"
+    )
     ids, mask = answer_tokens(fast, Conversation("here", (USER, SAID)), [257])
     asked = prompt_tokens(fast, (USER,), "here")
     assert ids[: len(asked)] == asked and not any(mask[: len(asked)])

@@ -13,7 +13,7 @@ import tamba  # noqa: F401  (registers the Auto classes)
 from compare import assert_same
 from models import STACKS, VOCAB, random_ids, tiny_model
 from tamba.errors import UserError
-from tamba.model import attention
+from tamba.model import attention, modeling
 from tamba.model.cache import RecurrentLayer, TambaCache
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
@@ -464,6 +464,22 @@ def test_implementations_of_attention_agree():
     recorded = model(ids, output_attentions=True, output_hidden_states=True)
     assert len(recorded.attentions) == 3 and len(recorded.hidden_states) == 8
     assert_same(recorded.attentions[0].sum(-1), torch.ones(2, 4, 12), "fp32")
+
+
+def test_attention_that_writes_no_weights_says_so(monkeypatch, caplog):
+    """Packed rows as documents end to end; the kernel itself takes a GPU."""
+
+    def nothing(query, *_):
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1] * query.shape[3])
+
+    monkeypatch.setattr(modeling, "takes_documents", lambda *_: True)
+    monkeypatch.setattr(attention, "_by_document", nothing)
+    packed = {"position_ids": torch.arange(6).repeat(2)[None], "use_cache": False}
+    model, ids = tiny_model("mixed"), random_ids(1, 12)
+    model(ids, **packed)
+    assert not caplog.records
+    assert model(ids, output_attentions=True, **packed).attentions == ()
+    assert "`eager`" in caplog.text
 
 
 def test_float32_parameters_survive_casts():

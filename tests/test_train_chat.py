@@ -306,7 +306,7 @@ def test_every_step_is_whole_and_every_row_has_its_turn() -> None:
 
 def test_pairs_weigh_alike_however_a_step_is_divided(monkeypatch) -> None:
     def losses(micro_batch: int) -> list[float]:
-        stage = dpo_stage(batch=2, micro_batch=micro_batch, steps=2, beta=0.05)
+        stage = dpo_stage(batch=2, micro_batch=micro_batch, steps=2, beta=0.5)
         log = dpo(student(), tokenizer(), stage, pairs(3), teacher=teacher())
         return [loss for _, loss in log.losses]
 
@@ -314,7 +314,7 @@ def test_pairs_weigh_alike_however_a_step_is_divided(monkeypatch) -> None:
     # A last step of what is left over: its one pair counted as two, or as one.
     monkeypatch.setattr(chat_steps.Turns, "__iter__", lambda self: iter([0, 1, 2]))
     monkeypatch.setattr(chat_steps.Turns, "__len__", lambda self: 3)
-    stage = dpo_stage(batch=3, micro_batch=3, steps=1, beta=0.05)
+    stage = dpo_stage(batch=3, micro_batch=3, steps=1, beta=0.5)
     whole = dpo(student(), tokenizer(), stage, pairs(3), teacher=teacher()).losses[0][1]
     assert sum(losses(2)) / 2 != pytest.approx(whole, rel=1e-3)
 
@@ -373,12 +373,45 @@ def test_short_masters_are_refused_and_products_may_be_short() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_products_are_those_of_accelerate_which_is_not_told(kind, monkeypatch) -> None:
+    """It would shorten parameters that are shared out."""
+    told, above = {"dtype": "bfloat16", "lr": 1e-2, "steps": 2}, teacher()
+    honest, seen = chat_steps.Run.trainer, []
+
+    def watched(self, *args, **options):
+        made = honest(self, *args, **options)
+        seen.append((made.args.bf16, made.accelerator.mixed_precision))
+        return made
+
+    monkeypatch.setattr(chat_steps.Run, "trainer", watched)
+
+    def losses():
+        if kind == "dpo":
+            return dpo(student(), tokenizer(), dpo_stage(**told), pairs(), teacher=above).losses
+        stage = sft_stage(**told, kl=0.5)
+        return sft(student(), tokenizer(), stage, rows(), teacher=above).losses
+
+    def tell(self, *args, **options):
+        return arguments(self, *args, **options | {"bf16": True})
+
+    ours, arguments = losses(), Place.arguments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Place, "arguments", tell)
+        patch.setattr(chat_steps._Steps, "computing", lambda self: self.accelerator.autocast())
+        assert ours == losses()
+    assert seen == [(False, "no"), (True, "bf16")]
+    whole = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(chat_steps._Steps, "computing", lambda _: whole)
+    assert ours != losses()
+
+
 def test_budgets() -> None:
     def steps(**options) -> int:
         stage = sft_stage(**({"steps": None, "batch": 2} | options))
         return chat_steps.Run(student(), stage, 0, Place(), Path())._steps(7, 700)
 
-    assert steps(epochs=2) == 8 and steps(steps=5) == 5 and steps() == 4
+    assert steps(epochs=2) == 7 and steps(steps=5) == 5 and steps() == 4
     assert steps(tokens=700) == 4 and steps(tokens=1) == 1 and steps(tokens=7000) == 35
 
 
@@ -422,8 +455,6 @@ def test_models_that_do_not_fit(monkeypatch) -> None:
         dpo(student(), tokenizer(), dpo_stage(), pairs(), teacher=other)
     with pytest.raises(UserError, match="no chat template"):
         sft(student(), tokenizer(None), sft_stage(), rows())
-    with pytest.raises(UserError, match="2 prompts are less than a batch of 4"):
-        on_policy(student(), tokenizer(), on_policy_stage(), rows(2), teacher=teacher())
     with pytest.raises(UserError, match="the prompt is empty"):
         given = [Row("row 0", {"prompt": " "})]
         on_policy(student(), tokenizer(), on_policy_stage(), given, teacher=teacher())

@@ -411,15 +411,15 @@ def _cut_whole(
     """
     if not tokenizer.is_fast:
         return None
-    made = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
-    ids, begins = made["input_ids"], [begin for begin, _ in made["offset_mapping"]]
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = made["input_ids"], made["offset_mapping"]
+    begins = [begin for begin, _ in places]
     found = []
     for begin, end in spans:
         first, stop = bisect.bisect_left(begins, begin), bisect.bisect_left(begins, end)
-        reaches = max((e for _, e in made["offset_mapping"][first:stop]), default=begin)
-        if reaches > end or ids[:first] != _tokens(tokenizer, text[:begin]):
+        cut = any(reach > begin for _, reach in places[:first])
+        cut = cut or any(reach > end for _, reach in places[:stop])
+        if cut or ids[:first] != _tokens(tokenizer, text[:begin]):
             return None
         found.append((first, stop))
     return ids, found

@@ -55,7 +55,7 @@ from tamba.train.memory import Memory, same_everywhere, together
 from tamba.train.objectives import Pairs
 from tamba.train.steps import align, distil, trained_parameters
 from tamba.train.teacher import StoredTop, shorten, write_top
-from tamba.train.trainer import Place, check_launcher, full
+from tamba.train.trainer import Place, check_launch, full
 
 __all__ = [
     "Place",
@@ -118,10 +118,12 @@ def train(
         recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
     )
     loggers = _loggers(recipe)
+    for index, stage in enumerate(recipe.train):
+        if not isinstance(stage, LeastSquares):
+            check_launch(stage, recipe.where_stage(index))
     processes = PartialState(cpu=not torch.cuda.is_available())
     _check_shares(recipe, processes.num_processes)
     _check_graphs(recipe, processes)
-    _check_launcher(recipe)
     writes = processes.is_main_process
     prepared = prepare_text(recipe, sides=_TRAIN) if text is None else read_text(text)
     blocks = prepared.train
@@ -230,13 +232,6 @@ def _check_graphs(recipe: Recipe, processes: PartialState) -> None:
                 "graphs = true, and they are for one process on a GPU",
                 "leave graphs out",
             )
-
-
-def _check_launcher(recipe: Recipe) -> None:
-    """Refuse a precision that the launcher was told and a stage was not, before any stage runs."""
-    for index, stage in enumerate(recipe.train):
-        if not isinstance(stage, LeastSquares):
-            check_launcher(stage.dtype, recipe.where_stage(index))
 
 
 def _check_words(

@@ -224,10 +224,6 @@ def frame(
             items = list(rows)
             encode = partial(_frame_prompt, stage, tokenizer)
     found = _picked(items, encode, stage, seed, where)
-    if isinstance(stage, OnPolicy) and len(found) < stage.batch:
-        raise UserError(
-            where, f"{len(found)} prompts are less than a batch of {stage.batch}", "give more"
-        )
     return Framed(found, sum(row.pop("size") for row in found))
 
 

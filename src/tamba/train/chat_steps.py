@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
@@ -32,7 +33,7 @@ from tamba.ops.losses import Weights, next_token_loss
 from tamba.recipe import ChatStage, Sft
 from tamba.train.log import StageLog, stage_log
 from tamba.train.memory import from_all
-from tamba.train.trainer import Place, StageTrainer, check_launcher, decays
+from tamba.train.trainer import Place, StageTrainer, decays
 
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
@@ -95,7 +96,6 @@ class Run:
         """A trainer of TRL's over these rows, which hold so many tokens."""
         from datasets import Dataset
 
-        check_launcher(self.stage.dtype, f"train: {kind_of(self.stage)}")
         trainer_class, config_class = _classes(kind_of(self.stage))
         stage, cuda = self.stage, self.student.device.type == "cuda"
         steps = self._steps(len(rows), tokens)
@@ -105,6 +105,7 @@ class Run:
             self.folder,
             steps,
             self.seed,
+            stage,
             use_cpu=not cuda,
             per_device_train_batch_size=1,
             learning_rate=stage.lr,
@@ -112,7 +113,7 @@ class Run:
             adam_beta1=stage.betas[0],
             adam_beta2=stage.betas[1],
             max_grad_norm=stage.clip,
-            bf16=stage.dtype == "bfloat16",
+            bf16=False,  # not accelerate's business: see `_Steps.computing`
             # Layers are told in `running`; transformers 5.23 has another word for this than 5.17.
             **{next(n for n in _CHECKPOINTING if n in config_class.__dataclass_fields__): False},
             remove_unused_columns=False,
@@ -131,7 +132,10 @@ class Run:
             **({} if collate is None else {"data_collator": collate}),
             **models,
         )
-        trainer.stage, trainer.stage_seed = stage, self.seed % 2**32
+        trainer.stage = stage
+        for model in (self.student, *models.values()):
+            # Also where TRL asks a model outside of a step. What follows its logits is float32.
+            model.forward = convert_outputs_to_fp32(trainer.computing()(model.forward))
         keeps = self.place.folder is not None
         trainer.begin(kind_of(stage), self.student, steps, self.folder, keeps)
         self._tokens = round(tokens / len(rows) * steps * stage.batch)
@@ -143,7 +147,7 @@ class Run:
             return stage.steps
         if stage.tokens is not None:
             return max(1, round(stage.tokens / (tokens / rows * stage.batch)))
-        return max(1, math.ceil((stage.epochs or 1) * math.ceil(rows / stage.batch)))
+        return max(1, math.ceil((stage.epochs or 1) * rows / stage.batch))
 
     def log(self, trainer: Any) -> StageLog:
         """Make the steps, from the last checkpoint where there is one; what they did."""
@@ -229,8 +233,6 @@ class _Steps(StageTrainer):
     """What our stages tell TRL's trainers, which stand behind it in the order of classes."""
 
     train_dataset: Any
-    stage_seed: int
-    """Of the order of rows."""
 
     def begin(self, *args: Any, **told: Any) -> None:
         super().begin(*args, **told)
@@ -245,9 +247,8 @@ class _Steps(StageTrainer):
     # What a step is made of.
 
     def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
-        return Turns(
-            len(self.train_dataset), self.stage.batch, self.steps, self.stage_seed, self.repeats()
-        )
+        rows, seed = len(self.train_dataset), self.args.seed
+        return Turns(rows, self.stage.batch, self.steps, seed, self.repeats())
 
     def repeats(self) -> int:
         """How often a trainer wants the rows of a step."""
@@ -265,13 +266,14 @@ class _Steps(StageTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         self._seen.append(inputs)  # with what the student has answered, where it is asked
-        with self._computing():
+        with self.computing():
             return super().compute_loss(model, inputs, *args, **options)
 
-    def _computing(self) -> torch.autocast:
-        """Matrix products in the stage's type.
+    def computing(self) -> torch.autocast:
+        """Inside, matrix products run in the stage's type, and nothing else is shortened.
 
-        accelerate says so to a model's forward pass, which TRL and FSDP2 may go round.
+        accelerate would shorten parameters that are shared out, decays and what gradients are
+        summed in too; and it tells a model's forward pass alone, which TRL may go round.
         """
         short = self.stage.dtype == "bfloat16"
         return torch.autocast(self.args.device.type, torch.bfloat16, enabled=short)
@@ -324,7 +326,7 @@ class _OnPolicySteps(_Steps):
         return int(self.args.gradient_accumulation_steps)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        with self._computing():  # weights are shortened once, not for every token
+        with self.computing():  # weights are shortened once, not for every token
             return super()._prepare_inputs(inputs)
 
 
@@ -349,7 +351,7 @@ class _SftSteps(_Steps):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return loss * self.weights.ce if self.weights.ce != 1 else loss
         self._seen.append(inputs)
-        with self._computing():
+        with self.computing():
             return self._beside_teacher(model, inputs, num_items_in_batch)
 
     def _beside_teacher(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> Tensor:

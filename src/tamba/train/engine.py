@@ -32,7 +32,7 @@ from tamba.train.objectives import Objective
 from tamba.train.pieces import Piece, Pieces, rows_of_step
 from tamba.train.recorder import Recorder
 from tamba.train.schedules import n_steps
-from tamba.train.trainer import NOWHERE, Place, StageTrainer, check_launcher, decays, full
+from tamba.train.trainer import NOWHERE, Place, StageTrainer, decays, full
 
 _MEAN = "ema.safetensors"
 
@@ -148,12 +148,12 @@ class Engine(StageTrainer):
         self._row_tokens = stage.batch * blocks.length
         self._mean: dict[str, Tensor] = {}
         steps = n_steps(stage, blocks.length)
-        check_launcher(stage.dtype, f"train: {stage.stage}")
         args = place.arguments(
             TrainingArguments,
             folder,
             steps,
             seed,
+            stage,
             use_cpu=objective.student.device.type == "cpu",
             max_grad_norm=stage.clip,
             ignore_data_skip=True,  # `Pieces` begins anywhere
@@ -210,10 +210,15 @@ class Engine(StageTrainer):
             parts = self._recorder(inputs)
         else:
             parts = model(inputs)
-            self.accelerator.backward(parts.sum() * (inputs.share * self.args.world_size))
+            self._backward(parts.sum() * (inputs.share * self.args.world_size))
         weighted = parts.detach() * inputs.share
         self._total = weighted if self._total is None else self._total + weighted
         return (weighted.sum() * self.args.world_size).nan_to_num(0.0, 0.0, 0.0)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the number of pieces, whose shares are in the loss already.
+        how = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **how)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         stage = self.stage
