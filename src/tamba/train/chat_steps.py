@@ -37,10 +37,8 @@ from tamba.train.trainer import Place, StageTrainer, decays
 
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
-_SHARED_OUT = "_is_fsdp_managed_module"
-"""The attribute by which transformers knows that processes have to generate together."""
-_LEFT = ("forward", "_is_accelerate_prepared", "model_tags", _SHARED_OUT)
-"""Attributes that trainers put on a model."""
+_LEFT = ("forward", "_is_accelerate_prepared", "model_tags")
+"""Attributes that trainers put on a model. The second would keep the next stage's from preparing it."""
 _RESTORED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
@@ -326,11 +324,6 @@ class _OnPolicySteps(_Steps):
 
     def repeats(self) -> int:
         return int(self.args.gradient_accumulation_steps)
-
-    def begin(self, *args: Any, **told: Any) -> None:
-        super().begin(*args, **told)
-        # accelerate forgets: who ends first would leave the others alone with their layers.
-        setattr(self.student, _SHARED_OUT, self.is_fsdp_enabled)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         with self.computing():  # weights are shortened once, not for every token

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -244,9 +244,13 @@ class StageTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        cpus = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # as the stage before left it
+        sharded = getattr(state, "fsdp_plugin", None) is not None
+        if asked and not sharded and state.distributed_type in cpus:
             # accelerate shards over GPUs alone; here CPUs too, where sharding can be tried out.
             state.distributed_type = DistributedType.FSDP
+            # Whoever asks for the state again has it from there.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             self.is_fsdp_enabled = True
 
