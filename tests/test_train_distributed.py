@@ -229,7 +229,7 @@ if "alone" in sys.argv:
 def check_answers(folder: Path, told: dict[str, str], *more: str) -> None:
     """The answers of one process are shorter than those of the other."""
     prepare_talks(folder, ANSWERS)
-    found = launched(folder, ENDS + WORK, told, "two", *more, seconds=100)
+    found = launched(folder, ENDS + WORK, told, "two", *more, seconds=50 if more else 100)
     assert [status for status, *_ in found] == [0, 0], "\n\n".join(e for *_, e in found)
     stage = json.loads((folder / "two" / "train.json").read_text())["stages"][0]
     assert stage["skipped"] == 0 and len(stage["losses"]) == 2

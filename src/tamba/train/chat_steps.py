@@ -38,7 +38,7 @@ from tamba.train.trainer import Place, StageTrainer, decays
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
 _LEFT = ("forward", "_is_accelerate_prepared", "model_tags")
-"""Attributes that trainers put on a model. The second would keep the next stage's from preparing it."""
+"""What trainers put on a model. The second would keep the next stage's from preparing it."""
 _RESTORED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
