@@ -11,7 +11,11 @@ neighbours, less one. On a CPU seconds are those that the process computed, not 
 for others, so run it with one thread. The bar is 15 %. `angle_error` is the largest difference
 of a mean angle of one row from the same states compared in float64, in half turns.
 
-A random model has the shape that it is named after; weights do not change what a score costs.
+`--dtype` computes matrix products in another type than the weights have, as that of the verb does;
+`--weights` opens the checkpoint in a type, as one that was stored so.
+
+A random model has the shape that it is named after. What a score costs depends on weights only
+where states nearly agree; random layers of these shapes turn the stream as far as trained ones do.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.trace import computing
 
 BAR = 0.15
+TYPES = ("float32", "bfloat16", "float16")
 SHAPES = {
     # d_model, layers, heads, heads of keys and values, width of the MLP, vocabulary
     "smollm2-135m": (576, 30, 9, 3, 1536, 49_152),
@@ -79,14 +84,14 @@ def random_blocks(vocabulary: int, rows: int, length: int) -> TokenBlocks:
 
 
 def opened(
-    name: str, rows: int, length: int, dtype: torch.dtype | None, device: str
+    name: str, rows: int, length: int, weights: torch.dtype | None, device: str
 ) -> tuple[TambaForCausalLM, TokenBlocks]:
     """A model and what it reads."""
     word, colon, shape = name.partition(":")
     if word == "random" and colon:
-        model = random_model(shape, dtype or torch.float32, device)
+        model = random_model(shape, weights or torch.float32, device)
         return model, random_blocks(model.config.vocab_size, rows, length)
-    model, tokenizer = tamba.load(name, device=device)
+    model, tokenizer = tamba.load(name, weights, device)
     texts = read_texts("python-docs", max_bytes=16 * rows * length)
     return model, TokenBlocks.from_texts(texts, tokenizer, length, max_tokens=rows * length)
 
@@ -152,7 +157,8 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """The record of one model."""
     device = arguments.device
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    model, blocks = opened(name, arguments.rows, arguments.length, dtype, device)
+    weights = None if arguments.weights is None else getattr(torch, arguments.weights)
+    model, blocks = opened(name, arguments.rows, arguments.length, weights, device)
     batch_size = arguments.batch or _batch_size(model, arguments.length)
     timed = sides(model, blocks, dtype, batch_size)
     for run in timed.values():
@@ -176,8 +182,9 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, object]:
         "layers": model.config.num_hidden_layers,
         "d_model": model.config.hidden_size,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": str(model.dtype).removeprefix("torch."),
         "dtype": arguments.dtype or str(model.dtype).removeprefix("torch."),
-        "rows": arguments.rows,
+        "rows": len(blocks),
         "length": arguments.length,
         "batch": batch_size,
         "rounds": arguments.rounds,
@@ -202,7 +209,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--batch", type=int, default=None, help="the scorer's own if not given")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dtype", default=None, help="of matrix products, e.g. bfloat16")
+    parser.add_argument("--dtype", choices=TYPES, help="of matrix products; the weights' if none")
+    parser.add_argument("--weights", choices=TYPES, help="of the weights; as stored if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()

@@ -77,7 +77,9 @@ def layers(rows: Mapping[str, Row]) -> dict[str, Any]:
         found = rows["analysis"][role]
         scores = {n: (found["scores"][n], found["errors"][n]) for n in ("own_turn", "column_mean")}
         costs = found["drop_loss"]
-        scores["loss without the layer, nats"] = (costs, [0.0] * len(costs))
+        # The first records have no errors of these.
+        doubt = found.get("drop_loss_error", [None] * len(costs))
+        scores["loss without the layer, nats"] = (costs, doubt)
         chosen = rows["analysis"]["replaced"] if role == "base" else ()
         figures[f"layers-{role}"] = score_bars(scores, f"{what}: what its layers do", chosen)
     return figures
@@ -266,20 +268,13 @@ def memory(rows: Mapping[str, Row]) -> Any:
     return figure
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Write a PNG of each picture that the record has rows for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(arguments)
-    need_matplotlib()
-    rows = read_rows(args.record)
+def drawn(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """Each picture that there are rows for, by name."""
     figures: dict[str, Any] = {}
     if "analysis" in rows:
         figures |= {"distances": maps(rows), **layers(rows)}
-    if any(name.startswith("grid/") for name in rows):
+    compared = seeds(rows, "grid")
+    if len(compared) > 1 and "fresh" in compared:
         figures["ablation"] = ablation(rows)
     for name, what, lines in (
         ("recall", "As tuned", recall_lines(rows)),
@@ -292,6 +287,20 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{what.lower()}, no right answer at any of {len(points)} points: not drawn")
     if any(n.startswith("shapes/") and r["memory"][0].get("peak") for n, r in rows.items()):
         figures["memory"] = memory(rows)
+    return figures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write a PNG of each picture that the record has rows for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("record", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    need_matplotlib()
+    rows = read_rows(args.record)
+    figures = drawn(rows)
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         path = args.out / f"e-tamba-{name}.png"

@@ -11,16 +11,19 @@
     search     the learning rate of each kind of row
     starts     how far each of them is from the base before any tuning
     grid       Table 1: deleted, fresh, every group of the donor, attention turned into Mamba-2
-    final      Table 2: base, donor and hybrids tuned on the same tokens
-    teaching   each of those shown how to copy and look up, for a few steps at each of some rates
-    taught     the better of these, by documents that nothing else is measured on
-    recall     copying and phone book at growing lengths, as tuned and as taught
+    final      Table 2: base, donor and hybrids tuned on the same tokens, seed by seed
     memory     of the small models
+    teaching   those of the first seed shown how to copy and look up, at each of some rates
+    taught     the better of these, by documents that nothing else is measured on
+    recall     copying and phone book at growing lengths, as taught and as tuned
 
 Every row of the record is a file in ``OUT/rows``, written when it is done; the same call goes on
 where it stopped. A row that does not fit in ``--seconds`` any more is left out and listed under
-`not_run`. The record, `e-tamba-mini.json`, is written anew after each row; `e_tamba_figures.py`
-draws it.
+`not_run`, and so is one that ``--only`` does not name: with ``--only 'search/*/0.001*'
+'grid/[0-9]*/0' 'final/*'`` the pair is made and analysed, one rate is tried, the groups of the
+donor are compared with one seed, and Table 2 is filled. Checkpoints are in ``OUT/work``: without
+them nothing can go on. The record, `e-tamba-mini.json`, is written anew after each row;
+`e_tamba_figures.py` draws it.
 
 On a GPU a step of learning is one CUDA graph: with layers so small a step is mostly the launching
 of kernels. A graph is compared with plain steps before it is used; where it cannot be made, or says
@@ -44,6 +47,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +74,10 @@ from tamba.artefact import command_without_folders, new_folder, versions, write_
 from tamba.build import build_student
 from tamba.checkpoint import load_model, open_checkpoint, parameter_specs
 from tamba.data import TokenBlocks
-from tamba.errors import UserError
+from tamba.errors import UserError, nearest
 from tamba.evaluate import SUITES, Options, perplexity
 from tamba.evaluate.measure import Models, Request, Subject
+from tamba.evaluate.perplexity import token_scores
 from tamba.evaluate.recall import RecallMeasure
 from tamba.evaluate.statistics import mean_score
 from tamba.families.gpt_neox import GPT_NEOX
@@ -92,6 +97,10 @@ RECORD = "e-tamba-mini.json"
 Row = dict[str, Any]
 FITTED_SHARE = 0.1
 """Of a learning rate, for mixers that were made of attention."""
+NEEDED = ("speed", "pretrain/*", "analysis")
+"""Rows that all others rest on."""
+PARTS = ("untuned", "search", "starts", "grid", "final", "teaching", "taught", "recall", "memory")
+"""What needs the pair and its analysis."""
 _SAID_EVERY = 15.0
 """Seconds between lines of a long training."""
 
@@ -190,6 +199,15 @@ class Settings(Section):
     shapes: Shape
 
 
+def check_names(only: Sequence[str]) -> None:
+    """Refuse patterns that no row can have. Raises UserError."""
+    parts = ("shapes", *(name.partition("/")[0] for name in NEEDED), *PARTS)
+    for pattern in only:
+        if not any(fnmatchcase(part, pattern.partition("/")[0]) for part in parts):
+            hint = nearest(pattern.partition("/")[0], parts)
+            raise UserError("--only", f"no row is called '{pattern}'", hint)
+
+
 def check(settings: Settings, where: str) -> None:
     """Refuse what could not be, before hours of work. Raises UserError."""
     models, wanted = settings.models, settings.transplant
@@ -251,13 +269,22 @@ class Rows:
         record: the file.
         header: what the record says beside its rows.
         seconds: from now on; a row that is expected not to fit is left out.
+        only: patterns of the names of rows to make, beside those `NEEDED`.
 
     Raises:
         UserError: rows that were made with other settings or of another text.
     """
 
-    def __init__(self, folder: Path, record: Path, header: Row, seconds: float) -> None:
-        self.folder, self.record, self.header, self.seconds = folder, record, header, seconds
+    def __init__(
+        self,
+        folder: Path,
+        record: Path,
+        header: Row,
+        seconds: float,
+        only: Sequence[str] = ("*",),
+    ) -> None:
+        self.folder, self.record, self.header, self.seconds = folder, record, {**header}, seconds
+        self.only = (*NEEDED, *only)
         self.begun = time.monotonic()
         self.not_run: dict[str, str] = {}
         self.late: set[str] = set()
@@ -272,6 +299,11 @@ class Rows:
                 str(folder), "holds rows of other settings or text", "choose another --out"
             )
         write_file(mark, made_of)
+        # A record of several calls says what each of them was.
+        calls = folder / "calls.txt"
+        before = calls.read_text(encoding="utf-8").splitlines() if calls.is_file() else []
+        self.header["calls"] = [*before, header["command"]]
+        write_file(calls, "\n".join(self.header["calls"]) + "\n")
         for path in sorted(folder.glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
             row = json.loads(path.read_text(encoding="utf-8"))
             self.rows[row.pop("name")] = row
@@ -295,6 +327,9 @@ class Rows:
         """
         if name in self.rows:
             return self.rows[name]
+        if not any(fnmatchcase(name, pattern) for pattern in self.only):
+            self.skip(name, "was not asked for")
+            return None
         if self.left < expected:
             self.late.add(name)
             self.skip(name, f"{expected:.0f} s were expected and {self.left:.0f} s left")
@@ -316,6 +351,7 @@ class Rows:
             free()
         row["wall_seconds"] = round(time.monotonic() - begun, 2)
         self.rows[name] = row
+        self.not_run.pop(name, None)
         path = self.folder / f"{name.replace('/', '__').replace(' ', '_')}.json"
         write_file(path, json.dumps({"name": name, **row}))
         self.write()
@@ -324,6 +360,9 @@ class Rows:
 
     def skip(self, name: str, why: str) -> None:
         """Say that a row is left out."""
+        # Rows come up again in later parts.
+        if self.not_run.get(name) == why:
+            return
         self.not_run[name] = why
         self.write()
         print(f"[{self.spent:5.0f} s] {name}: not run, {why}", flush=True)
@@ -730,10 +769,6 @@ def score(model: TambaForCausalLM, blocks: TokenBlocks, settings: Settings) -> R
 # The experiment.
 
 
-PARTS = ("untuned", "search", "starts", "grid", "final", "teaching", "taught", "recall", "memory")
-"""What needs the pair and its analysis."""
-
-
 class Experiment:
     """All parts, on one device. `work` holds checkpoints, which are no part of the record."""
 
@@ -784,18 +819,15 @@ class Experiment:
         for seed in self.settings.finetune.seeds:
             self.grid(seed, list(self.plans))
         first, *others = self.settings.finetune.seeds
-        self.final(first, self.systems)
-        self.teach(first, self.systems[:5])
+        for seed in (first, *others):
+            self.final(seed, self.systems)
         main = ["base", "donor", *(f"final/{s}/{first}" for s in self.systems[:4])]
-        self.recall({name: name for name in main})
         self.memory(main)
-        self.teach(first, self.systems[5:])
-        for seed in others:
-            self.final(seed, self.systems[:4])
-        for seed in others:
-            self.final(seed, self.systems[4:])
+        self.teach(first, self.systems[:5])
         for seed in self.settings.finetune.seeds:
             self.grid(seed, ["shuffled"])
+        self.teach(first, self.systems[5:])
+        self.recall({name: name for name in main})
         for seed in others:
             self.teach(seed, self.systems[:5])
 
@@ -953,7 +985,7 @@ class Experiment:
             halves = [state_scores(model, part, label=f"half of {role}") for part in parts]
             measured[role] = whole
             per_layer = _layer_scores(whole)
-            dropped = self._drop(model, some.take(self.settings.text.rows))
+            dropped, doubt = self._drop(model, some.take(self.settings.text.rows))
             again = [_layer_scores(part) for part in halves]
             out[role] = {
                 "all_tokens": _rows_of(whole.all_tokens.mean),
@@ -963,6 +995,7 @@ class Experiment:
                 "scores": {name: e.mean.tolist() for name, e in per_layer.items()},
                 "errors": {name: e.error.tolist() for name, e in per_layer.items()},
                 "drop_loss": dropped,
+                "drop_loss_error": doubt,
                 "after_final_norm": whole.after_norm.mean.tolist(),
                 "agreement": rank_correlations(
                     {n: e.mean.tolist() for n, e in per_layer.items()} | {"drop_loss": dropped}
@@ -993,25 +1026,37 @@ class Experiment:
             "groups": [[g.first, g.last, g.turn] for g in groups],
         }
 
-    def _drop(self, model: TambaForCausalLM, blocks: TokenBlocks) -> list[float]:
-        """Nats a token that leaving out each layer costs."""
+    def _drop(
+        self, model: TambaForCausalLM, blocks: TokenBlocks
+    ) -> tuple[list[float], list[float | None]]:
+        """Nats a token that leaving out each layer costs, and standard errors row by row."""
         layers = model.model.layers
-        whole = score(model, blocks, self.settings)["nll"]
+        whole = self._row_losses(model, blocks)
         costs = []
         try:
             for layer in range(len(layers)):
                 model.model.layers = nn.ModuleList(b for i, b in enumerate(layers) if i != layer)
-                costs.append(score(model, blocks, self.settings)["nll"] - whole)
+                costs.append(self._row_losses(model, blocks) - whole)
         finally:
             model.model.layers = layers
-        return costs
+        n = len(whole)
+        errors = [float(cost.std()) / math.sqrt(n) if n > 1 else None for cost in costs]
+        return [float(cost.mean()) for cost in costs], errors
+
+    def _row_losses(self, model: TambaForCausalLM, blocks: TokenBlocks) -> Tensor:
+        """[n], nats a token of each row."""
+        autocast = torch.bfloat16 if model.device.type == "cuda" else None
+        size = self.settings.text.rows
+        scored = token_scores([model], blocks, batch_size=size, autocast=autocast)
+        rows = [nll[0].sum(1).cpu() / batch.predicted.sum(1).cpu() for batch, nll in scored]
+        return torch.cat(rows)
 
     # Tuning.
 
     @property
     def systems(self) -> list[str]:
         """Of Table 2: the best group of the donor, the pair itself, and the controls."""
-        return [self.best_group(), "base", "fitted", "donor", "fresh", "none"]
+        return [self.best_group(), "base", "donor", "fitted", "fresh", "none"]
 
     def best_group(self) -> str:
         """By the mean perplexity on the text that is kept for choices; once tuned to the end, it
@@ -1149,7 +1194,7 @@ class Experiment:
         rates = self.rates(kind)
         found = {r: row for r in rates if (row := self.rows[f"search/{kind}/{r}"]) is not None}
         if not found:
-            return rates[len(rates) // 2]
+            raise UserError(f"search/{kind}", "no rate was tried", "make these rows first")
         return min(found, key=lambda r: found[r]["choice"]["nll"])
 
     def grid(self, seed: int, systems: Sequence[str]) -> None:
@@ -1476,19 +1521,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--record", type=Path, help=f"the record; OUT/{RECORD} by default")
     parser.add_argument("--settings", type=Path, help="instead of recipes/e-tamba-mini's")
     parser.add_argument("--seconds", type=float, default=math.inf, help="to leave rows out after")
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="ROW", help="patterns of rows to make"
+    )
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on a CPU")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     args = parser.parse_args(arguments)
     path = args.settings or RECIPES / ("smoke.toml" if args.smoke else "experiment.toml")
     settings = validate(Settings, read_toml(path)[1], str(path))
     check(settings, str(path))
+    check_names(args.only)
     device = "cuda" if torch.cuda.is_available() and not args.smoke else "cpu"
     if not (args.tokens / "tokens.json").is_file():
         raise UserError(str(args.tokens), "holds no tokens.json", "make it with e_tamba_text.py")
     about = header(settings, args.tokens, sys.argv[1:] if arguments is None else arguments, device)
     disable_progress_bar()
     record = args.record or args.out / RECORD
-    rows = Rows(args.out / "rows", record, about, args.seconds)
+    rows = Rows(args.out / "rows", record, about, args.seconds, args.only)
     try:
         Experiment(settings, args.tokens, args.out / "work", rows, device, not args.eager).run()
     except GraphError as error:

@@ -127,7 +127,9 @@ def teaching(rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         if name.startswith("teaching/"):
             judged = row["held_out"]
-            cells = [f"`{name}`", str(row["steps"])]
+            share = row.get("mixers", 1.0)
+            slower = "" if share == 1 else f", mixers × {share:g}"
+            cells = [f"`{name}`{slower}", str(row["steps"])]
             for task, _ in RECALL:
                 cells += [f"{judged[task]['nll']:.3f}", f"{100 * judged[task]['exact']:.0f} %"]
             body.append([*cells, *(f"{row[s]['ppl']:.1f}" for s in ("report", "general"))])

@@ -95,7 +95,7 @@ SHORT = (
     *_distil(tokens="4000000"),
     "evaluate.tokens=200000",
 )
-LOOKUPS = ("data.lookup_share=0.1",)
+LOOKUPS = ("data.lookup_share=0.4",)
 RECALL = (
     'analyze.measures=["least_squares"]',
     "analyze.recall=true",
@@ -108,7 +108,8 @@ ROWS = {
         f"attention-{name}": Row("share of attention (Tables 1, 2, 4)", converted=n)
         for name, n in (("50", 15), ("25", QUARTER), ("12.5", 26), ("0", 30))
     },
-    # What recall needs: layers that serve it, and text that asks for it.
+    # What recall needs: layers that serve it, and text that asks for it. The first of these is
+    # `recipes/distil-smollm2-recall.toml`.
     "recall-25": Row("a quarter, chosen and trained for recall too", LOOKUPS, recall=True),
     "recall-25-chosen": Row("a quarter, chosen for recall too", recall=True),
     "recall-25-trained": Row("a quarter, trained for recall too", LOOKUPS),

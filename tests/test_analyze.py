@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from models import random_ids, tiny_model
-from tamba.analyze import analyze_model, angular_distances, perplexity_ratios, swap_scores
+from tamba.analyze import analyze_model, perplexity_ratios, swap_scores
 from tamba.analyze import swaps as analyze_module
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
@@ -82,7 +84,7 @@ def check_own_place(model: TambaForCausalLM) -> None:
     reference = trace(model, blocks, streams=[*range(4), 4])
     for index in range(4):
         same = {index: model.model.layers[index]}
-        harm = analyze_module._harm(model, same, blocks, reference, index)
+        harm, _ = analyze_module._harm(model, same, blocks, reference, index)
         assert harm == pytest.approx(0.0, abs=1e-5)
     whole = dict(enumerate(model.model.layers))
     assert perplexity_ratios(model, {4: whole}, blocks) == [(4, pytest.approx(1.0, abs=1e-6))]
@@ -108,12 +110,55 @@ def test_a_fit_lowers_the_harm() -> None:
     model, blocks = made(), rows(16)
     plain = swap_scores(model, [LOUD], ConvertOptions(), blocks.take(8))[1]
     fitted = swap_scores(model, [LOUD], ConvertOptions(), blocks.take(8), blocks)[1]
-    assert fitted[LOUD] < plain[LOUD]
+    assert fitted[LOUD][0] < plain[LOUD][0]
+
+
+def check_harm() -> None:
+    """Of a whole model with that layer in it, in float64."""
+    model, blocks = made(), rows(6)
+    layers, scores = swap_scores(model, [LOUD], ConvertOptions(), blocks)
+    swapped = copy.deepcopy(model)
+    swapped.model.layers[LOUD] = layers[LOUD]
+    batch = next(blocks.batches(6))
+    with torch.no_grad():
+        said = [m(**batch.inputs, use_cache=False).logits for m in (swapped, model)]
+    ours, theirs = (logits.double().log_softmax(-1) for logits in said)
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)
+    here = [batch.predicted[row].nonzero()[row % 2 :: 2, 0] for row in range(6)]
+    each = [kl[row, places] for row, places in enumerate(here)]
+    value, error = scores[LOUD]
+    assert value == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
+    means = torch.stack([row.mean() for row in each])
+    assert error == pytest.approx(float(means.std()) / 6**0.5, rel=1e-4)
+
+
+def test_harm_and_its_error_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyze_module, "_DTYPE", torch.float32)
+    check_harm()
+    monkeypatch.setattr(analyze_module, "_STRIDE", 1)
+    with pytest.raises(AssertionError):
+        check_harm()
+
+
+def test_numbers_that_are_not_finite_choose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(bad: str, words: str) -> None:
+        model = made()
+        with torch.no_grad():
+            model.get_parameter(bad)[0, 0] = torch.nan
+        with pytest.raises(UserError, match=words):
+            analyze_model(model, rows(), recipe("swap"))
+
+    check("model.layers.2.mlp.down_proj.weight", "layer 2: gives a hidden state .* in row 0")
+    # Without that look the layer is not found, and without the next one NaN would be ranked.
+    monkeypatch.setattr(analyze_module, "check_finite", lambda *_: None)
+    check("model.layers.2.mlp.down_proj.weight", "converted: gives no finite numbers in row 0")
 
 
 def test_angles_are_those_of_the_formula() -> None:
-    model, blocks = made(), rows(2)
-    table = angular_distances(model, blocks)
+    model, blocks = made(), rows(4)
+    scored = analyze_model(model, blocks, recipe("own_turn", tokens=48)).states
+    assert scored is not None
+    table, blocks = scored.all_tokens.mean, TokenBlocks(blocks.tokens[2:], blocks.starts[2:], 48)
     states = trace(model, blocks, streams=range(5), dtype=torch.float32).streams
     for low in range(4):
         for high in range(low + 1, 5):
@@ -128,5 +173,5 @@ def test_angles_are_those_of_the_formula() -> None:
 def test_what_is_kept_is_not_chosen() -> None:
     found = analyze_model(made(), rows(), recipe("own_turn", always_keep=(IDLE,), convert=2))
     assert IDLE not in found.plan.converted and LOUD not in found.plan.converted
-    with pytest.raises(UserError, match="1 row of text cannot be divided"):
+    with pytest.raises(UserError, match="is 1 row, which cannot be divided"):
         analyze_model(made(), rows(1), recipe("own_turn"))

@@ -185,6 +185,8 @@ def test_a_row(backward):
     assert found["error"] < found["error_bound"] == 1e-5
     assert found["repeatable"]
     assert found["ours_p20_us"] <= found["ours_us"] <= found["ours_p80_us"]
+    assert found["seconds"].keys() >= {"arguments and truth", "times"}
+    assert all(seconds > 0 for seconds in found["seconds"].values())
     assert found["ratios"]["transformers"] == found["peers"]["transformers"] / found["ours_us"]
     assert found["floor_share"] == pytest.approx(found["floor_us"] / found["ours_us"])
     assert [bar["met"] for bar in found["bars"]] == [True, False]
@@ -296,6 +298,71 @@ def test_a_run_writes_its_record_row_by_row(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_record_keeps_the_rows_that_another_run_measured(tmp_path, monkeypatch):
+    rows = [tiny_row(id=f"ssd_fwd/{n}") for n in (1, 2, 3)]
+    monkeypatch.setattr(kernels, "cpu_rows", lambda peers: rows)
+    out = tmp_path / "kernels-cpu.json"
+
+    def run(*ids, day: int, **given) -> dict:
+        monkeypatch.setattr("tamba.bench._command", lambda: f"run of day {day}")
+        tamba.bench(device="cpu", rounds=1, rows=ids, out=out, **given)
+        record = json.loads(out.read_text())
+        record["date"] = f"2026-11-{day:02d}T00:00:00+00:00"  # runs of a test share a second
+        out.write_text(json.dumps(record))
+        return record
+
+    run("ssd_fwd/1", "ssd_fwd/2", day=1)
+    second = run("ssd_fwd/2", "ssd_fwd/3", day=2)
+    assert [row["id"] for row in second["rows"]] == ["ssd_fwd/1", "ssd_fwd/2", "ssd_fwd/3"]
+    assert [row.get("date", "")[:10] for row in second["rows"]] == ["2026-11-01", "", ""]
+    assert {d: r["command"] for d, r in second["kept"].items()} == {
+        "2026-11-01T00:00:00+00:00": "run of day 1"
+    }
+    assert second["kept"]["2026-11-01T00:00:00+00:00"].keys() >= {"machine", "ceilings", "seed"}
+    table = tables.render(second)
+    assert "- `ssd_fwd/1`: " in table and "2026-11-01; `run of day 1`" in table
+    assert "- `ssd_fwd/2`, `ssd_fwd/3`: " in table and "2026-11-02; `run of day 2`" in table
+    assert "day 1" not in tables.render(second, ["ssd_fwd/2"])
+
+    # What a run does not come to stays; what it fails at or finds wrong does not, nor what is gone.
+    third = run("ssd_fwd/3", day=3, limit_seconds=-1.0)
+    assert third["rows"] == [
+        second["rows"][0],
+        *({**row, "date": "2026-11-02T00:00:00+00:00"} for row in second["rows"][1:]),
+    ]
+    assert third["kept"].keys() == {row["date"] for row in third["rows"]}
+    rows[:] = [
+        tiny_row(id="ssd_fwd/1", ours=wrong(scale_y=2.0)),
+        tiny_row(id="ssd_fwd/3", make=lambda device, seed: 1 // 0),
+    ]
+    fourth = run(day=4)
+    assert "wrong result" in fourth["rows"][0]["void"]
+    assert "ZeroDivisionError" in fourth["rows"][1]["not_run"]
+    assert len(fourth["rows"]) == 2 and not fourth["kept"]
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"suite": "model"}, "is a record of 'model'"),
+        ({"machine": {"device": "a card"}}, "is a record of 'kernels' on a card"),
+        (None, "is no record of a benchmark"),
+    ],
+)
+def test_a_record_of_something_else_is_not_written_over(tmp_path, monkeypatch, changed, said):
+    monkeypatch.setattr(kernels, "cpu_rows", lambda peers: [tiny_row()])
+    out = tmp_path / "record.json"
+    tamba.bench(device="cpu", rounds=1, out=out)
+    record = json.loads(out.read_text())
+    text = "[1, 2]" if changed is None else json.dumps({**record, **changed})
+    out.write_text(text)
+    with pytest.raises(UserError, match=said):
+        tamba.bench(device="cpu", rounds=1, out=out)
+    assert out.read_text() == text
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_error_in_one_row_leaves_the_others(monkeypatch):
     def broken(device, seed):
         raise MemoryError("no room")
@@ -383,6 +450,21 @@ def test_only_what_the_rows_call_is_compiled():
     assert peers._only_bfloat16(text) == kept
     unit = peers._SCAN_UNIT.format(kind="scan_fwd", parameters="P")
     assert '#include "scan_fwd_kernel.cuh"' in unit and "[&] { \\\n" in unit
+
+
+def test_what_a_peer_was_tuned_to_is_kept_and_what_was_only_compiled_is_not(monkeypatch):
+    class Tuner:
+        def __init__(self):
+            self.configs, self.cache_results, self._do_bench = list("abcdef"), False, None
+
+    tuner = Tuner()
+    monkeypatch.setattr(peers, "autotuners", lambda: iter([tuner]))
+    peers.keep_share_of_configurations(1, 4)
+    assert (tuner.configs, tuner.cache_results) == (["b", "f"], False)
+    pytest.importorskip("triton")
+    tuner = Tuner()
+    peers.tune_briefly()
+    assert tuner.cache_results and len(tuner.configs) == 6
 
 
 def test_the_committed_tables_agree_with_the_records():

@@ -149,6 +149,9 @@ WRONG = {
     "explicit 2": "layer 2 has no attention or is to be kept",
     "explicit 0": "replaces 1 layers, not 2",
     "alternate sideways": "neither even nor odd",
+    # In a recipe's plan it is a share to keep; here it would be no share of anything.
+    "uniform 0.25": "'0.25' after 'uniform' means nothing; the budget says how many",
+    "top 3": "'3' after 'top' means nothing",
 }
 
 

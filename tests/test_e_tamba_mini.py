@@ -8,7 +8,9 @@ import lzma
 import math
 import random
 import re
+import shutil
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,14 @@ from tamba.checkpoint import open_checkpoint
 from tamba.errors import UserError
 from tamba.evaluate import SUITES, Options
 from tamba.evaluate.measure import Request
-from tamba.plan import read_plan
+from tamba.plan import LayerPlan, parse_entries, read_plan
 from tamba.recipe import read_recipe
 from tamba.sections import read_toml, validate
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import e_tamba_figures as figures  # noqa: E402
 import e_tamba_lessons as lessons  # noqa: E402
 import e_tamba_mini as driver  # noqa: E402
 import e_tamba_tables as printed  # noqa: E402
@@ -357,7 +360,7 @@ def test_the_driver_does_all_of_it(toy: Path) -> None:
     rows, not_run = record["rows"], record["not_run"]
     assert not_run == {}
     taught = {n: row for n, row in rows.items() if n.startswith("taught/")}
-    assert [n.split("/")[1] for n in taught][1:] == ["base", "fitted", "donor", "fresh", "none"]
+    assert [n.split("/")[1] for n in taught][1:] == ["base", "donor", "fitted", "fresh", "none"]
     for name, row in taught.items():
         # The better of the rates, by what no case is scored on; all learned from the same answers.
         found = [rows[n] for n in row["of"]]
@@ -369,11 +372,136 @@ def test_the_driver_does_all_of_it(toy: Path) -> None:
     systems = [n.split("/")[1] for n in rows if n.startswith("grid/") and n.endswith("/0")]
     assert systems[:2] == ["none", "fresh"] and systems[-2:] == ["fitted", "shuffled"]
     assert {n.split("/")[1] for n in rows if n.startswith("final/")} >= {"base", "donor", "fitted"}
+    for role in ("base", "donor"):
+        # The sum over rows of what the whole model loses, and its spread.
+        costs, doubt = (rows["analysis"][role][k] for k in ("drop_loss", "drop_loss_error"))
+        assert len(costs) == len(doubt) and min(doubt) > 0 and max(map(abs, costs)) > max(doubt)
     assert len(rows["starts/fitted"]["own_turn"]) == 4 and rows["starts/none"]["own_turn"]
     # Nothing is drawn in a fitted layer, so seeds begin alike.
     assert (toy / "out" / "work" / "students" / "fitted").is_dir()
     for text in printed.tables(rows).values():
         assert len({line.count("|") for line in text.splitlines()}) == 1
+
+
+@pytest.mark.slow
+def test_the_driver_makes_the_rows_that_it_is_asked_for(toy: Path) -> None:
+    out = toy / "part"
+    shutil.copytree(toy / "out", out)
+    for row in out.glob("rows/*.json"):
+        if row.name.startswith(("search", "final", "teaching", "taught", "recall", "memory")):
+            row.unlink()
+    shutil.rmtree(out / "work" / "final")
+    arguments = ["--tokens", str(toy / "tokens"), "--out", str(out), "--smoke"]
+    arguments += ["--settings", str(toy / "toy.toml"), "--only"]
+    before = set(json.loads((toy / "out" / driver.RECORD).read_text())["rows"])
+
+    def made(*names: str) -> tuple[set[str], dict[str, str]]:
+        assert driver.main([*arguments, *names]) == 0
+        record = json.loads((out / driver.RECORD).read_text())
+        assert set(record["rows"]) | set(record["not_run"]) <= before
+        assert len(record["calls"]) > 1 and names[-1] in record["command"]
+        rows = record["rows"]
+        return {n for n in rows if n.startswith(("final", "t", "rec"))}, record["not_run"]
+
+    # Without a search there is no rate, rather than one that nobody tried.
+    rows, why = made("final/base/0")
+    assert rows == set() and "no rate was tried" in why["final/base/0"]
+    assert why["final/none/0"] == "was not asked for"
+    rows, _ = made("search/*", "final/fresh/0", "taught/fresh/*", "teaching/*/0.001")
+    assert rows == {"final/fresh/0", "teaching/fresh/0.001", "taught/fresh/0"}
+    rows, _ = made("recall/taught/*")
+    assert "recall/taught/fresh/0" in rows and len(rows) == 4
+
+
+def test_rows_that_nobody_asked_for_are_said_to_be_left_out(tmp_path: Path) -> None:
+    about = {"settings": {}, "text": {}, "command": "it"}
+    rows = driver.Rows(tmp_path / "rows", tmp_path / "it.json", about, 60, ["final/*/1"])
+    for name in ("speed", "pretrain/base", "final/base/0", "final/base/1"):
+        rows.do(name, 1, lambda: {"steps": 3})
+    assert list(rows.rows) == ["speed", "pretrain/base", "final/base/1"]
+    assert rows.not_run == {"final/base/0": "was not asked for"}
+    with pytest.raises(UserError, match="no row is called 'fianl/base'"):
+        driver.check_names(["speed", "*/0", "fianl/base"])
+
+
+def test_mixers_learn_at_their_share_of_the_rate() -> None:
+    """Tuned and taught alike: at a share of nothing they stay, and all else moves."""
+    wanted = validate(driver.Settings, tomllib.loads(TOY), "it")
+    base = driver.base_config(wanted.models)
+    donor = driver.donor_config(wanted.models, wanted.models.vocabulary)
+    plan = parse_entries(["keep 0", "transplant 0"], "it")
+    config = driver.spliced_config(LayerPlan(plan), base, donor)
+    ids = torch.randint(2, 38, (4, 48), generator=torch.Generator().manual_seed(0))
+    loss = driver.Loss(torch.device("cpu"), 1, wanted.models)
+
+    def moved(share: float) -> dict[bool, bool]:
+        model = driver.new_model(config, 0, torch.device("cpu"))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        run = driver.Budgeted(2, 1e-2, 0.1, 0, mixers=share)
+        driver.train(model, itertools.repeat((ids,)), run, wanted, loss, "it", graph=False)
+        found: dict[bool, list[bool]] = {True: [], False: []}
+        for name, p in model.named_parameters():
+            found["layers.1.mixer" in name].append(not torch.equal(p, before[name]))
+        return {mixer: any(changed) for mixer, changed in found.items()}
+
+    assert moved(0.0) == {True: False, False: True}
+    assert moved(0.5) == {True: True, False: True}
+
+
+def test_teaching_keeps_the_share_that_tuning_found_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = validate(driver.Settings, tomllib.loads(TOY), "it")
+    about = {"settings": {}, "text": {}, "command": "it"}
+    rows = driver.Rows(tmp_path / "rows", tmp_path / "it.json", about, 60)
+    rows.rows |= {"speed": {"base": 0.1, "donor": 0.1, "scale": 1.0}}
+    for rate, nll in (("0.001", 2.0), ("0.001 mixers 0.1", 1.0)):
+        rows.rows[f"search/fitted/{rate}"] = {"choice": {"nll": nll}}
+    rows.rows["search/fresh/0.001"] = {"choice": {"nll": 1.0}}
+    found = driver.Experiment(wanted, text_of(tmp_path), tmp_path / "work", rows, "cpu")
+    found.plans = {name: LayerPlan(parse_entries(["keep 0"], "it")) for name in ("fitted", "fresh")}
+    taught = {}
+
+    def note(model: Any, rate: Any, seed: int, label: str) -> dict[str, Any]:
+        taught[label] = rate
+        raise UserError(label, "is enough")
+
+    monkeypatch.setattr(found, "load", lambda folder: None)
+    monkeypatch.setattr(found, "_teach", note)
+    for system in ("fitted", "fresh"):
+        (found.work / "final" / system / "0").mkdir(parents=True)
+    found.teach(0, ["fitted", "fresh"])
+    assert {label: (rate.lr, rate.mixers) for label, rate in taught.items()} == {
+        "teach fitted 0 0.001": (1e-3, 0.1),
+        "teach fitted 0 0.0001": (1e-4, 0.1),
+        "teach fresh 0 0.001": (1e-3, 1.0),
+        "teach fresh 0 0.0001": (1e-4, 1.0),
+    }
+
+
+def test_what_a_layer_costs_is_the_loss_of_a_model_without_it(tmp_path: Path) -> None:
+    wanted = validate(driver.Settings, tomllib.loads(TOY), "it")
+    about = {"settings": {}, "text": {}, "command": "it"}
+    rows = driver.Rows(tmp_path / "rows", tmp_path / "it.json", about, 60)
+    found = driver.Experiment(wanted, text_of(tmp_path), tmp_path / "work", rows, "cpu")
+    model = driver.new_model(driver.base_config(wanted.models), 0, torch.device("cpu")).eval()
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.data *= 100 * (index + 1)
+    blocks = found.streams["analysis"].take(3)
+    costs, errors = found._drop(model, blocks)
+
+    def nats() -> torch.Tensor:
+        ids = blocks.tokens.long()
+        with torch.no_grad():
+            said = model(input_ids=ids).logits.double().log_softmax(-1)
+        return -said[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(1)
+
+    whole = nats()
+    model.model.layers = torch.nn.ModuleList(b for i, b in enumerate(model.model.layers) if i != 2)
+    apart = nats() - whole
+    assert costs[2] == pytest.approx(apart.mean().item(), abs=1e-5)
+    assert errors[2] == pytest.approx(apart.std().item() / 3**0.5, abs=1e-5)
+    assert abs(costs[1] - costs[2]) > 1e-4 and errors[2] > 1e-4
 
 
 @pytest.mark.slow
@@ -466,8 +594,20 @@ def test_the_page_holds_the_tables_of_the_record() -> None:
     assert on_page(rows, page)
     for name in json.loads(RECORD.read_text())["not_run"]:
         assert f"`{name}`" in page
+    rows["teaching/fitted/0.0015"]["mixers"] = 0.1
+    assert "`teaching/fitted/0.0015`, mixers × 0.1 |" in printed.teaching(rows)
+    rows = printed.read_rows(RECORD)
     rows["grid/fresh/1"]["report"]["ppl"] += 1.0
     assert not on_page(rows, page)
+
+
+def test_a_record_of_some_rows_is_drawn_as_far_as_it_goes() -> None:
+    rows = printed.read_rows(RECORD)
+    some = {n: row for n, row in rows.items() if n.startswith(("grid/13-18", "grid/none"))}
+    assert set(figures.drawn(some)) == set()
+    fresh = {n: row for n, row in rows.items() if n.startswith("grid/fresh")}
+    assert set(figures.drawn(fresh)) == set()
+    assert set(figures.drawn(some | fresh)) == {"ablation"}
 
 
 def test_paired_differences_are_those_of_a_hand_count() -> None:

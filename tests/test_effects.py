@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from models import random_ids, tiny_model
-from tamba.analyze import effects
-from tamba.analyze.choice import Budget, Facts, choose
+from tamba.analyze import effects, swaps
+from tamba.analyze.choice import RATIO_LIMIT, Budget, Facts, choose
+from tamba.analyze.choice import ratio as ratio_of
 from tamba.analyze.effects import (
     Change,
     Ledger,
@@ -23,7 +24,7 @@ from tamba.analyze.effects import (
     restore_scores,
 )
 from tamba.analyze.probe import Probe, word_probe
-from tamba.analyze.study import Settings, _digest
+from tamba.analyze.study import Settings, Study, _digest
 from tamba.analyze.swaps import converted_layers
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
@@ -214,6 +215,9 @@ def test_the_layer_that_looks_up_is_found_by_every_effect() -> None:
         0,
         2,
     )
+    values, _ = Study("librarian", 3, changes={"drop": dropped}).scores()
+    assert values["drop_ratio"] == [ratio_of(c.recall, c.loss) for c in dropped.values()]
+    assert max(range(3), key=lambda i: values["drop_ratio"][i]) == RETRIEVES
     check_recall(conversion_scores(model, text, ConvertOptions(), **told))
     student = librarian()
     made = converted_layers(model, range(3), ConvertOptions())
@@ -235,6 +239,20 @@ def test_the_layer_that_looks_up_is_found_by_every_effect() -> None:
     check_recall(restored)
     assert max(restored, key=lambda i: restored[i].kl) == RETRIEVES
     check_recall(aligned_scores(model, student, text, **told))
+
+
+def test_the_error_of_a_ratio_is_that_of_repeated_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    recall, loss = 0.3, 0.5
+    r = recall + 0.02 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    q = loss + 0.05 * torch.randn(4000, generator=generator, dtype=torch.float64)
+    change = Change(0.1, loss, recall, None, 0.05, 0.02)
+    cut = Change(0.1, 1e-4, recall, None, 0.05, 0.02)
+    found = Study("it", 3, changes={"drop": {0: change, 1: cut}})
+    values, errors = found.scores()
+    assert values["drop_ratio"] == pytest.approx([0.6, RATIO_LIMIT, None])
+    assert errors["drop_ratio"][0] == pytest.approx(float((r / q).std()), rel=0.05)
+    assert errors["drop_ratio"][1:] == [None, None]
 
 
 def test_a_probe_of_the_wrong_places_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +315,8 @@ def test_numbers_that_are_not_finite_name_layer_and_row(monkeypatch: pytest.Monk
             drop_scores(model, blocks, dtype=None)
 
     check()
-    monkeypatch.setattr(effects, "_bad_rows", lambda stream: [])
+    for module in (effects, swaps):
+        monkeypatch.setattr(module, "bad_rows", lambda stream: [])
     with pytest.raises(pytest.fail.Exception):
         check()
 

@@ -65,6 +65,15 @@ def test_rows_are_recipes(llama: ModuleType, asked: argparse.Namespace) -> None:
     assert kept == dict.fromkeys(kept, 7) | shares | {"teacher-tuned": 30}
 
 
+def test_the_recipe_for_recall_is_its_row(llama: ModuleType, asked: argparse.Namespace) -> None:
+    row = llama.ROWS["recall-25"]
+    changes = [*row.changes, *llama.RECALL, f"analyze.convert={row.converted}"]
+    changes += ["name=distil-smollm2-recall", "train.1.tokens=3000000", "train.2.tokens=45000000"]
+    found = llama.read_recipe(llama.RECIPES / "distil-smollm2-recall.toml")
+    assert found.model_dump() == llama.read_recipe(llama.RECIPE, changes).model_dump()
+    assert found.model_dump() != llama.read_recipe(llama.RECIPE, changes[1:]).model_dump()
+
+
 def test_a_wrong_row_shows(llama: ModuleType, asked: argparse.Namespace) -> None:
     with pytest.raises(UserError, match="did you mean"):
         llama.Bench(asked).recipe(llama.Row("", ("analyze.convrt=3",), None), 0, Path())
@@ -146,6 +155,27 @@ def test_a_record_keeps_one_row_of_a_name_and_seed(llama: ModuleType, tmp_path: 
     for row in ({"row": "a", "seed": 0, "x": 1}, {"row": "a", "seed": 1}, {"row": "a", "seed": 0}):
         llama.keep(row, record)
     assert json.loads(record.read_text()) == [{"row": "a", "seed": 1}, {"row": "a", "seed": 0}]
+
+
+def test_the_picture_of_findings_shows_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    figures = importlib.import_module("mamba_in_llama_figures")
+
+    def row(name: str, seed: int, ratio: float) -> dict[str, object]:
+        return {"row": name, "seed": seed, "ratio": ratio, "kl": ratio / 4, "attention_kept": 0.25}
+
+    rows = [row("short", i, 1.1 + i / 10) for i in range(3)]
+    assert figures.findings(rows) is None  # nothing to compare with
+    rows += [row("no-align", 0, 1.4), row("removed", 0, 40.0)]
+    figure = figures.findings(rows)
+    for axes, one in zip(figure.axes, (1.0, 0.25), strict=True):
+        drawn = [text.get_text() for text in axes.texts if text.get_text()[0].isdigit()]
+        assert drawn == [f"{value * one:.2f}" for value in (1.2, 1.4, 40.0)]
+        # What is far off is an arrow where the others end.
+        assert [line.get_marker() for line in axes.lines if line.get_markersize() > 5] == [*"||>"]
+        assert axes.get_xlim()[1] < 3 * one
+    shares = [row(name, 0, 2.0) | {"tokens": 9} for name in ("attention-12.5", "attention-start")]
+    assert figures.budgets(shares) == {9: shares[:1]}
 
 
 @pytest.mark.parametrize(

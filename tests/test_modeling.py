@@ -225,6 +225,30 @@ def test_documents_end_to_end_equal_a_mask(stack, how, monkeypatch):
         assert_same(run()[0], want[0], "fp64")
 
 
+@pytest.mark.parametrize("stack", ["attention", "sliding", "mixed"])
+def test_whole_rows_need_no_mask_while_a_graph_is_recorded(stack, monkeypatch):
+    """transformers 5.17 asks whether one is, and then writes masks out."""
+    model, made = tiny_model(stack, dtype=torch.float64), []
+    for name in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        honest = getattr(modeling, name)
+        monkeypatch.setattr(
+            modeling, name, lambda honest=honest, **told: made.append(told) or honest(**told)
+        )
+    window = model.config.sliding_window
+    short, long = random_ids(2, window or 9), random_ids(2, (window or 9) + 3)
+    for use_cache in (False, True):
+        found = [logits_of(model, ids, use_cache=use_cache) for ids in (short, long)]
+        # A window that cuts something off has to be told.
+        assert len(made) == (window is not None)
+        for ids, got in zip((short, long), found, strict=True):
+            everything = torch.ones_like(ids)
+            assert_same(got, logits_of(model, ids, attention_mask=everything), "fp64")
+        made.clear()
+    model.config._attn_implementation = "eager"  # which knows nothing of an order by itself
+    assert_same(logits_of(model, short), found[0], "fp64")
+    assert made
+
+
 def _restarting(seq_idx):
     starts = torch.ones_like(seq_idx, dtype=torch.bool)
     starts[:, 1:] = seq_idx.diff(dim=1) != 0

@@ -126,14 +126,14 @@ def test_angles_are_equation_1_in_packed_rows(kind: str) -> None:
         model.double()
 
 
-def wrong_norm(states: list[Tensor], counts: Tensor, rows: Tensor, first: int) -> Tensor:
-    return RIGHT_DIRECTIONS([*states[:-2], states[-1], states[-1]], counts, rows, first)
+def wrong_norm(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    return RIGHT_DIRECTIONS([*states[:-2], states[-1], states[-1]], counts)
 
 
-def padding_counts(states: list[Tensor], counts: Tensor, rows: Tensor, first: int) -> Tensor:
-    everything = torch.ones_like(counts)
-    unit = RIGHT_DIRECTIONS(states, everything, everything.nonzero()[:, 0], first)
-    return unit[: len(rows)]
+def padding_counts(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    unit, lengths = RIGHT_DIRECTIONS(states, torch.ones_like(counts))
+    n = int(counts.sum())
+    return unit[:n], lengths[:n]
 
 
 def no_pi(unit: Tensor, cosine: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def hsic(x: Tensor, y: Tensor) -> float:
 def check_kernels() -> None:
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(8, 3, 5, dtype=torch.float64), dim=-1)
-    (got,) = distances._dependence(unit, [torch.arange(8)[None]])
+    (got,) = distances._dependence(unit, torch.arange(8)[None, None])
     for low in range(3):
         for high in range(3):
             want = hsic(unit[:, low], unit[:, high])
@@ -220,9 +220,7 @@ def test_kernel_similarity_knows_rotations() -> None:
     turn = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
     other = torch.randn(2048, 12, dtype=torch.float64)
     unit = torch.nn.functional.normalize(torch.stack([x, x @ turn, other], dim=1), dim=-1)
-    groups = torch.arange(2048).view(-1, 64).split(4)
-    folds = torch.stack(distances._dependence(unit, list(groups)))
-    found = distances._alignment(folds)
+    found = distances._alignment(distances._dependence(unit, torch.arange(2048).view(8, 4, 64)))
     assert float(found.mean[0, 1]) == pytest.approx(1.0, abs=1e-9)
     assert abs(float(found.mean[0, 2])) < 4 * float(found.error[0, 2]) < 0.2
 
@@ -245,7 +243,7 @@ def test_scores_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     check_batches()
     right = distances._groups
 
-    def across_rows(per_row: Tensor) -> dict[int, list[tuple[int, Tensor]]]:
+    def across_rows(per_row: Tensor) -> list[tuple[Tensor, Tensor]]:
         return right(per_row.sum()[None])
 
     monkeypatch.setattr(distances, "_groups", across_rows)
@@ -272,6 +270,15 @@ def test_an_idle_layer_is_lowest_and_a_loud_one_highest(score: str) -> None:
     found = getattr(state_scores(made(), rows(12)), score).mean
     assert int(found.argmin()) == IDLE and int(found.argmax()) == LOUD
     assert float(found[IDLE]) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_column_of_an_idle_layer_is_its_neighbours() -> None:
+    """But for the one cell that is its own turn: a column says more of what is above a layer."""
+    found = state_scores(made(), rows(12))
+    table = found.all_tokens.mean
+    for n in range(1, 3):
+        assert float(table[IDLE, n]) == pytest.approx(float(table[IDLE + 1, n - 1]), abs=1e-6)
+    assert int(found.column_mean.mean.argmax()) == LOUD
 
 
 def test_errors_shrink_with_text_and_cover_the_truth() -> None:

@@ -167,6 +167,50 @@ def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
     assert "converted" in str(report) or plan.converted
 
 
+def test_a_recipe_without_measures_is_drawn_where_it_can_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = RECIPE.replace('heldout = ["text.txt"]\n', "").splitlines()[:-3]
+    (folder / "small.toml").write_text("\n".join([*lines, 'score = "own_turn"', "convert = 1"]))
+    recipe = read_recipe(folder / "small.toml")
+    tamba.analyze(recipe, folder / "drawn")
+    names = {"scores.json", "record.json", "plan.toml"}
+    pictures = {f"{n}.{e}" for n in ("distances", "scores", "plan") for e in ("png", "svg")}
+    assert {p.name for p in (folder / "drawn").iterdir()} == names | pictures
+    scores = json.loads((folder / "drawn" / "scores.json").read_text())
+    tables = scores["angular_distance"]
+    for name in ("all_tokens", "last_token"):
+        assert [len(row) for row in tables[name]] == [7, 6, 5, 4, 3, 2, 1]
+        assert [len(row) for row in tables["standard_error"][name]] == [7, 6, 5, 4, 3, 2, 1]
+    turns, errors = tables["all_tokens"], tables["standard_error"]["all_tokens"]
+    known = [i for i, value in enumerate(scores["own_turn"]) if value is not None]
+    assert [scores["own_turn"][i] for i in known] == [turns[i][0] for i in known]
+    assert [scores["standard_error"]["own_turn"][i] for i in known] == [errors[i][0] for i in known]
+    monkeypatch.setattr(analyze_module, "can_draw", lambda: False)
+    tamba.analyze(recipe, folder / "plain")
+    assert {p.name for p in (folder / "plain").iterdir()} == names
+    for name in ("scores.json", "plan.toml"):
+        assert (folder / "drawn" / name).read_text() == (folder / "plain" / name).read_text()
+
+
+def test_a_recipe_that_cannot_be_is_refused_before_the_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analyze_module, "load_model", None)
+    lines = RECIPE.replace('heldout = ["text.txt"]\n', "").splitlines()[:-3]
+    quick = "\n".join([*lines, 'score = "own_turn"', "convert = 1"])
+    (folder / "text.txt").write_text(TEXT[:40])
+    (folder / "short.toml").write_text(quick)
+    with pytest.raises(UserError, match="cannot be divided into text to fit"):
+        tamba.analyze(read_recipe(folder / "short.toml"), folder / "out")
+    checkpoint(folder / "single", ["attention"])
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "one.toml").write_text(quick.replace("model", "single", 1))
+    with pytest.raises(UserError, match=r"one.toml.*analyze.score.*there is one"):
+        tamba.analyze(read_recipe(folder / "one.toml"), folder / "out")
+    assert not (folder / "out").exists()
+
+
 WRONG = {
     "unknown score": (["--scores", "sttes"], "did you mean 'states'"),
     "no such layer to keep": (["--keep", "9"], "there is no layer 9"),
@@ -207,6 +251,8 @@ WRONG = {
         "has 3 layers and the teacher 7",
     ),
     "no run of layers": (["--groups", "2", "--replace", "5..7"], "is no run of layers"),
+    "a run downwards": (["--groups", "2", "--replace", "7-5"], "'7-5' is no run of layers"),
+    "fewer layers than none": (["--convert", "-1"], "'--convert'"),
     "settings of a recipe": (["--set", "analyze.tokens=3"], "changes a recipe"),
     "unknown type": (["--dtype", "int8"], "'int8' is not one to compute in"),
     "missing text": (["--text", "nowhere.txt"], "no such file"),
@@ -296,7 +342,8 @@ def test_bars_and_stack() -> None:
     (ax,) = figure.axes
     bars = [patch for patch in ax.patches if patch.get_height() > 0]
     assert [b.get_x() + b.get_width() / 2 for b in bars] == pytest.approx([1.0, 2.0, 3.0])
-    assert ax.get_yscale() == "log" and bars[2].get_facecolor() != bars[1].get_facecolor()
+    assert ax.get_yscale() == "log" and ax.get_title("left") == "drop loss, log scale"
+    assert bars[2].get_facecolor() != bars[1].get_facecolor()
     assert "drop_loss is highest at layer 1" in figure.get_label()
     stack = plan_stack([("keep", 0), ("transplant", 25), ("convert", 2)], "Plan")
     words = [text.get_text() for text in stack.axes[0].texts]

@@ -131,7 +131,9 @@ def analyze(
     recall: Annotated[
         bool, typer.Option("--recall", help="Measure recall too where layers are changed.")
     ] = False,
-    effect_tokens: Annotated[int, typer.Option(help="Tokens that effects are scored on.")] = 4096,
+    effect_tokens: Annotated[
+        int, typer.Option(help="Tokens that effects are scored on.", min=1)
+    ] = 4096,
     student: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Converted, for aligned and restore.")
     ] = None,
@@ -139,10 +141,12 @@ def analyze(
         str, typer.Option(metavar="STRATEGY", help="How to choose, e.g. 'lowest drop', uniform.")
     ] = "",
     convert: Annotated[
-        int | None, typer.Option(help="Layers to convert; half of the attention if not given.")
+        int | None,
+        typer.Option(help="Layers to convert; half of the attention if not given.", min=0),
     ] = None,
     cache_bytes: Annotated[
-        int | None, typer.Option(help="Convert until 8,192 tokens take no more than this.")
+        int | None,
+        typer.Option(help="Convert until 8,192 tokens take no more than this.", min=1),
     ] = None,
     keep: Annotated[list[int] | None, typer.Option(help="A layer to keep; repeatable.")] = None,
     groups: Annotated[
@@ -200,9 +204,11 @@ def _layer_run(words: str | None) -> range:
     if words is None:
         return range(0)
     first, dash, last = words.partition("-")
-    if not (first.isdigit() and (last.isdigit() or not dash)):
-        raise UserError("--replace", f"'{words}' is no run of layers", "write e.g. 12-22")
-    return range(int(first), int(last or first) + 1)
+    if first.isdigit() and (last.isdigit() or not dash):
+        layers = range(int(first), int(last or first) + 1)
+        if layers:
+            return layers
+    raise UserError("--replace", f"'{words}' is no run of layers", "write e.g. 12-22")
 
 
 @app.command()

@@ -19,11 +19,12 @@ from tamba.analyze.choice import Budget, plan_of, transplant_plans
 from tamba.analyze.distances import StateScores, state_scores
 from tamba.analyze.effects import student_pairs
 from tamba.analyze.probe import word_probe
-from tamba.analyze.study import Settings, Study, divided, files_of, study
+from tamba.analyze.study import Settings, Study, files_of, pictures, study, tables_json
 from tamba.analyze.swaps import (
+    QUICK_STATE_SCORES,
     Analysis,
     analyze_model,
-    angular_distances,
+    divided,
     perplexity_ratios,
     swap_scores,
 )
@@ -39,7 +40,7 @@ from tamba.errors import UserError
 from tamba.model.config import AttentionSpec, BlockSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, PlanEntry
-from tamba.plots.layers import need_matplotlib
+from tamba.plots.layers import can_draw, need_matplotlib
 from tamba.recipe import Recipe, as_recipe
 from tamba.text import prepare_text, read_text
 
@@ -51,7 +52,6 @@ __all__ = [
     "Study",
     "analyze",
     "analyze_model",
-    "angular_distances",
     "check_choice",
     "perplexity_ratios",
     "state_scores",
@@ -155,11 +155,13 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     blocks = prepared.train or prepared.heldout
     if blocks is None:
         raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
+    if settings is None or set(settings.measures) - {"states"}:
+        divided(blocks, wanted.tokens)
     dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
     teacher = load_model(checkpoint, dtype, device)
     if settings is None:
         found = analyze_model(teacher, blocks, recipe)
-        _write(out, _files(found))
+        _write(out, _files(found, Path(checkpoint.location).stem))
         return found
     facts = {"rows": len(blocks), "length": blocks.length}
     known = study(
@@ -309,7 +311,8 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
         A plan of the form that the analysis will write; which layers it converts means nothing.
 
     Raises:
-        UserError: a layer to keep that is not there, or more to convert than there is attention.
+        UserError: a layer to keep that is not there, more to convert than there is attention, or
+            one layer to compare with others.
     """
     wanted = recipe.analyze
     for layer in wanted.always_keep:
@@ -330,13 +333,19 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
             f"{wanted.convert} layers are to be converted and {len(free)} can be",
             "convert fewer or keep fewer",
         )
+    if len(specs) < 2 and not wanted.measures and wanted.score in QUICK_STATE_SCORES:
+        raise UserError(
+            recipe.where("analyze.score"),
+            f"'{wanted.score}' compares layers, and there is one",
+            "take swap, or a teacher of two layers or more",
+        )
     some = free[: wanted.convert]
     entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))
     return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 
 
-def _files(found: Analysis) -> dict[str, str | bytes]:
-    """What the analysis of a recipe leaves."""
+def _files(found: Analysis, title: str) -> dict[str, str | bytes]:
+    """What the quick analysis of a recipe leaves; pictures only where they can be drawn."""
     record = {
         "scores": found.scores,
         "score_name": "KL (nats/token)" if found.frontier else found.score,
@@ -349,6 +358,7 @@ def _files(found: Analysis) -> dict[str, str | bytes]:
         "scores": found.scores,
         # By the names that `tamba analyze MODEL` writes too.
         found.score: found.scores,
+        "standard_error": {found.score: found.errors},
         "choice": {
             "strategy": f"lowest {found.score}",
             "layers": list(found.plan.converted),
@@ -356,10 +366,16 @@ def _files(found: Analysis) -> dict[str, str | bytes]:
         "order": found.order,
         "frontier": found.frontier,
     }
-    if found.distances is not None:
-        triangle = [row[: len(row) - low] for low, row in enumerate(found.distances)]
-        scores["angular_distance"] = {"all_tokens": triangle}
+    tables = {} if found.states is None else found.states.distances()
+    if found.states is not None:
+        scores |= tables_json(found.states)
+    drawn: dict[str, bytes] = {}
+    if can_draw():
+        bars = {found.score: (found.scores, found.errors)}
+        entries = [(entry.action, entry.index) for entry in found.plan.entries]
+        drawn = pictures(title, tables, bars, entries)
     return {
+        **drawn,
         "scores.json": json.dumps(scores, indent=1) + "\n",
         "record.json": json.dumps(record, indent=1) + "\n",
         "plan.toml": replace(found.plan, name="plan.toml").to_toml(),

@@ -145,6 +145,9 @@ def choose(
     known = {usage.partition(" ")[0]: usage for usage in STRATEGIES}
     if word not in known:
         raise UserError(where, f"there is none called '{word}'", nearest(word, known))
+    if argument and known[word] == word:
+        remedy = "the budget says how many layers are replaced"
+        raise UserError(where, f"'{argument}' after '{word}' means nothing", remedy)
     scores, distances = scores or {}, distances or {}
     if word in ("explicit", "jamba"):
         if word == "explicit":
@@ -248,12 +251,14 @@ def _ratio(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int,
     if not slash:
         raise UserError(where, "names no two scores", "write e.g. 'ratio drop_recall/drop_loss'")
     a, b = (_score(name, scores, facts, where) for name in (over, under))
-    out = {}
-    for i, value in a.items():
-        value = max(value, 0.0)
-        low = max(b[i], value / RATIO_LIMIT)
-        out[i] = value / low if low > 0 else 0.0
-    return out
+    return {i: ratio(value, b[i]) for i, value in a.items()}
+
+
+def ratio(over: float, under: float) -> float:
+    """Of two changes, 0 where nothing is lost, and no more than `RATIO_LIMIT`."""
+    over = max(over, 0.0)
+    low = max(under, over / RATIO_LIMIT)
+    return over / low if low > 0 else 0.0
 
 
 def _sum(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int, float]:

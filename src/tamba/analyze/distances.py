@@ -97,11 +97,24 @@ class StateScores:
         """
         return Estimate(self.all_tokens.mean.nanmean(1), self.all_tokens.error.nanmean(1))
 
+    def distances(self) -> dict[str, list[list[float]]]:
+        """The angular distances [l][n-1], rows of falling length, by name."""
+        return {
+            "all_tokens": triangle(self.all_tokens.mean),
+            "last_token": triangle(self.last_token.mean),
+        }
+
     @property
     def kernel_change(self) -> Estimate:
         """[L], one minus the kernel similarity of the states before and after each layer."""
         first = self.kernel_similarity[:, 0]
         return Estimate(1.0 - first.mean, first.error)
+
+
+def triangle(table: Tensor) -> list[list[float]]:
+    """The cells of a table of `StateScores` that compare two states, row by row."""
+    L = len(table)
+    return [table[low, : L - low].tolist() for low in range(L)]
 
 
 def state_scores(
@@ -248,8 +261,10 @@ class _Sums:
             )
         rows = counts.nonzero()[:, 0]
         per_row = counts.sum(1)
-        unit = _directions(states, counts, rows, first_row)
+        unit, lengths = _directions(states, counts)
         angle = _angles(unit, unit @ unit.mT)
+        # Not before: angles wait for the GPU in any case, and one wait is enough.
+        _check_lengths(lengths, rows, first_row)
         # [B, n], the mean over the tokens of a row as a product: no additions in turns.
         share = (torch.arange(len(counts))[:, None] == rows).double() / per_row[:, None]
         share = share.to(device)
@@ -259,10 +274,9 @@ class _Sums:
         # 1 - cos t = 2 sin(t/2)^2 keeps its digits where the layer hardly turns.
         own = angle.diagonal(1, 1, 2)[:, : self.n_layers].double()
         self.apart.add(share @ (2.0 * torch.sin(own * (math.pi / 2)).square()))
-        for size, found in _groups(per_row).items():
-            sums = _dependence(unit, [groups for _, groups in found])
-            for (row, _), hsic in zip(found, sums, strict=True):
-                self.kernels[(first_row + row) % _FOLDS] += size * hsic
+        for numbers, groups in _groups(per_row):
+            folds = ((first_row + numbers) % _FOLDS).to(device)
+            self.kernels.index_add_(0, folds, groups.shape[-1] * _dependence(unit, groups))
         self.tokens += len(rows)
 
     def result(self) -> StateScores:
@@ -293,35 +307,39 @@ def _by_distance(table: Estimate, n_layers: int) -> Estimate:
     return Estimate(shifted(table.mean), shifted(table.error))
 
 
-def _directions(states: list[Tensor], counts: Tensor, rows: Tensor, first_row: int) -> Tensor:
-    """[n, S, D]: the states of tokens that count, each of length one, float32 at least."""
-    device = states[0].device
-    wide = torch.promote_types(states[0].dtype, torch.float32)
-    where = None if bool(counts.all()) else counts.flatten().nonzero()[:, 0].to(device)
-    unit = torch.empty(len(rows), len(states), states[0].shape[-1], dtype=wide, device=device)
-    lengths = torch.empty(len(states), len(rows), dtype=wide, device=device)
-    for index, state in enumerate(states):
-        here = state.flatten(0, 1)
-        if where is not None:
-            here = here.index_select(0, where)
-        torch.linalg.vector_norm(here, dim=-1, dtype=wide, out=lengths[index])
-        torch.div(here, lengths[index, :, None], out=unit[:, index])
+def _directions(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
+    """States of tokens that count, [n, S, D] of length one, and their lengths [n, S]."""
+    flat = [state.flatten(0, 1) for state in states]
+    if not bool(counts.all()):
+        where = counts.flatten().nonzero()[:, 0].to(flat[0].device)
+        flat = [state.index_select(0, where) for state in flat]
+    seen = torch.stack(flat, dim=1)
+    wide = torch.promote_types(seen.dtype, torch.float32)
+    lengths = torch.linalg.vector_norm(seen, dim=-1, dtype=wide)
+    scale = lengths[..., None]
+    # What was stacked is a copy, which a wide type lets be written over.
+    unit = seen.div_(scale) if seen.dtype == wide else seen / scale
+    return unit, lengths
+
+
+def _check_lengths(lengths: Tensor, rows: Tensor, first_row: int) -> None:
+    """Refuse states [n, S] that have no direction, of tokens in these rows. Raises UserError."""
     good = torch.isfinite(lengths) & (lengths > 0)
-    if not bool(good.all()):
-        # The lowest state at fault: those above it only inherit it.
-        index, token = (int(i) for i in (~good).nonzero()[0])
-        what = "zero and has no direction" if lengths[index, token] == 0 else "not a finite number"
-        n_layers = len(states) - 2
-        if index == 0:
-            source = "the embedding"
-        else:
-            source = f"layer {index - 1}" if index <= n_layers else "the final norm"
-        raise UserError(
-            source,
-            f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
-            "check the weights, or compute in a wider type",
-        )
-    return unit
+    if bool(good.all()):
+        return
+    # The lowest state at fault: those above it only inherit it.
+    index, token = (int(i) for i in (~good).T.nonzero()[0])
+    what = "zero and has no direction" if lengths[token, index] == 0 else "not a finite number"
+    n_layers = lengths.shape[1] - 2
+    if index == 0:
+        source = "the embedding"
+    else:
+        source = f"layer {index - 1}" if index <= n_layers else "the final norm"
+    raise UserError(
+        source,
+        f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
+        "check the weights, or compute in a wider type",
+    )
 
 
 def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
@@ -347,8 +365,9 @@ def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
     return angle
 
 
-def _groups(per_row: Tensor) -> dict[int, list[tuple[int, Tensor]]]:
-    """Tokens that are compared with one another, by how many: (row, [k, size] token numbers).
+def _groups(per_row: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Tokens that are compared with one another: (rows [R], token numbers [R, k, size]) for rows
+    that have as many groups of one size.
 
     Groups lie in one row, so that what they say does not depend on how rows are batched and rows
     can be left out one by one; far apart in it, since neighbours are not independent.
@@ -356,48 +375,43 @@ def _groups(per_row: Tensor) -> dict[int, list[tuple[int, Tensor]]]:
     Args:
         per_row: [B], tokens that count, which are numbered through.
     """
-    found: dict[int, list[tuple[int, Tensor]]] = {}
-    first = 0
+    alike: dict[tuple[int, int], list[int]] = {}
     for row, n in enumerate(per_row.tolist()):
         size = min(_KERNEL_TOKENS, n)
         if size >= 4:
-            places = torch.arange(n // size * size).view(size, -1).T
-            found.setdefault(size, []).append((row, first + places))
-        first += n
+            alike.setdefault((n // size, size), []).append(row)
+    before = per_row.cumsum(0) - per_row
+    found = []
+    for (k, size), some in alike.items():
+        rows = torch.tensor(some)
+        places = torch.arange(k * size).view(size, k).T
+        found.append((rows, before[rows, None, None] + places))
     return found
 
 
-def _dependence(unit: Tensor, groups: list[Tensor]) -> list[Tensor]:
-    """[S, S] float64 for each of `groups` [k, size]: sums over k of the unbiased HSIC of every two
+def _dependence(unit: Tensor, groups: Tensor) -> Tensor:
+    """[R, S, S] float64 for `groups` [R, k, size]: sums over k of the unbiased HSIC of every two
     states.
 
     HSIC of linear kernels, estimator 5 of Song et al. (2012, JMLR 13): unbiased in groups of any
     size, so that groups can be added up (Nguyen et al. 2021, arXiv 2010.15327, section 3.1).
     """
-    S = unit.shape[1]
-    together = torch.cat(groups).to(unit.device)
-    n, size = together.shape
-    kernels = unit.new_empty(S, n, size, size)
-    for state, kernel in enumerate(kernels):
-        some = unit[:, state][together]
-        torch.bmm(some, some.mT, out=kernel)
+    R, k, size = groups.shape
+    some = unit.transpose(0, 1)[:, groups.flatten().to(unit.device)]
+    some = some.view(-1, size, some.shape[-1])
+    kernels = torch.bmm(some, some.mT).view(-1, R, k, size, size)
     kernels.diagonal(0, -2, -1).zero_()
-    out = []
-    for part in kernels.split([len(g) for g in groups], dim=1):
-        part = part.double()
-        sums = part.sum(3)
-        whole = sums.sum(2)
-        # Products of flattened groups are sums over groups.
-        flat, ends = part.flatten(1), sums.flatten(1)
-        out.append(
-            (
-                flat @ flat.mT
-                + whole @ whole.mT / ((size - 1) * (size - 2))
-                - 2.0 / (size - 2) * (ends @ ends.mT)
-            )
-            / (size * (size - 3))
-        )
-    return out
+    kernels = kernels.transpose(0, 1).double()
+    sums = kernels.sum(-1)
+    whole = sums.sum(-1)
+    # Products of flattened groups are sums over groups.
+    flat, ends = kernels.flatten(2), sums.flatten(2)
+    found = (
+        flat @ flat.mT
+        + whole @ whole.mT / ((size - 1) * (size - 2))
+        - 2.0 / (size - 2) * (ends @ ends.mT)
+    )
+    return found / (size * (size - 3))
 
 
 def _alignment(folds: Tensor) -> Estimate:

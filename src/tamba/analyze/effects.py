@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tamba.analyze.probe import Probe
-from tamba.analyze.swaps import converted_layers
+from tamba.analyze.swaps import bad_rows, check_finite, converted_layers
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.block import Block
@@ -158,9 +158,9 @@ def change_scores(
             if reference is not None:
                 top = len(reference.model.layers)
                 wanted = trace(reference, blocks, streams=[top], dtype=dtype).streams[top]
-            _check_finite(model, seen[0][L], blocks, dtype)
+            check_finite(model, seen[0][L], blocks, dtype)
             if reference is not None and wanted is not None:
-                _check_finite(reference, wanted, blocks, dtype)
+                check_finite(reference, wanted, blocks, dtype)
             before = [
                 t.measure(
                     model, reference or model, s[L], s[L] if wanted is None else wanted, dtype
@@ -182,7 +182,7 @@ def change_scores(
                     streams[index],
                     dtype,
                 )
-                if len(rows := _bad_rows(top)):
+                if len(rows := bad_rows(top)):
                     raise UserError(
                         f"score '{score}'",
                         f"layer {index} changed, row {rows[0]} gives no finite numbers",
@@ -205,34 +205,6 @@ def change_scores(
 
         each(one, some, device=model.device, label=f"score: {score}")
     return {i: change for i in variants if (change := ledger.find(score, i)) is not None}
-
-
-def _bad_rows(stream: Tensor) -> list[int]:
-    """Rows of [n, T, D] that hold a number that is not finite."""
-    return [row for row, x in enumerate(stream) if not bool(torch.isfinite(x).all())]
-
-
-def _check_finite(
-    model: TambaForCausalLM, top: Tensor, blocks: TokenBlocks, dtype: torch.dtype | None
-) -> None:
-    """Refuse numbers that are not finite, naming the lowest layer that gives them.
-
-    Args:
-        top: [n, T, D], what the last layer gives.
-    """
-    bad = _bad_rows(top)
-    if not bad:
-        return
-    row = TokenBlocks(blocks.tokens[bad[:1]], blocks.starts[bad[:1]], blocks.length)
-    n_layers = len(model.model.layers)
-    streams = trace(model, row, streams=range(n_layers + 1), dtype=dtype).streams
-    first = next((i for i in range(n_layers + 1) if _bad_rows(streams[i])), n_layers)
-    raise UserError(
-        f"{model.config.name_or_path or 'model'}: "
-        + (f"layer {first - 1}" if first else "embedding"),
-        f"gives a hidden state that is not a finite number, in row {bad[0]}",
-        "check the weights, or compute in a wider type",
-    )
 
 
 def _paired(rows: Tensor) -> tuple[float, float | None]:

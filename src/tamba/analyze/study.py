@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tamba.analyze.choice import (
+    RATIO_LIMIT,
     Budget,
     Choice,
     Facts,
@@ -28,8 +29,9 @@ from tamba.analyze.choice import (
     choose,
     donor_groups,
     rank_correlations,
+    ratio,
 )
-from tamba.analyze.distances import Estimate, StateScores, state_scores
+from tamba.analyze.distances import Estimate, StateScores, state_scores, triangle
 from tamba.analyze.effects import (
     Change,
     Ledger,
@@ -40,6 +42,7 @@ from tamba.analyze.effects import (
     restore_scores,
 )
 from tamba.analyze.probe import Probe
+from tamba.analyze.swaps import divided
 from tamba.data import TokenBlocks
 from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
@@ -150,7 +153,7 @@ class Settings:
     def _names(self, recall: bool) -> list[str]:
         """Names of the scores that will be measured."""
         names = list(STATE_SCORES) if "states" in self.measures else []
-        parts = ("", "_loss", "_recall") if recall else ("", "_loss")
+        parts = ("", "_loss", "_recall", "_ratio") if recall else ("", "_loss")
         return names + [m + part for m in self.measures if m != "states" for part in parts]
 
     def facts(self, config: TambaConfig) -> Facts:
@@ -212,26 +215,34 @@ class Study:
                     errors[name] = [
                         None if c is None else getattr(c, f"{part}_error") for c in changes
                     ]
+            if f"{measure}_recall" in values:
+                ratios = [_retrieval(layers.get(i)) for i in range(self.n_layers)]
+                values[f"{measure}_ratio"] = [value for value, _ in ratios]
+                errors[f"{measure}_ratio"] = [error for _, error in ratios]
         return values, errors
 
     def distances(self) -> dict[str, list[list[float]]]:
         """Angular distances [l][n-1] by name; empty where hidden states were not read."""
-        if self.states is None:
-            return {}
-        return {
-            "all_tokens": _rows(self.states.all_tokens.mean),
-            "last_token": _rows(self.states.last_token.mean),
-        }
+        return {} if self.states is None else self.states.distances()
+
+
+def _retrieval(change: Change | None) -> tuple[float | None, float | None]:
+    """Retrieval beside knowledge: answers lost for each nat that the text loses, and its error.
+
+    The error is that of a ratio of two means over different rows, to first order; None where the
+    ratio is cut off.
+    """
+    if change is None or change.recall is None:
+        return None, None
+    value = ratio(change.recall, change.loss)
+    if not 0.0 < value < RATIO_LIMIT or change.recall_error is None or change.loss_error is None:
+        return value, None
+    over, under = change.recall_error / change.recall, change.loss_error / change.loss
+    return value, value * math.hypot(over, under)
 
 
 def _listed(values: Tensor) -> list[float | None]:
     return [_number(v) for v in values.tolist()]
-
-
-def _rows(table: Tensor) -> list[list[float]]:
-    """The cells of a triangle, row by row."""
-    L = len(table)
-    return [table[low, : L - low].tolist() for low in range(L)]
 
 
 def study(
@@ -295,22 +306,6 @@ def study(
     return replace(found, choice=choice, groups=groups)
 
 
-def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """Rows to fit on and other rows to score on, `tokens` of each where there are so many."""
-    if len(blocks) < 2:
-        raise UserError(
-            "text",
-            f"is {len(blocks)} row, which cannot be divided into text to fit and text to score on",
-            "give more text, or shorter rows",
-        )
-    n = max(1, min(tokens // blocks.length, len(blocks) // 2))
-    parts = (slice(0, n), slice(n, 2 * n))
-    first, second = (
-        TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
-    )
-    return first, second
-
-
 def _digest(
     model: TambaForCausalLM,
     score: TokenBlocks,
@@ -348,20 +343,8 @@ def scores_json(found: Study) -> dict[str, Any]:
     """
     values, errors = found.scores()
     out: dict[str, Any] = {"model": found.model, "layers": found.n_layers, "text": found.text}
-    if (states := found.states) is not None:
-        out["angular_distance"] = found.distances() | {
-            "standard_error": {
-                "all_tokens": _errors(states.all_tokens),
-                "last_token": _errors(states.last_token),
-            }
-        }
-        out["kernel_similarity"] = {
-            "all_tokens": [
-                [_number(v) for v in row] for row in _rows(states.kernel_similarity.mean)
-            ],
-            "standard_error": {"all_tokens": _errors(states.kernel_similarity)},
-        }
-        out["after_final_norm"] = _listed(states.after_norm.mean)
+    if found.states is not None:
+        out |= tables_json(found.states)
     out |= values
     out["standard_error"] = errors
     out["rank_correlation"] = rank_correlations(values)
@@ -372,8 +355,26 @@ def scores_json(found: Study) -> dict[str, Any]:
     return out
 
 
-def _errors(estimate: Estimate) -> list[list[float | None]]:
-    return [[_number(v) for v in row] for row in _rows(estimate.error)]
+def tables_json(states: StateScores) -> dict[str, Any]:
+    """What ``scores.json`` holds of every two states, and of the final norm."""
+    return {
+        "angular_distance": states.distances()
+        | {
+            "standard_error": {
+                "all_tokens": _numbers(states.all_tokens.error),
+                "last_token": _numbers(states.last_token.error),
+            }
+        },
+        "kernel_similarity": {
+            "all_tokens": _numbers(states.kernel_similarity.mean),
+            "standard_error": {"all_tokens": _numbers(states.kernel_similarity.error)},
+        },
+        "after_final_norm": _listed(states.after_norm.mean),
+    }
+
+
+def _numbers(table: Tensor) -> list[list[float | None]]:
+    return [[_number(v) for v in row] for row in triangle(table)]
 
 
 def _number(value: float) -> float | None:
@@ -388,23 +389,49 @@ def files_of(found: Study, plan: str | None = None) -> dict[str, str | bytes]:
     """
     values, errors = found.scores()
     files: dict[str, str | bytes] = {"scores.json": json.dumps(scores_json(found), indent=1) + "\n"}
-    chosen = found.choice.layers if found.choice is not None else ()
-    figures = {}
-    if found.states is not None:
-        tables = {name.replace("_", " "): t for name, t in found.distances().items()}
-        figures["distances"] = heat_maps(tables, f"Angular distance, {found.title}")
-    bars = {name: (values[name], errors[name]) for name in values}
-    figures["scores"] = score_bars(bars, f"Scores by layer, {found.title}", chosen)
+    entries: list[tuple[str, int]] = []
     if found.choice is not None:
+        chosen = found.choice.layers
         entries = [("convert" if i in chosen else "keep", i) for i in range(found.n_layers)]
-        figures["plan"] = plan_stack(entries, "Plan")
-    for name, figure in figures.items():
-        for ending in ("png", "svg"):
-            files[f"{name}.{ending}"] = to_bytes(figure, ending)
+    bars = {name: (values[name], errors[name]) for name in values}
+    drawn = pictures(found.title, found.distances(), bars, entries)
+    files |= drawn
     if plan is not None:
         files["plan.toml"] = plan
-    files["report.md"] = report(found, list(figures))
+    files["report.md"] = report(found, [name[:-4] for name in drawn if name.endswith(".png")])
     return files
+
+
+def pictures(
+    title: str,
+    tables: Mapping[str, Table],
+    bars: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]],
+    entries: Sequence[tuple[str, int]],
+) -> dict[str, bytes]:
+    """Heat maps, bars and a plan as PNG and SVG by file name, of what is given.
+
+    Args:
+        title: the model's name.
+        tables: distances [l][n-1] by name.
+        bars: by score, a value and a standard error a layer.
+        entries: of the plan: action and layer.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    figures = {}
+    if tables:
+        named = {name.replace("_", " "): table for name, table in tables.items()}
+        figures["distances"] = heat_maps(named, f"Angular distance, {title}")
+    chosen = [layer for action, layer in entries if action == "convert"]
+    figures["scores"] = score_bars(bars, f"Scores by layer, {title}", chosen)
+    if entries:
+        figures["plan"] = plan_stack(entries, "Plan")
+    return {
+        f"{name}.{ending}": to_bytes(figure, ending)
+        for name, figure in figures.items()
+        for ending in ("png", "svg")
+    }
 
 
 def report(found: Study, pictures: Sequence[str] = ()) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tamba.analyze.distances import state_scores
+from tamba.analyze.distances import StateScores, state_scores
 from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
@@ -33,12 +33,18 @@ from tamba.recipe import Recipe
 from tamba.surgery import convert_layer
 from tamba.trace import Trace, climb, computing, each, enter, finish, trace
 
+QUICK_STATE_SCORES = ("own_turn", "column_mean")
+"""What a recipe may take for `score` beside the harm of a conversion."""
 _DTYPE = torch.bfloat16
 """Of matrix products, where weights are wider: scores need two digits."""
 _STRIDE = 2
 """Every which predicted position is scored."""
 _HELD_BYTES = 3 << 30
 """Activations held at once."""
+
+
+Harm = tuple[float, float | None]
+"""A score of a layer, and its standard error over rows; None for a single row."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Analysis:
         plan: the chosen conversion.
         frontier: (layers converted, perplexity ratio) on the text scored on, in `order` and without
             any training.
-        distances: [L, L] angular distances d(l, n) of the hidden states before layers l and l + n
-            (row l, column n - 1; NaN beyond the last layer), where the score rests on them.
+        errors: standard errors of `scores` over rows of text; None for a single row.
+        states: scores of hidden states, where `score` is one of them.
     """
 
     score: str
@@ -63,7 +69,8 @@ class Analysis:
     order: list[int]
     plan: LayerPlan
     frontier: list[tuple[int, float]]
-    distances: list[list[float | None]] | None = None
+    errors: list[float | None]
+    states: StateScores | None = None
 
 
 def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe) -> Analysis:
@@ -75,58 +82,91 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
         recipe: its ``analyze`` and ``build.convert`` sections decide.
     """
     wanted, options = recipe.analyze, recipe.build.convert
-    fit, score = _divide(blocks, wanted.tokens)
+    fit, score = divided(blocks, wanted.tokens)
     convertible = [
         i for i, s in enumerate(teacher.config.block_specs) if isinstance(s.mixer, AttentionSpec)
     ]
-    distances = None
+    states = None
     frontier: list[tuple[int, float]] = []
-    if wanted.score in ("own_turn", "column_mean"):
-        table = angular_distances(teacher, score)
-        scores = {
-            i: float(table[i, 0] if wanted.score == "own_turn" else table[i].nanmean())
-            for i in convertible
-        }
-        distances = [[None if math.isnan(x) else x for x in row] for row in table.tolist()]
+    if wanted.score in QUICK_STATE_SCORES:
+        states = state_scores(teacher, score, dtype=_DTYPE, label="angles")
+        turns = states.own_turn if wanted.score == "own_turn" else states.column_mean
+        found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in convertible}
     else:
         closed = fit if wanted.score == "least_squares" else None
-        replaced, scores = swap_scores(teacher, convertible, options, score, closed, recipe.seed)
-        order = sorted(scores, key=lambda i: (scores[i], i))
+        replaced, found = swap_scores(teacher, convertible, options, score, closed, recipe.seed)
+        order = sorted(found, key=lambda i: (found[i][0], i))
         counts = {round(wanted.convert * share) for share in (0.5, 1.0, 1.5, 2.0)}
         counts = {n for n in counts if 0 < n <= len(order)}
         frontier = perplexity_ratios(
             teacher, {n: {i: replaced[i] for i in order[:n]} for n in sorted(counts)}, score
         )
-    order = sorted(scores, key=lambda i: (scores[i], i))
+    order = sorted(found, key=lambda i: (found[i][0], i))
     chosen = [i for i in order if i not in wanted.always_keep][: wanted.convert]
     entries = tuple(
         PlanEntry(
             "convert" if i in chosen else "keep",
             i,
-            note=f"{wanted.score} {scores[i]:.4f}" if i in scores else "no attention",
+            note=f"{wanted.score} {found[i][0]:.4f}" if i in found else "no attention",
         )
         for i in range(teacher.config.num_hidden_layers)
     )
-    by_layer = [scores.get(i) for i in range(len(entries))]
+    nothing = (None, None)
+    scores, errors = zip(*(found.get(i, nothing) for i in range(len(entries))), strict=True)
     plan = LayerPlan(entries, options)
-    return Analysis(wanted.score, by_layer, order, plan, frontier, distances)
+    return Analysis(wanted.score, [*scores], order, plan, frontier, [*errors], states)
 
 
-def _divide(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
-    """Rows to fit on and other rows to score on, `tokens` of each where there are so many."""
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
+
+
+def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """Rows to fit on and other rows to score on, `tokens` of each where there are so many.
+
+    Raises:
+        UserError: fewer than two rows.
+    """
     if len(blocks) < 2:
         raise UserError(
-            "analyze.tokens",
-            f"{len(blocks)} row of text cannot be divided into text to fit and text to score on",
-            "give more text, or shorter rows (data.length)",
+            "text",
+            f"is {len(blocks)} row, which cannot be divided into text to fit and text to score on",
+            "give more text, or shorter rows",
         )
     n = max(1, min(tokens // blocks.length, len(blocks) // 2))
+    parts = (slice(0, n), slice(n, 2 * n))
+    first, second = (
+        TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
+    )
+    return first, second
 
-    def rows(first: int) -> TokenBlocks:
-        part = slice(first, first + n)
-        return TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length)
 
-    return rows(0), rows(n)
+def bad_rows(stream: Tensor) -> list[int]:
+    """Rows of [n, T, D] that hold a number that is not finite."""
+    return [row for row, x in enumerate(stream) if not bool(torch.isfinite(x).all())]
+
+
+def check_finite(
+    model: TambaForCausalLM, top: Tensor, blocks: TokenBlocks, dtype: torch.dtype | None
+) -> None:
+    """Refuse numbers that are not finite, naming the lowest layer that gives them.
+
+    Args:
+        top: [n, T, D], what the last layer gives.
+    """
+    bad = bad_rows(top)
+    if not bad:
+        return
+    row = TokenBlocks(blocks.tokens[bad[:1]], blocks.starts[bad[:1]], blocks.length)
+    n_layers = len(model.model.layers)
+    streams = trace(model, row, streams=range(n_layers + 1), dtype=dtype).streams
+    first = next((i for i in range(n_layers + 1) if bad_rows(streams[i])), n_layers)
+    raise UserError(
+        f"{model.config.name_or_path or 'model'}: "
+        + (f"layer {first - 1}" if first else "embedding"),
+        f"gives a hidden state that is not a finite number, in row {bad[0]}",
+        "check the weights, or compute in a wider type",
+    )
 
 
 def swap_scores(
@@ -136,7 +176,7 @@ def swap_scores(
     blocks: TokenBlocks,
     fit: TokenBlocks | None = None,
     seed: int = 0,
-) -> tuple[dict[int, Block], dict[int, float]]:
+) -> tuple[dict[int, Block], dict[int, Harm]]:
     """KL(teacher, teacher with one layer converted), in nats a token, for each of `layers`.
 
     Args:
@@ -147,29 +187,28 @@ def swap_scores(
             Mixers that `calibrate` does not know are fitted in their output projection.
         seed: of what the conversion draws.
 
+    Raises:
+        UserError: hidden states that are not finite (which layer, which row), or nothing to score.
+
     Returns:
-        The converted layer, and the score, by layer.
+        The converted layer, and the score with its standard error, by layer.
     """
     L, D = teacher.config.num_hidden_layers, teacher.config.hidden_size
     n_tokens = len(blocks) * blocks.length + (0 if fit is None else 2 * len(fit) * fit.length)
     size = max(1, _HELD_BYTES // (4 * D * n_tokens))
     converted: dict[int, Block] = {}
-    scores: dict[int, float] = {}
+    scores: dict[int, Harm] = {}
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
         reference = trace(teacher, blocks, streams=[*some, L], dtype=_DTYPE)
-        seen = (
-            Trace() if fit is None else trace(teacher, fit, mixers=some, heads=True, dtype=_DTYPE)
-        )
+        if first == 0:
+            check_finite(teacher, reference.streams[L], blocks, _DTYPE)
+        seen = _seen(teacher, some, fit)
 
         def one(
             index: int, _: Any, reference: Trace = reference, seen: Trace = seen
-        ) -> tuple[Block, float]:
-            original = teacher.model.layers[index]
-            assert isinstance(original, Block)
-            layer = convert_layer(original, teacher.config, options, index, seed=seed)
-            if index in seen.mixers:
-                _fit(teacher, layer, index, seen)
+        ) -> tuple[Block, Harm]:
+            layer = _converted(teacher, index, options, seen, seed)
             return layer, _harm(teacher, {index: layer}, blocks, reference, index)
 
         found = each(one, some, device=teacher.device, label="score layers")
@@ -192,21 +231,33 @@ def converted_layers(
     made: dict[int, Block] = {}
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
-        seen = (
-            Trace() if fit is None else trace(teacher, fit, mixers=some, heads=True, dtype=_DTYPE)
-        )
+        seen = _seen(teacher, some, fit)
 
         def one(index: int, _: Any, seen: Trace = seen) -> Block:
-            original = teacher.model.layers[index]
-            assert isinstance(original, Block)
-            layer = convert_layer(original, teacher.config, options, index, seed=seed)
-            if index in seen.mixers:
-                _fit(teacher, layer, index, seen)
-            return layer
+            return _converted(teacher, index, options, seen, seed)
 
         found = each(one, some, device=teacher.device, label="convert layers")
         made |= dict(zip(some, found, strict=True))
     return made
+
+
+def _seen(teacher: TambaForCausalLM, layers: Sequence[int], fit: TokenBlocks | None) -> Trace:
+    """What the mixers of `layers` do on the text to fit on; nothing where there is none."""
+    if fit is None:
+        return Trace()
+    return trace(teacher, fit, mixers=layers, heads=True, dtype=_DTYPE)
+
+
+def _converted(
+    teacher: TambaForCausalLM, index: int, options: ConvertOptions, seen: Trace, seed: int
+) -> Block:
+    """A layer converted, and fitted to what was seen of it."""
+    original = teacher.model.layers[index]
+    assert isinstance(original, Block)
+    layer = convert_layer(original, teacher.config, options, index, seed=seed)
+    if index in seen.mixers:
+        _fit(teacher, layer, index, seen)
+    return layer
 
 
 def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> None:
@@ -229,10 +280,11 @@ def _harm(
     blocks: TokenBlocks,
     reference: Trace,
     first: int,
-) -> float:
+) -> Harm:
     """KL of the teacher with layers replaced, from the stream before layer `first` on."""
     top = reference.streams[len(teacher.model.layers)]
-    ours, theirs = [], []
+    head = teacher.lm_head.weight
+    rows, counts = [], []
     with computing(teacher, _DTYPE):
         for row, batch in enumerate(blocks.batches(1)):
             batch = batch.to(teacher.device)
@@ -241,14 +293,26 @@ def _harm(
             stream = _climb(teacher, replaced, stream, tokens, first)
             # Neighbours say much the same, and the head costs as much as half of the layers.
             here = batch.predicted[0].nonzero()[row % _STRIDE :: _STRIDE, 0]
-            ours.append(finish(teacher, stream)[0, here])
-            theirs.append(finish(teacher, top[row : row + 1])[0, here])
-        head = teacher.lm_head.weight
-        return float(
-            next_token_loss(
-                torch.cat(ours), head, teacher_hidden=torch.cat(theirs), teacher_head=head
+            if not len(here):
+                continue
+            ours = finish(teacher, stream)[0, here]
+            theirs = finish(teacher, top[row : row + 1])[0, here]
+            rows.append(
+                next_token_loss(ours, head, teacher_hidden=theirs, teacher_head=head).double()
             )
+            counts.append(len(here))
+    if not rows:
+        raise UserError("text", "holds no token to score", "give longer documents")
+    each_row = torch.stack(rows).cpu()
+    if len(wrong := (~torch.isfinite(each_row)).nonzero()):
+        raise UserError(
+            f"layer {', '.join(map(str, replaced))} converted",
+            f"gives no finite numbers in row {int(wrong[0])}",
+            "keep it with analyze.always_keep, or convert it another way",
         )
+    weight = torch.tensor(counts, dtype=torch.float64)
+    error = float(each_row.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
+    return float((each_row * weight).sum() / weight.sum()), error
 
 
 def _climb(
@@ -293,8 +357,3 @@ def perplexity_ratios(
                 sums[key] += nats
             count += n
     return [(n, math.exp((sums[n] - sums[None]) / max(1, count))) for n in sets]
-
-
-def angular_distances(model: TambaForCausalLM, blocks: TokenBlocks) -> Tensor:
-    """[L, L] float64: `StateScores.all_tokens` with products in a short type: two digits."""
-    return state_scores(model, blocks, dtype=_DTYPE, label="angles").all_tokens.mean

@@ -16,7 +16,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ _TUNED = (
     "ssd_fwd/S1",
     "ssd_fwd_gated/S1",
     "ssd_fwd_packed/S1",
+    "conv_fwd_bwd/C4096",
 )
 
 
@@ -69,14 +70,16 @@ def bench(
         compile_seconds: how long peers' kernels may be compiled beforehand; 0 to compile each when
             its turn comes.
         seed: of the random arguments; by default from the clock, and in the record.
-        out: file to write the record to.
+        out: file to write the record to. Where it holds a record of this suite on this device, rows
+            that are not measured now stay in it, each with the date of its run and, under
+            ``kept``, that run's command, machine and ceilings.
         report: called with every row as soon as it is measured.
 
     Returns:
-        The record: ``suite``, ``date``, ``command``, ``machine``, ``ceilings``, ``rows``.
+        The record: ``suite``, ``date``, ``command``, ``machine``, ``ceilings``, ``rows``, ``kept``.
 
     Raises:
-        UserError: no such suite, row or device, or nothing to measure.
+        UserError: no such suite, row or device, nothing to measure, or `out` is something else.
     """
     if suite not in SUITES:
         raise UserError("suite", f"unknown suite '{suite}'", nearest(suite, SUITES))
@@ -88,10 +91,11 @@ def bench(
     if folder is not None and not folder.is_dir():
         raise UserError(str(folder), "no such folder", "unpack the peers' archives there")
     target = None if out is None else Path(out)
+    earlier: dict[str, Any] = {}
     if target is not None and target.is_dir():
         raise UserError(str(target), "is a folder", "name a file for the record")
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        earlier = _earlier(target, suite, _device_name(at))
     seed = time.time_ns() % (1 << 31) if seed is None else seed
     begun = time.monotonic()
     record: dict[str, Any] = {
@@ -103,24 +107,33 @@ def bench(
         "rounds": rounds,
         "ceilings": None,
         "rows": [],
+        "kept": {},
     }
+    done: dict[str, dict[str, Any]] = {}
+    late = f"{limit_seconds or 0:g} s were over"
 
     def add(row: dict[str, Any]) -> None:
-        record["rows"].append(row)
+        if not (row.get("not_run") == late and row["id"] in _measured_before(earlier)):
+            done[row["id"]] = row
         # After every row, so that what was measured survives whatever comes next.
         record["machine"] = _machine(at)
         record["seconds"] = time.monotonic() - begun
+        record["rows"], record["kept"] = _with_earlier(done, earlier, [r.id for r in known])
         if target is not None:
             artefact.write_file(target, json.dumps(record, indent=1) + "\n")
         report(row)
 
     found = peers.Peers(folder)
+    known: Sequence[Any]
     if suite == "kernels":
-        chosen = _choose(_kernel_rows(at, found), rows)
+        known = _kernel_rows(at, found)
     elif suite == "model":
-        chosen = _choose(model.rows(at, found), rows)
+        known = model.rows(at, found)
     else:
-        chosen = _choose(cold_start.rows(at), rows)
+        known = cold_start.rows(at)
+    chosen = _choose(known, rows)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
     if suite != "cold-start":
         record["ceilings"] = measure_ceilings(at)
         report({"id": "ceilings", **record["ceilings"]})
@@ -129,11 +142,57 @@ def bench(
     with contextlib.closing(found), task(suite, total=len(chosen)) as advance:
         for row in chosen:
             if limit_seconds is not None and time.monotonic() - begun > limit_seconds:
-                add({"id": row.id, "not_run": f"{limit_seconds:g} s were over"})
+                add({"id": row.id, "not_run": late})
             else:
                 add(_measured(row, at, record, rounds, seed))
             advance(note=row.id)
     return record
+
+
+_HEADER = ("date", "command", "machine", "seed", "rounds", "ceilings")
+
+
+def _earlier(target: Path, suite: str, device: str) -> dict[str, Any]:
+    """The record that lies at `target`; empty where there is none."""
+    if not target.exists():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(target.read_text())
+        is_of = found["suite"], found["machine"]["device"]
+        _ = found["rows"], [found[name] for name in _HEADER]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(str(target), "is no record of a benchmark", "name another file") from None
+    if is_of != (suite, device):
+        raise UserError(
+            str(target), f"is a record of '{is_of[0]}' on {is_of[1]}", "name another file"
+        )
+    return found
+
+
+def _with_earlier(
+    done: dict[str, dict[str, Any]], earlier: Mapping[str, Any], known: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of this run and those an earlier record has besides, and by date what those ran under.
+
+    An earlier row goes where this run failed at it, found it wrong, or the suite knows it no more.
+    Rows are in the order of `known`.
+    """
+    found = _measured_before(earlier) | done
+    rows = [found[name] for name in known if name in found]
+    runs = dict(earlier.get("kept", {}))
+    if earlier:
+        runs[earlier["date"]] = {name: earlier[name] for name in _HEADER}
+    used = {row["date"] for row in rows if "date" in row}
+    return rows, {date: run for date, run in runs.items() if date in used}
+
+
+def _measured_before(earlier: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """An earlier record's rows by id, each with the date of its run."""
+    return {
+        row["id"]: {**row, "date": row.get("date", earlier["date"])}
+        for row in earlier.get("rows", ())
+        if "not_run" not in row
+    }
 
 
 def _make_peers_ready(
@@ -195,10 +254,14 @@ def _device(name: str | torch.device | None) -> torch.device:
     return at
 
 
+def _device_name(at: torch.device) -> str:
+    return torch.cuda.get_device_name(at) if at.type == "cuda" else _cpu_name()
+
+
 def _machine(at: torch.device) -> dict[str, Any]:
     """What the figures were taken on and with."""
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(at) if at.type == "cuda" else _cpu_name(),
+        "device": _device_name(at),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),

@@ -597,6 +597,12 @@ def run_row(
         measure_memory: on a CPU, whether to start a process a side for its peak memory.
     """
     on_gpu = device.type == "cuda"
+    spent: dict[str, float] = {}
+    begun = time.perf_counter()
+
+    def lap(what: str) -> None:
+        spent[what] = time.perf_counter() - begun - sum(spent.values())
+
     sets = _sets(row, device)
     inputs = [row.make(device, 1000 * seed + i) for i in range(sets)]
     input_bytes = sum(t.nbytes for t in inputs[0].values())
@@ -605,6 +611,7 @@ def run_row(
     works: dict[str, list[_Ready]] = {}
     want = _truth(row, inputs[0], seed)
     bound = BOUND[inputs[0]["x"].dtype]
+    lap("arguments and truth")
     for name, side in sides.items():
         try:
             call = side.load()
@@ -620,13 +627,17 @@ def run_row(
             reports[name]["reason"] = str(refusal)
         except Exception as error:
             reports[name]["reason"] = reason(error)
+        lap(f"{name} compiled and checked")
     del want
     for name, times in _timed(works, on_gpu, rounds, each).items():
         reports[name] |= times
+    lap("times")
     if not on_gpu and measure_memory:
         for name in works:
             reports[name]["extra_bytes"] = _added_memory(row.id, name)
-    return record_of(row, reports, row.floor(ceilings), bound, input_bytes, rounds)
+        lap("memory")
+    found = record_of(row, reports, row.floor(ceilings), bound, input_bytes, rounds)
+    return {**found, "seconds": spent}
 
 
 def _sets(row: Row, device: torch.device) -> int:

@@ -653,7 +653,11 @@ def autotuners() -> Iterator[Any]:
 
 
 def tune_briefly() -> None:
-    """Let autotuned peers spend 30 ms on a configuration instead of 125; the choice is theirs."""
+    """Let autotuned peers spend 30 ms on a configuration instead of 125; the choice is theirs.
+
+    It is kept in Triton's cache beside the binaries, as the tuner does for those who ask for it, so
+    that another row or run does not time some 200 configurations again.
+    """
     do_bench = importlib.import_module("triton.testing").do_bench
 
     def brief(call: Callable[[], object], quantiles: Any) -> Any:
@@ -661,6 +665,7 @@ def tune_briefly() -> None:
 
     for tuner in autotuners():
         tuner._do_bench = brief
+        tuner.cache_results = True
         tuner.__dict__.pop("do_bench", None)
 
 
@@ -677,6 +682,7 @@ def keep_share_of_configurations(part: int, parts: int) -> None:
         if tuner._do_bench is not _all_the_same:
             tuner.configs = tuner.configs[part::parts] or tuner.configs[:1]
             tuner._do_bench = _all_the_same
+            tuner.cache_results = False  # nothing was timed
             tuner.__dict__.pop("do_bench", None)
 
 

@@ -45,7 +45,7 @@ def render(record: Record, beginnings: Iterable[str] = ()) -> str:
     wanted = tuple(beginnings)
     found = [row for row in record["rows"] if not wanted or row["id"].startswith(wanted)]
     rows = [row for row in found if "not_run" not in row]
-    lines = [_about(record), "", *_table(rows), ""]
+    lines = [*_about(record, rows), "", *_table(rows), ""]
     reasons = [
         f"- `{row['id']}`: {name} {reason}"
         for row in rows
@@ -91,10 +91,19 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{row['id']}: " + ", ".join(said)
 
 
-def _about(record: Record) -> str:
-    machine = record["machine"]
-    versions = ", ".join(f"{name} {v}" for name, v in machine["versions"].items())
-    return f"{machine['device']}; {versions}; {record['date'][:10]}; `{record['command']}`."
+def _about(record: Record, rows: list[Mapping[str, Any]]) -> list[str]:
+    """What rows were measured on, with and by: one line a run, with its rows if there are more."""
+    of_run: dict[str, list[str]] = {}
+    for row in rows:
+        of_run.setdefault(row.get("date", record["date"]), []).append(row["id"])
+    lines = []
+    for date in sorted(of_run or [record["date"]], reverse=True):
+        run = record["kept"][date] if date in record.get("kept", {}) else record
+        versions = ", ".join(f"{name} {v}" for name, v in run["machine"]["versions"].items())
+        which = ", ".join(f"`{name}`" for name in of_run[date]) + ": " if len(of_run) > 1 else ""
+        said = f"{run['machine']['device']}; {versions}; {date[:10]}; `{run['command']}`."
+        lines.append(f"- {which}{said}" if which else said)
+    return lines
 
 
 def _table(rows: list[Mapping[str, Any]]) -> list[str]:

@@ -187,24 +187,31 @@ class TambaModel(TambaPreTrainedModel):
             starts = torch.ones_like(tokens.documents, dtype=torch.bool)
             starts[:, 1:] = tokens.documents.diff(dim=1) != 0
             documents, mask, cache = restart_positions(starts), None, None
+        # Of whole rows sdpa needs no mask. transformers 5.17 writes one out while a CUDA graph is
+        # recorded: other work than that of the passes before, and slower attention.
+        whole = mask is None and documents is None and not past and not _static(cache)
+        whole &= self.config._attn_implementation == "sdpa" and not torch.compiler.is_exporting()
+        window, length = self.config.sliding_window, hidden.shape[1]
         masks: dict[str, Tensor | None] = {}
         for kind, make in (
             ("full_attention", create_causal_mask),
             ("sliding_attention", create_sliding_window_causal_mask),
         ):
-            if kind in (kinds := self.config.layer_types):
-                masks[kind] = (
-                    ready[kind]
-                    if ready is not None
-                    else make(
-                        config=self.config,
-                        inputs_embeds=hidden,
-                        attention_mask=mask,
-                        past_key_values=cache,
-                        position_ids=documents,
-                        layer_idx=kinds.index(kind),
-                        allow_is_causal_skip=not _static(cache),
-                    )
+            if kind not in (kinds := self.config.layer_types):
+                continue
+            if ready is not None:
+                masks[kind] = ready[kind]
+            elif whole and (kind == "full_attention" or window is None or length <= window):
+                masks[kind] = None
+            else:
+                masks[kind] = make(
+                    config=self.config,
+                    inputs_embeds=hidden,
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    position_ids=documents,
+                    layer_idx=kinds.index(kind),
+                    allow_is_causal_skip=not _static(cache),
                 )
         return masks
 

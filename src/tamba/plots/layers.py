@@ -160,17 +160,19 @@ def score_bars(
                 "capsize": 0,
             }
             ax.errorbar(here, shown, yerr=bounds, **style)
-            ax.set_title(name.replace("_", " "), fontsize=9.5, fontweight="normal", pad=5)
+            said = name.replace("_", " ")
             ax.set_xlim(-0.7, n - 0.3)
             positive = [v for v in shown if v > 0]
             if positive and len(positive) == len(shown) and max(positive) > 40 * min(positive):
                 ax.set_yscale("log")
+                said += ", log scale"
                 # A bar of nothing would stretch the axis beyond what can be told apart.
                 ax.set_ylim(max(min(positive) / 1.6, max(positive) / 1e4), max(positive) * 1.6)
                 ax.yaxis.set_minor_locator(NullLocator())
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
             else:
                 ax.yaxis.set_major_locator(MaxNLocator(3))
+            ax.set_title(said, fontsize=9.5, fontweight="normal", pad=5)
             ax.xaxis.set_major_locator(MultipleLocator(_step(n)))
             ax.tick_params(labelsize=8.5)
         ax.set_xlabel("layer" + (" (coloured: to be replaced)" if chosen else ""))
@@ -259,6 +261,11 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
 def _title(figure: Figure, words: str) -> None:
     top = 1 - 0.1 / figure.get_figheight()
     figure.suptitle(words, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return not _MISSING
 
 
 def need_matplotlib() -> None:
