@@ -7,7 +7,10 @@ import json
 import sys
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from tamba import chats
 from tamba.chats import (
     Conversation,
     Row,
@@ -128,6 +131,60 @@ def test_an_answer_that_was_cut_off_has_no_end(template):
     made = tokenizer(template)
     ids, mask = answer_tokens(made, Conversation("here", (USER, SAID), cut=True), [END])
     assert runs(ids, mask) == ["four"] and mask[-1]
+
+
+def sentence_pieces():
+    """A tokenizer that puts a space before each text, as those of Llama 2 and Zephyr do."""
+    words = {w: i for i, w in enumerate(["<unk>", "</s>", *"▁abcdefghijklmnopqrstuvwxyz<|>?\n"])}
+    made = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    return fast
+
+
+def check_pieces():
+    made = sentence_pieces()
+    turns = tuple(m | {"content": "yes no"} for m in THREE)
+    ids, mask = answer_tokens(made, Conversation("here", turns), [made.eos_token_id])
+    # One space before the first text, and none where an answer begins or has ended.
+    assert ids == made.apply_chat_template(list(turns), return_dict=True)["input_ids"]
+    said = [made.convert_ids_to_tokens(i) for i, m in zip(ids, mask, strict=True) if m]
+    assert said == [*"yes▁no", "</s>"] * 2
+    for n in (2, 4):
+        asked = prompt_tokens(made, turns[:n], "here")
+        assert ids[: len(asked)] == asked and mask[len(asked)] and not mask[len(asked) - 1]
+
+
+def test_answers_have_the_tokens_of_the_text_that_they_stand_in():
+    check_pieces()
+
+
+def test_answers_with_tokens_of_their_own_are_seen(monkeypatch):
+    monkeypatch.setattr(chats, "_cut_whole", lambda *_: None)
+    with pytest.raises(AssertionError):
+        check_pieces()
+
+
+def test_a_token_that_spans_a_cut_is_cut():
+    """The prompt ends with a space, which the whole text's tokens join to the answer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {letter: i for i, letter in enumerate(letters)} | {"Ġf": 256, "<end>": 257}
+    made = Tokenizer(models.BPE(vocab=words, merges=[("Ġ", "f")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    fast.chat_template = PLAIN.replace("'|>' }}", "'|> ' }}").replace(
+        "assistant|>{", "assistant|> {"
+    )
+    ids, mask = answer_tokens(fast, Conversation("here", (USER, SAID)), [257])
+    asked = prompt_tokens(fast, (USER,), "here")
+    assert ids[: len(asked)] == asked and not any(mask[: len(asked)])
+    assert ids[len(asked) : len(asked) + 5] == [*fast("four")["input_ids"], 257]
+    assert 256 in fast.apply_chat_template([USER, SAID], return_dict=True)["input_ids"]
 
 
 def test_a_template_that_writes_earlier_turns_anew_is_refused():

@@ -95,6 +95,49 @@ def test_positions_that_do_not_count_change_nothing(
         check_counted(weights)
 
 
+def check_not_a_number(w: Weights, top: bool) -> None:
+    """Whatever stands at positions that do not count."""
+    counted = torch.tensor([True, False, False, True, True])
+    given = arguments()
+    if top:
+        of = given.pop("teacher_hidden"), given.pop("teacher_head")
+        given["teacher_top"] = most_likely(*of, 4, w.temperature)
+    want = next_token_loss(**given, counted=counted, weights=w)
+    gradients = torch.autograd.grad(want, [given["hidden"], given["head"]])
+    for bad in (math.nan, math.inf):
+        spoilt = dict(given)
+        hidden = given["hidden"].detach().clone()
+        hidden[~counted] = bad
+        spoilt["hidden"] = hidden.requires_grad_()
+        spoilt["targets"] = given["targets"].masked_fill(~counted, -100)
+        if top:
+            kept = given["teacher_top"]
+            spoilt["teacher_top"] = losses.Top(
+                kept.indices.masked_fill(~counted[:, None], -1),
+                *(t.masked_fill(~counted.view(-1, *[1] * (t.dim() - 1)), bad) for t in kept[1:]),
+            )
+        else:
+            above = given["teacher_hidden"].clone()
+            above[~counted] = bad
+            spoilt["teacher_hidden"] = above
+        got = next_token_loss(**spoilt, counted=counted, weights=w)
+        found = torch.autograd.grad(got, [spoilt["hidden"], spoilt["head"]])
+        for name, a, b in zip(("loss", "hidden", "head"), (got, *found), (want, *gradients),
+                              strict=True):  # fmt: skip
+            assert_same(a.detach(), b.detach(), "exact", name)
+
+
+@pytest.mark.parametrize("top", [False, True], ids=["live", "top"])
+@pytest.mark.parametrize("weights", [WEIGHTS[-2], WEIGHTS[0]], ids=str)
+def test_positions_that_do_not_count_need_not_be_numbers(
+    weights: Weights, top: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_not_a_number(weights, top)
+    monkeypatch.setattr(losses, "_only", lambda rows, counted, part: rows)
+    with pytest.raises(AssertionError, match="head"):
+        check_not_a_number(weights, top)
+
+
 def test_the_words_by_hand() -> None:
     """Two positions and three words, with nothing but the calculator's functions."""
     student, teacher = [[1.0, 0.0, -1.0], [0.5, 2.0, 0.0]], [[0.0, 1.0, 0.0], [2.0, 2.0, -2.0]]

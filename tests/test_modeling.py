@@ -490,6 +490,22 @@ def test_implementations_of_attention_agree():
     assert_same(recorded.attentions[0].sum(-1), torch.ones(2, 4, 12), "fp32")
 
 
+def test_attention_that_writes_no_weights_says_so(monkeypatch, caplog):
+    """Packed rows as documents end to end; the kernel itself takes a GPU."""
+
+    def nothing(query, *_):
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1] * query.shape[3])
+
+    monkeypatch.setattr(modeling, "takes_documents", lambda *_: True)
+    monkeypatch.setattr(attention, "_by_document", nothing)
+    packed = {"position_ids": torch.arange(6).repeat(2)[None], "use_cache": False}
+    model, ids = tiny_model("mixed"), random_ids(1, 12)
+    model(ids, **packed)
+    assert not caplog.records
+    assert model(ids, output_attentions=True, **packed).attentions == ()
+    assert "`eager`" in caplog.text
+
+
 def test_float32_parameters_survive_casts():
     model = tiny_model("mixed").to(torch.bfloat16)
     for name, p in model.named_parameters():

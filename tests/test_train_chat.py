@@ -213,6 +213,40 @@ def test_dpo_is_the_closed_formula(reference) -> None:
         assert want == pytest.approx(math.log(2))
 
 
+def test_what_users_say_between_answers_is_no_answer(monkeypatch) -> None:
+    """Answers of several turns: the assistant's alone are compared."""
+
+    def turns(word: str) -> list[dict[str, str]]:
+        said = [("assistant", word), ("user", word * 5), ("assistant", word * 2)]
+        return [{"role": who, "content": what} for who, what in said]
+
+    row = Row("row 0", {"prompt": "say", "chosen": turns("yes"), "rejected": turns("no")})
+    model, above, margin = student(), teacher(), 0.0
+    for sign, word in ((1, "yes"), (-1, "no")):
+        spans = ["<user>say<end><assistant>", f"{word}<end>"]
+        spans += [f"<user>{word * 5}<end><assistant>", f"{word * 2}<end>"]
+        parts = [tokenizer()(text)["input_ids"] for text in spans]
+        ids = torch.tensor([[i for part in parts for i in part]])
+        counted = torch.tensor([k % 2 == 1 for k, part in enumerate(parts) for _ in part])[1:]
+        for weight, one in ((1, model), (-1, above)):
+            said = log_probabilities(one, ids).gather(1, ids[0, 1:, None])[:, 0]
+            margin += sign * weight * float(said[counted].sum())
+    want = math.log1p(math.exp(-0.05 * margin))
+    stage = dpo_stage(beta=0.05, batch=1)
+    got = first_loss(dpo(model, tokenizer(), stage, [row], teacher=above))
+    assert got == pytest.approx(want, rel=1e-5)
+    # What TRL's own rows hold counts all that follows the prompt.
+    honest = chat._CollatePairs.__call__
+
+    def everything(self, some):
+        return honest(self, [r | {f"{s}_mask": [1] * len(r[f"{s}_ids"]) for s in
+                                  ("chosen", "rejected")} for r in some])  # fmt: skip
+
+    monkeypatch.setattr(chat._CollatePairs, "__call__", everything)
+    other = first_loss(dpo(model, tokenizer(), stage, [row], teacher=above))
+    assert other != pytest.approx(want, rel=1e-4)
+
+
 def test_the_student_is_the_reference_as_it_was() -> None:
     model, before = student(), student()
     stage = dpo_stage(reference="student", steps=3, lr=1e-3, beta=0.5, schedule="constant")
@@ -255,6 +289,45 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
             apart.append({"forward": forward, "reverse": reverse, "js": js}[divergence])
     assert asked == {f"<user>{r.fields['prompt']}<end><assistant>" for r in rows(4)}
     assert got == pytest.approx(float(torch.cat(apart).mean()), rel=1e-4)
+
+
+# What does not depend on how a step is divided, or cut off.
+
+
+def test_every_step_is_whole_and_every_row_has_its_turn() -> None:
+    turns = [*chat_steps.Turns(7, 4, 5, seed=3)]
+    assert len(turns) == len(chat_steps.Turns(7, 4, 5, seed=3)) == 20
+    assert sorted(turns[:7]) == sorted(turns[7:14]) == [*range(7)] and turns[:7] != turns[7:14]
+    assert turns != [*chat_steps.Turns(7, 4, 5, seed=4)]
+    assert turns[:8] == [*chat_steps.Turns(7, 4, 2, seed=3)]  # more steps change none before
+    twice = [*chat_steps.Turns(7, 4, 5, seed=3, repeats=2)]
+    assert twice[:4] == twice[4:8] == turns[:4] and len(twice) == 40
+
+
+def test_pairs_weigh_alike_however_a_step_is_divided(monkeypatch) -> None:
+    def losses(micro_batch: int) -> list[float]:
+        stage = dpo_stage(batch=2, micro_batch=micro_batch, steps=2, beta=0.5)
+        log = dpo(student(), tokenizer(), stage, pairs(3), teacher=teacher())
+        return [loss for _, loss in log.losses]
+
+    assert losses(1) == pytest.approx(losses(2), rel=1e-5)
+    # A last step of what is left over: its one pair counted as two, or as one.
+    monkeypatch.setattr(chat_steps.Turns, "__iter__", lambda self: iter([0, 1, 2]))
+    monkeypatch.setattr(chat_steps.Turns, "__len__", lambda self: 3)
+    stage = dpo_stage(batch=3, micro_batch=3, steps=1, beta=0.5)
+    whole = dpo(student(), tokenizer(), stage, pairs(3), teacher=teacher()).losses[0][1]
+    assert sum(losses(2)) / 2 != pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_policy_products_run_in_the_stages_type(dtype) -> None:
+    """TRL goes round what accelerate puts about a model's forward pass."""
+    model, seen = student(), set()
+    model.model.layers[0].register_forward_hook(
+        lambda *_: seen.add((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+    )
+    on_policy(model, tokenizer(), on_policy_stage(dtype=dtype), rows(4), teacher=teacher())
+    assert seen == {(grad, dtype == "bfloat16") for grad in (False, True)}
 
 
 # What is left as it was.
@@ -300,12 +373,45 @@ def test_short_masters_are_refused_and_products_may_be_short() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_products_are_those_of_accelerate_which_is_not_told(kind, monkeypatch) -> None:
+    """It would shorten parameters that are shared out."""
+    told, above = {"dtype": "bfloat16", "lr": 1e-2, "steps": 2}, teacher()
+    honest, seen = chat_steps.Run.trainer, []
+
+    def watched(self, *args, **options):
+        made = honest(self, *args, **options)
+        seen.append((made.args.bf16, made.accelerator.mixed_precision))
+        return made
+
+    monkeypatch.setattr(chat_steps.Run, "trainer", watched)
+
+    def losses():
+        if kind == "dpo":
+            return dpo(student(), tokenizer(), dpo_stage(**told), pairs(), teacher=above).losses
+        stage = sft_stage(**told, kl=0.5)
+        return sft(student(), tokenizer(), stage, rows(), teacher=above).losses
+
+    def tell(self, *args, **options):
+        return arguments(self, *args, **options | {"bf16": True})
+
+    ours, arguments = losses(), Place.arguments
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Place, "arguments", tell)
+        patch.setattr(chat_steps._Steps, "computing", lambda self: self.accelerator.autocast())
+        assert ours == losses()
+    assert seen == [(False, "no"), (True, "bf16")]
+    whole = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(chat_steps._Steps, "computing", lambda _: whole)
+    assert ours != losses()
+
+
 def test_budgets() -> None:
     def steps(**options) -> int:
         stage = sft_stage(**({"steps": None, "batch": 2} | options))
         return chat_steps.Run(student(), stage, 0, Place(), Path())._steps(7, 700)
 
-    assert steps(epochs=2) == 8 and steps(steps=5) == 5 and steps() == 4
+    assert steps(epochs=2) == 7 and steps(steps=5) == 5 and steps() == 4
     assert steps(tokens=700) == 4 and steps(tokens=1) == 1 and steps(tokens=7000) == 35
 
 
@@ -349,11 +455,13 @@ def test_models_that_do_not_fit(monkeypatch) -> None:
         dpo(student(), tokenizer(), dpo_stage(), pairs(), teacher=other)
     with pytest.raises(UserError, match="no chat template"):
         sft(student(), tokenizer(None), sft_stage(), rows())
-    with pytest.raises(UserError, match="2 prompts are less than a batch of 4"):
-        on_policy(student(), tokenizer(), on_policy_stage(), rows(2), teacher=teacher())
     with pytest.raises(UserError, match="the prompt is empty"):
         given = [Row("row 0", {"prompt": " "})]
         on_policy(student(), tokenizer(), on_policy_stage(), given, teacher=teacher())
+    endless = byte_tokenizer(end=False)
+    endless.chat_template = TEMPLATE
+    with pytest.raises(UserError, match="names no token that ends a text"):
+        on_policy(student(), endless, on_policy_stage(), rows(), teacher=teacher())
     monkeypatch.setattr(chat_steps.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package 'trl'.*tamba\[chat\]"):
         sft(student(), tokenizer(), sft_stage(), rows())
@@ -385,7 +493,7 @@ def stages(kind: str, steps: int = 6) -> Callable[[TambaForCausalLM, Place], obj
     return runs[kind]
 
 
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "on_policy"])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(kind, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(trainer, "KEEP_SECONDS", 0.0)
     whole, cut = student(), student()
@@ -463,8 +571,7 @@ def test_steps_of_no_number_move_nothing(tmp_path, monkeypatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo", "on_policy"])
 def test_a_killed_process_goes_on(kind, tmp_path) -> None:
-    """``kill -9`` in the middle, then the same command: the same bits (answers that are sampled
-    are others, so `on_policy` only has to end)."""
+    """``kill -9`` in the middle, then the same command: the same bits."""
     script = f"""
 import sys
 sys.path[:0] = {sys.path!r}
@@ -495,9 +602,8 @@ save_file({{n: p.detach() for n, p in model.named_parameters()}}, "done.safetens
     assert run(tmp_path / "cut", "5") == -signal.SIGKILL
     assert run(tmp_path / "cut") == 0
     whole, cut = (load_file(tmp_path / n / "done.safetensors") for n in ("whole", "cut"))
-    if kind != "on_policy":
-        for name, want in whole.items():
-            assert_same(cut[name], want, "exact", name)
+    for name, want in whole.items():
+        assert_same(cut[name], want, "exact", name)
 
 
 # Recipes.

@@ -172,19 +172,81 @@ kl = 1.0
 """.replace("data =", 'steps = 4\nbatch = 4\nmicro_batch = 1\nlr = 1e-3\ndtype = "float32"\ndata =')
 
 
+def prepare_talks(folder: Path, recipe: str) -> None:
+    chats = pytest.importorskip("test_train_chat")
+    tiny_model(["attention"] * 2, vocab_size=257).save_pretrained(folder / "teacher")
+    chats.tokenizer().save_pretrained(folder / "teacher")
+    chats.write_rows(folder / "chats.jsonl", chats.rows(8))
+    chats.write_rows(folder / "pairs.jsonl", chats.pairs(8))
+    (folder / "recipe.toml").write_text(recipe)
+    RecipeText(rows(), None).save(folder / "text")
+    tamba.build(folder / "recipe.toml", folder / "built")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("told", [{}, FSDP], ids=["replicated", "sharded"])
 def test_two_processes_converse_as_one(tmp_path: Path, told: dict[str, str]) -> None:
     """Killed in the second stage; the references are the student itself and a teacher in use."""
-    chats = pytest.importorskip("test_train_chat")
-    tiny_model(["attention"] * 2, vocab_size=257).save_pretrained(tmp_path / "teacher")
-    chats.tokenizer().save_pretrained(tmp_path / "teacher")
-    chats.write_rows(tmp_path / "chats.jsonl", chats.rows(8))
-    chats.write_rows(tmp_path / "pairs.jsonl", chats.pairs(8))
-    (tmp_path / "recipe.toml").write_text(TALKS)
-    RecipeText(rows(), None).save(tmp_path / "text")
-    tamba.build(tmp_path / "recipe.toml", tmp_path / "built")
+    prepare_talks(tmp_path, TALKS)
     check_processes(tmp_path, told, "dpo", "2")
+
+
+ANSWERS = """
+name = "answers"
+teacher.path = "teacher"
+build.plan = ["keep 0", "convert 1"]
+output.report_to = []
+[[train]]
+stage = "on_policy"
+data = ["chats.jsonl"]
+steps = 2
+batch = 4
+micro_batch = 1
+length = 64
+new_tokens = 12
+lr = 1e-3
+dtype = "bfloat16"
+"""
+ENDS = """
+import os, sys
+from transformers.generation import utils
+from tamba.model.modeling import TambaForCausalLM
+
+right = TambaForCausalLM.generate
+last = 1 if os.environ["RANK"] == "0" else 12
+
+def generate(self, *args, **options):
+    options["generation_config"].max_new_tokens = last
+    return right(self, *args, **options)
+
+TambaForCausalLM.generate = generate
+if "alone" in sys.argv:
+    utils.is_fsdp_managed_module = lambda _: False
+    del sys.argv[3]
+"""
+
+
+def check_answers(folder: Path, told: dict[str, str], *more: str) -> None:
+    """The answers of one process are shorter than those of the other."""
+    prepare_talks(folder, ANSWERS)
+    found = launched(folder, ENDS + WORK, told, "two", *more, seconds=50 if more else 100)
+    assert [status for status, *_ in found] == [0, 0], "\n\n".join(e for *_, e in found)
+    stage = json.loads((folder / "two" / "train.json").read_text())["stages"][0]
+    assert stage["skipped"] == 0 and len(stage["losses"]) == 2
+    kept = load_file(folder / "two" / "model.safetensors")
+    assert {t.dtype for t in kept.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [{}, FSDP], ids=["replicated", "sharded"])
+def test_processes_whose_answers_end_apart_wait(tmp_path: Path, told: dict[str, str]) -> None:
+    check_answers(tmp_path, told)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_wait_are_seen(tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, subprocess.TimeoutExpired)):
+        check_answers(tmp_path, FSDP, "alone")
 
 
 @pytest.mark.gpu

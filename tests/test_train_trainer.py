@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from tamba.errors import UserError
 from tamba.train import chat_steps, distil, objectives, on_policy, sft, trained_parameters, trainer
 from tamba.train.log import StageLog
 from tamba.train.trainer import Place, StageTrainer
-from test_train import distil_stage, pair, parameters, rows
+from test_train import STAGES, distil_stage, pair, parameters, prepare, rows, run_training
 from test_train_chat import on_policy_stage, sft_stage, student, teacher, tokenizer
 from test_train_chat import rows as conversations
 
@@ -176,3 +179,84 @@ def test_a_device_without_room_says_what_to_do(stage, monkeypatch) -> None:
         monkeypatch.setattr(place, name, full)
     with pytest.raises(UserError, match="out of memory with 2 rows at a time; lower micro_batch"):
         stage()
+
+
+# What launchers say.
+
+TOLD_BY = "ACCELERATE_MIXED_PRECISION"
+
+
+def test_what_a_launcher_says_of_precision_is_refused_or_not_heard(stage, monkeypatch) -> None:
+    monkeypatch.setenv(TOLD_BY, "bf16")
+    with pytest.raises(UserError, match=r"^train: \w+: dtype = 'float32', .* bf16; launch with"):
+        stage()
+    heard, begin = [], StageTrainer.begin
+
+    def watched(self, *args, **options) -> None:
+        heard.append(self.accelerator.mixed_precision)
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(StageTrainer, "begin", watched)
+    monkeypatch.setattr(trainer, "check_launch", lambda *_: None)
+    stage()
+    assert os.environ[TOLD_BY] == "bf16"
+    monkeypatch.setattr(trainer, "_own_precision", contextlib.nullcontext)
+    stage()
+    assert heard == ["no", "bf16"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("say", ["no", "bf16", "fp16", "fp8"])
+def test_a_launcher_may_say_what_the_stage_says(say, dtype, monkeypatch) -> None:
+    monkeypatch.setenv(TOLD_BY, say)
+    one = distil_stage(dtype=dtype)
+    if (say, dtype) in {("bf16", "bfloat16"), ("fp16", "float16")} or say == "no":
+        trainer.check_launch(one, "here")
+    else:
+        with pytest.raises(UserError, match=f"^here: dtype = '{dtype}', .*{say}; launch with"):
+            trainer.check_launch(one, "here")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": "auto"}}, None),
+        ({"fp16": {"enabled": False}, "gradient_clipping": 1.0}, None),
+        ({"zero_optimization": {"stage": 3}}, "here: DeepSpeed's stage 3 .*FSDP2"),
+        ({"bf16": {"enabled": True}}, "here: DeepSpeed's configuration enables bf16"),
+        ({"fp16": {"enabled": True}}, "here: DeepSpeed's configuration enables fp16"),
+        ("{", r"ds.json: cannot be read \(.*\); give a JSON file"),
+        (None, "ds.json: cannot be read"),
+    ],
+)
+def test_what_deepspeed_may_be_told(config, said, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "ds.json"
+    if config is not None:
+        path.write_text(config if isinstance(config, str) else json.dumps(config))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    trainer.check_launch(distil_stage(), "here")  # it is not to be used
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    if said is None:
+        trainer.check_launch(distil_stage(), "here")
+    else:
+        with pytest.raises(UserError, match=said):
+            trainer.check_launch(distil_stage(), "here")
+
+
+def test_deepspeeds_stage_may_be_told_without_a_file(monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for level in ("", "0", "1", "2", "3"):
+        if level:
+            monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", level)
+        if level != "3":
+            trainer.check_launch(distil_stage(), "here")
+    with pytest.raises(UserError, match="stage 3"):
+        trainer.check_launch(distil_stage(), "here")
+
+
+def test_recipes_are_checked_before_any_work(tmp_path: Path, monkeypatch) -> None:
+    prepare(tmp_path, STAGES.replace("lr = 1e-2", 'lr = 1e-2\ndtype = "float32"', 1))
+    monkeypatch.setenv(TOLD_BY, "bf16")
+    with pytest.raises(UserError, match=r"train\.0 \(align\).*--mixed_precision bf16"):
+        run_training(tmp_path, "out")
+    assert not list(tmp_path.glob("*out*"))

@@ -8,6 +8,7 @@ chats have; see `prompt_of`, `conversation_of` and `preference_of`.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
@@ -339,10 +340,10 @@ def answer_tokens(
     """Tokens of a conversation, and which of them the assistant is to write.
 
     Where the template marks what the assistant generates, the marks decide. Otherwise the text is
-    cut where an answer begins and ends, and the pieces are tokenized apart, as they are when the
-    model is asked: no token spans a cut, so the mask is exact. Of what follows an answer, the token
-    that ends it is part of it and the rest is the template's. Both are left out after an answer
-    that was cut off.
+    tokenized whole, where each prompt has the tokens with which the model is asked; else it is cut
+    where an answer begins and ends, and the pieces are tokenized apart. Either way no token spans a
+    cut, so the mask is exact. Of what follows an answer, the token that ends it is part of it and
+    the rest is the template's. Both are left out after an answer that was cut off.
 
     Args:
         ends: tokens that end an answer.
@@ -379,28 +380,65 @@ def _by_prefix(
 ) -> tuple[list[int], list[bool]]:
     messages, where = conversation.messages, conversation.where
     whole = _framed(tokenizer, messages, where)
-    ids: list[int] = []
-    mask: list[bool] = []
-    at = 0
+    spans: list[tuple[int, int]] = []  # where answers begin and end in it
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         before = prompt_text(tokenizer, messages[:i], where)
         through = _framed(tokenizer, messages[: i + 1], where)
+        at = spans[-1][1] if spans else 0
         if not (whole.startswith(through) and through.startswith(before) and len(before) >= at):
             raise UserError(
                 where,
                 f"the chat template writes message {i} otherwise when others follow",
                 "mark answers in the template with {% generation %}",
             )
-        asked = _tokens(tokenizer, whole[at : len(before)])
-        said = _tokens(tokenizer, whole[len(before) : len(through)])
-        last = max((k for k, token in enumerate(said) if token in ends), default=len(said) - 1)
-        ids += [*asked, *said]
-        mask += [False] * len(asked) + [k <= last for k in range(len(said))]
-        at = len(through)
-    rest = _tokens(tokenizer, whole[at:])
-    return [*ids, *rest], [*mask, *[False] * len(rest)]
+        spans.append((len(before), len(through)))
+    ids, answers = _cut_whole(tokenizer, whole, spans) or _cut_apart(tokenizer, whole, spans)
+    mask = [False] * len(ids)
+    for first, stop in answers:
+        last = max((k for k in range(first, stop) if ids[k] in ends), default=stop - 1)
+        mask[first : last + 1] = [True] * (last + 1 - first)
+    return ids, mask
+
+
+def _cut_whole(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """Tokens of a text and where spans of characters lie among them.
+
+    None where a token is partly of a span, or what comes before one has other tokens by itself.
+    """
+    if not tokenizer.is_fast:
+        return None
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, places = made["input_ids"], made["offset_mapping"]
+    begins = [begin for begin, _ in places]
+    found = []
+    for begin, end in spans:
+        first, stop = bisect.bisect_left(begins, begin), bisect.bisect_left(begins, end)
+        cut = any(reach > begin for _, reach in places[:first])
+        cut = cut or any(reach > end for _, reach in places[:stop])
+        if cut or ids[:first] != _tokens(tokenizer, text[:begin]):
+            return None
+        found.append((first, stop))
+    return ids, found
+
+
+def _cut_apart(
+    tokenizer: PreTrainedTokenizerBase, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """The same from tokens of each piece."""
+    ids: list[int] = []
+    found = []
+    at = 0
+    for begin, end in spans:
+        ids += _tokens(tokenizer, text[at:begin])
+        first = len(ids)
+        ids += _tokens(tokenizer, text[begin:end])
+        found.append((first, len(ids)))
+        at = end
+    return ids + _tokens(tokenizer, text[at:]), found
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.layers import RMSNorm
 from tamba.model.rotary import rotary_key, rotate
 from tamba.model.tokens import Tokens
 from tamba.ops.backend import rows_for_cpu
+
+logger = logging.get_logger(__name__)
 
 
 class Attention(nn.Module):
@@ -64,6 +67,12 @@ class Attention(nn.Module):
         if state is not None:
             key, value = state.update(key, value, self.layer_idx)
         if tokens.segments is not None:
+            if kwargs.get("output_attentions"):
+                # As transformers says of sdpa, which this stands in for.
+                logger.warning_once(
+                    "`output_attentions=True` records nothing under `sdpa`; set attn_implementation"
+                    " to `eager`"
+                )
             # Autocast knows nothing of the operator; angles and states may be wider than products.
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
             window = self.spec.sliding_window
@@ -150,7 +159,10 @@ def _by_document(
 
 
 class AttentionWeights(nn.Identity):
-    """Where the weights [B, H, T, S] pass by, so that `output_attentions` can record them."""
+    """Where the weights [B, H, T, S] pass by, so that `output_attentions` can record them.
+
+    They exist under `eager` alone; others say that they have none.
+    """
 
 
 def _eager(

@@ -117,9 +117,9 @@ def next_token_loss(
             gradient; None without a divergence.
         teacher_top: instead of these two, the teacher's most likely tokens, at the temperature of
             `weights` (`most_likely`). With them ``weights.top_k`` says nothing more.
-        counted: [n] bool, the positions that the mean is over; None for all. What is said of the
-            others changes nothing while it is finite, so that shapes can stay as they are where
-            numbers differ.
+        counted: [n] bool, the positions that the mean is over; None for all. The others change
+            nothing, whatever is said of them, numbers or not, so that shapes can stay as they are
+            where numbers differ.
         weights: of the parts.
 
     Returns:
@@ -289,19 +289,26 @@ def _loss_op(
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         x, words = hidden.to(product), head.to(product)
         theirs = None if teacher_head is None else teacher_head.to(product)
+        # What does not count must be a number all the same: 0 times NaN is NaN in the products.
+        if counted is not None and targets is not None:
+            targets = targets.masked_fill(~counted, 0)
+        if counted is not None and top is not None:
+            top = _only_top(top, counted)
         wide, count = _wide(hidden), _count(len(hidden), counted)
         losses = torch.empty(len(x), dtype=wide, device=x.device)
         grad_x = x.new_empty(x.shape if learns_hidden else 0)
         grad_words = torch.zeros(head.shape if learns_head else 0, dtype=wide, device=x.device)
         ours, other = _rows(words)
         for part in _slices(len(x), ours):
-            logits = _logits(x[part], words)
+            given = _only(x[part], counted, part)
+            logits = _logits(given, words)
             for some in _slices(len(logits), other):
                 rows = slice(part.start + some.start, part.start + some.stop)
                 teacher = None
                 if theirs is not None:
                     assert teacher_hidden is not None
-                    teacher = _logits(teacher_hidden[rows].to(product), theirs)
+                    above = _only(teacher_hidden[rows].to(product), counted, rows)
+                    teacher = _logits(above, theirs)
                 loop = not kernels and _has_loop(logits, teacher, parts)
                 turn = _by_kernel if kernels else _by_loop if loop else _by_torch
                 turn(
@@ -318,9 +325,6 @@ def _loss_op(
             if learns_hidden:
                 torch.mm(logits, words, out=grad_x[part])
             if learns_head:
-                given = x[part]
-                if counted is not None:
-                    given = given.masked_fill(~counted[part, None], 0)
                 _add_product(grad_words, logits.mT, given)
             del logits
         if counted is not None:
@@ -334,6 +338,22 @@ def _loss_op(
 def _count(n: int, counted: Tensor | None) -> int | Tensor:
     """Positions that a mean is over, 1 at least; a tensor where the device alone knows."""
     return max(1, n) if counted is None else counted.sum().clamp_min(1)
+
+
+def _only(rows: Tensor, counted: Tensor | None, part: slice) -> Tensor:
+    """Rows `part` of all, [n, D]; zeros where they do not count."""
+    return rows if counted is None else rows.masked_fill(~counted[part, None], 0)
+
+
+def _only_top(top: Top, counted: Tensor) -> Top:
+    """The same with the first K tokens, all as likely, at positions that do not count."""
+    aside = ~counted[:, None]
+    first = torch.arange(top.indices.shape[1], device=counted.device, dtype=top.indices.dtype)
+    return Top(
+        torch.where(aside, first, top.indices),
+        top.log_probs.masked_fill(aside, 0),
+        top.log_rest.masked_fill(~counted, 0),
+    )
 
 
 @_loss_op.register_fake

@@ -55,7 +55,7 @@ from tamba.train.memory import Memory, same_everywhere, together
 from tamba.train.objectives import Pairs
 from tamba.train.steps import align, distil, trained_parameters
 from tamba.train.teacher import StoredTop, shorten, write_top
-from tamba.train.trainer import Place, full
+from tamba.train.trainer import Place, check_launch, full
 
 __all__ = [
     "Place",
@@ -118,6 +118,9 @@ def train(
         recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
     )
     loggers = _loggers(recipe)
+    for index, stage in enumerate(recipe.train):
+        if not isinstance(stage, LeastSquares):
+            check_launch(stage, recipe.where_stage(index))
     processes = PartialState(cpu=not torch.cuda.is_available())
     _check_shares(recipe, processes.num_processes)
     _check_graphs(recipe, processes)

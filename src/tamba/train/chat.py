@@ -118,7 +118,7 @@ def dpo(
     framed = _framed(student, tokenizer, stage, rows, seed)
     with running(student, teacher, moving, stage, seed, place) as run:
         trainer = run.trainer(
-            None,
+            _CollatePairs(_padding(tokenizer)),
             framed.rows,
             tokenizer,
             framed.tokens,
@@ -206,6 +206,12 @@ def frame(
     """
     where = f"train: {stage.stage}"
     check_template(tokenizer, where)
+    if isinstance(stage, OnPolicy) and tokenizer.eos_token_id is None:
+        raise UserError(
+            where,
+            "the tokenizer names no token that ends a text",
+            "give tokenizer_config.json an eos_token",
+        )
     encode: Callable[[Any], dict[str, Any] | None]
     match stage:
         case Sft():
@@ -218,10 +224,6 @@ def frame(
             items = list(rows)
             encode = partial(_frame_prompt, stage, tokenizer)
     found = _picked(items, encode, stage, seed, where)
-    if isinstance(stage, OnPolicy) and len(found) < stage.batch:
-        raise UserError(
-            where, f"{len(found)} prompts are less than a batch of {stage.batch}", "give more"
-        )
     return Framed(found, sum(row.pop("size") for row in found))
 
 
@@ -258,19 +260,21 @@ def _frame_preference(
     if room < 1:
         _check_room(stage, pair.where)
         return None
-    sides = []
+    sides: list[list[int]] = []
+    masks: list[list[int]] = []
     for said in (pair.chosen, pair.rejected):
         whole = Conversation(pair.where, (*pair.prompt, *said))
         ids, mask = answer_tokens(tokenizer, whole, ends)
         if ids[: len(prompt)] != prompt:
             raise UserError(
                 pair.where,
-                "the chat template writes the prompt otherwise when an answer follows",
-                "remove the row, or use another template",
+                "the prompt has other tokens when an answer follows",
+                "remove the row, or use another chat template",
             )
         # What the template writes after an answer is not the answer's.
         stop = max((i + 1 for i, masked in enumerate(mask) if masked), default=0)
         sides.append(ids[len(prompt) : stop][:room])
+        masks.append([int(m) for m in mask[len(prompt) : stop][:room]])
     if sides[0] == sides[1]:
         raise UserError(
             pair.where,
@@ -281,6 +285,8 @@ def _frame_preference(
         "prompt_ids": prompt,
         "chosen_ids": sides[0],
         "rejected_ids": sides[1],
+        "chosen_mask": masks[0],
+        "rejected_mask": masks[1],
         "size": 2 * len(prompt) + len(sides[0]) + len(sides[1]),
     }
 
@@ -347,15 +353,18 @@ def _picked(
     order = np.random.default_rng(seed).permutation(len(items)).tolist()
     found: list[dict[str, Any]] = []
     tokens = skipped = 0
-    for i in progress.track(order, f"{kind_of(stage)}: frame rows"):
-        row = encode(items[i])
-        if row is None:
-            skipped += 1
-            continue
-        found.append(row)
-        tokens += row["size"]
-        if len(found) >= most_rows or tokens >= most_tokens:
-            break
+    with progress.task(f"{kind_of(stage)}: frame rows", len(order)) as advance:
+        for i in order:
+            row = encode(items[i])
+            if row is None:
+                skipped += 1
+                advance(1, note=f"{skipped} too long, left out")
+                continue
+            advance()
+            found.append(row)
+            tokens += row["size"]
+            if len(found) >= most_rows or tokens >= most_tokens:
+                break
     if not found:
         raise UserError(
             where, f"all {skipped} prompts are too long", "make length larger, or give others"
@@ -386,6 +395,41 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(token, int):
             return token
     return 0
+
+
+class _CollatePairs:
+    """Preferences as one batch: B chosen answers behind their prompts, then the B rejected ones.
+
+    TRL's own takes all that follows a prompt for the answer, which may be several turns.
+
+    Args:
+        padding: the token that fills rows.
+    """
+
+    def __init__(self, padding: int) -> None:
+        self.padding = padding
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        sides = [(row, side) for side in ("chosen", "rejected") for row in rows]
+        texts = [[*row["prompt_ids"], *row[f"{side}_ids"]] for row, side in sides]
+        counted = [[0] * len(row["prompt_ids"]) + [*row[f"{side}_mask"]] for row, side in sides]
+        batch = {
+            "input_ids": _filled(texts, self.padding),
+            "attention_mask": _filled([[1] * len(text) for text in texts], 0),
+            "completion_mask": _filled(counted, 0),
+        }
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
+
+
+def _filled(rows: Sequence[Sequence[int]], filling: int) -> Tensor:
+    """Rows of several lengths as [B, T]."""
+    made = torch.full((len(rows), max(map(len, rows))), filling)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = torch.tensor(row)
+    return made
 
 
 class _Collate:

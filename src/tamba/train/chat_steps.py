@@ -14,13 +14,16 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from tamba import progress
@@ -34,8 +37,8 @@ from tamba.train.trainer import Place, StageTrainer, decays
 
 IGNORED = -100
 """A label that is not scored, in transformers' words."""
-_LEFT = ("forward", "_original_forward", "_is_accelerate_prepared", "model_tags")
-"""Attributes that trainers put on a model. The third would keep the next stage from autocast."""
+_LEFT = ("forward", "_is_accelerate_prepared", "model_tags")
+"""What trainers put on a model. The second would keep the next stage's from preparing it."""
 _RESTORED = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache")
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 
@@ -102,6 +105,7 @@ class Run:
             self.folder,
             steps,
             self.seed,
+            stage,
             use_cpu=not cuda,
             per_device_train_batch_size=1,
             learning_rate=stage.lr,
@@ -109,7 +113,7 @@ class Run:
             adam_beta1=stage.betas[0],
             adam_beta2=stage.betas[1],
             max_grad_norm=stage.clip,
-            bf16=stage.dtype == "bfloat16",
+            bf16=False,  # not accelerate's business: see `_Steps.computing`
             # Layers are told in `running`; transformers 5.23 has another word for this than 5.17.
             **{next(n for n in _CHECKPOINTING if n in config_class.__dataclass_fields__): False},
             remove_unused_columns=False,
@@ -129,6 +133,9 @@ class Run:
             **models,
         )
         trainer.stage = stage
+        for model in (self.student, *models.values()):
+            # Also where TRL asks a model outside of a step. What follows its logits is float32.
+            model.forward = convert_outputs_to_fp32(trainer.computing()(model.forward))
         keeps = self.place.folder is not None
         trainer.begin(kind_of(stage), self.student, steps, self.folder, keeps)
         self._tokens = round(tokens / len(rows) * steps * stage.batch)
@@ -140,7 +147,7 @@ class Run:
             return stage.steps
         if stage.tokens is not None:
             return max(1, round(stage.tokens / (tokens / rows * stage.batch)))
-        return max(1, math.ceil((stage.epochs or 1) * math.ceil(rows / stage.batch)))
+        return max(1, math.ceil((stage.epochs or 1) * rows / stage.batch))
 
     def log(self, trainer: Any) -> StageLog:
         """Make the steps, from the last checkpoint where there is one; what they did."""
@@ -225,6 +232,8 @@ def _quiet() -> Iterator[None]:
 class _Steps(StageTrainer):
     """What our stages tell TRL's trainers, which stand behind it in the order of classes."""
 
+    train_dataset: Any
+
     def begin(self, *args: Any, **told: Any) -> None:
         super().begin(*args, **told)
         self._seen: list[Any] = []
@@ -236,6 +245,14 @@ class _Steps(StageTrainer):
         """The run's own card says more."""
 
     # What a step is made of.
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Sampler[int]:
+        rows, seed = len(self.train_dataset), self.args.seed
+        return Turns(rows, self.stage.batch, self.steps, seed, self.repeats())
+
+    def repeats(self) -> int:
+        """How often a trainer wants the rows of a step."""
+        return 1
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, p in model.named_parameters() if decays(name, p)]
@@ -249,7 +266,17 @@ class _Steps(StageTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         self._seen.append(inputs)  # with what the student has answered, where it is asked
-        return super().compute_loss(model, inputs, *args, **options)
+        with self.computing():
+            return super().compute_loss(model, inputs, *args, **options)
+
+    def computing(self) -> torch.autocast:
+        """Inside, matrix products run in the stage's type, and nothing else is shortened.
+
+        accelerate would shorten parameters that are shared out, decays and what gradients are
+        summed in too; and it tells a model's forward pass alone, which TRL may go round.
+        """
+        short = self.stage.dtype == "bfloat16"
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=short)
 
     def _stepped(self) -> None:
         self._seen = []
@@ -262,6 +289,45 @@ class _Steps(StageTrainer):
         ]
         pieces = [piece for theirs in from_all(mine) for piece in theirs]
         return {f"{i}/{n}": tensor for i, piece in enumerate(pieces) for n, tensor in piece.items()}
+
+
+class Turns(Sampler[int]):
+    """Which rows each step is made of: every row once, then every row once in another order, ...
+
+    A function of the step and the seed alone. What a data loader does at the end of its rows (a
+    step of fewer, or filled up) depends on how a step is divided.
+
+    Args:
+        rows, batch, steps: so many rows, rows of a step, and steps.
+        repeats: how often the rows of a step come, one time after another.
+    """
+
+    def __init__(self, rows: int, batch: int, steps: int, seed: int, repeats: int = 1) -> None:
+        self.rows, self.batch, self.steps = rows, batch, steps
+        self.seed, self.repeats = seed, repeats
+
+    def __len__(self) -> int:
+        return self.steps * self.batch * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        stream = self._stream()
+        for _ in range(self.steps):
+            yield from [*islice(stream, self.batch)] * self.repeats
+
+    def _stream(self) -> Iterator[int]:
+        for turn in count():
+            yield from np.random.default_rng([self.seed, turn]).permutation(self.rows).tolist()
+
+
+class _OnPolicySteps(_Steps):
+    """Learns along the student's own answers, which are sampled for a whole step at once."""
+
+    def repeats(self) -> int:
+        return int(self.args.gradient_accumulation_steps)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        with self.computing():  # weights are shortened once, not for every token
+            return super()._prepare_inputs(inputs)
 
 
 class _SftSteps(_Steps):
@@ -285,7 +351,8 @@ class _SftSteps(_Steps):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             return loss * self.weights.ce if self.weights.ce != 1 else loss
         self._seen.append(inputs)
-        return self._beside_teacher(model, inputs, num_items_in_batch)
+        with self.computing():
+            return self._beside_teacher(model, inputs, num_items_in_batch)
 
     def _beside_teacher(self, model: nn.Module, inputs: dict[str, Any], count: Any) -> Tensor:
         student, teacher = self.accelerator.unwrap_model(model), self.teacher
@@ -302,17 +369,16 @@ class _SftSteps(_Steps):
             model(**shown, use_cache=False, logits_to_keep=1)
         finally:
             hook.remove()
-        with self.accelerator.autocast():
-            with torch.no_grad():
-                above = teacher.model(**shown, use_cache=False).last_hidden_state
-            loss = next_token_loss(
-                seen[0][:, :-1][places],
-                student.lm_head.weight,
-                labels[places],
-                teacher_hidden=above[:, :-1][places],
-                teacher_head=teacher.lm_head.weight,
-                weights=self.weights,
-            )
+        with torch.no_grad():
+            above = teacher.model(**shown, use_cache=False).last_hidden_state
+        loss = next_token_loss(
+            seen[0][:, :-1][places],
+            student.lm_head.weight,
+            labels[places],
+            teacher_hidden=above[:, :-1][places],
+            teacher_head=teacher.lm_head.weight,
+            weights=self.weights,
+        )
         mine = places.sum()
         whole = mine if count is None else torch.as_tensor(count, device=mine.device)
         return loss * (mine / whole.clamp_min(1)) * self.accelerator.num_processes
@@ -321,7 +387,6 @@ class _SftSteps(_Steps):
 class _DpoSteps(_Steps):
     """Learns which of two answers is preferred."""
 
-    train_dataset: Any
     ref_model: Any = None
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -367,6 +432,6 @@ def _classes(kind: str) -> tuple[Any, Any]:
     ours, theirs, config = {
         "sft": (_SftSteps, trl.SFTTrainer, trl.SFTConfig),
         "dpo": (_DpoSteps, trl.DPOTrainer, trl.DPOConfig),
-        "on_policy": (_Steps, trl.DistillationTrainer, trl.DistillationConfig),
+        "on_policy": (_OnPolicySteps, trl.DistillationTrainer, trl.DistillationConfig),
     }[kind]
     return type(f"{kind}_steps", (ours, theirs), {}), config

@@ -153,6 +153,7 @@ class Engine(StageTrainer):
             folder,
             steps,
             seed,
+            stage,
             use_cpu=objective.student.device.type == "cpu",
             max_grad_norm=stage.clip,
             ignore_data_skip=True,  # `Pieces` begins anywhere
@@ -209,10 +210,15 @@ class Engine(StageTrainer):
             parts = self._recorder(inputs)
         else:
             parts = model(inputs)
-            self.accelerator.backward(parts.sum() * (inputs.share * self.args.world_size))
+            self._backward(parts.sum() * (inputs.share * self.args.world_size))
         weighted = parts.detach() * inputs.share
         self._total = weighted if self._total is None else self._total + weighted
         return (weighted.sum() * self.args.world_size).nan_to_num(0.0, 0.0, 0.0)
+
+    def _backward(self, loss: Tensor) -> None:
+        # DeepSpeed would divide by the number of pieces, whose shares are in the loss already.
+        how = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **how)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         stage = self.stage

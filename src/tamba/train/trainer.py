@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import DistributedType, FullyShardedDataParallelPlugin
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -68,28 +68,109 @@ class Place:
         yield self.folder
 
     def arguments(
-        self, kind: type[Arguments], folder: Path, steps: int, seed: int, **options: Any
+        self, kind: type[Arguments], folder: Path, steps: int, seed: int, stage: Any, **options: Any
     ) -> Arguments:
-        """What every stage tells a Trainer, as arguments of this kind, and `options` besides."""
+        """What every stage tells a Trainer, as arguments of this kind, and `options` besides.
+
+        Raises:
+            UserError: a launcher that was told what the stage cannot follow.
+        """
+        check_launch(stage, f"train: {stage.stage}")
         if self.logs is not None:
             # The one way in which both ends of the supported range of transformers are told.
             os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.logs)
-        args = kind(
-            output_dir=str(folder),
-            max_steps=steps,
-            logging_steps=max(1, steps // 200),
-            logging_nan_inf_filter=False,  # would wait for the device after each piece
-            save_strategy="no",  # `_Watch` says when
-            disable_tqdm=True,
-            report_to=list(self.report_to) or "none",
-            seed=seed % 2**32,
-            **options,
-        )
+        with _own_precision():
+            args = kind(
+                output_dir=str(folder),
+                max_steps=steps,
+                logging_steps=max(1, steps // 200),
+                logging_nan_inf_filter=False,  # would wait for the device after each piece
+                save_strategy="no",  # `_Watch` says when
+                disable_tqdm=True,
+                report_to=list(self.report_to) or "none",
+                seed=seed % 2**32,
+                **options,
+            )
         args._n_gpu = min(args.n_gpu, 1)  # one process is one GPU, however many are there
         return args
 
 
 NOWHERE = Place()
+
+
+def check_launch(stage: Any, where: str) -> None:
+    """Refuse what a launcher says and a stage cannot follow.
+
+    A stage's `dtype` is what matrix products run in; parameters and all else stay as they are.
+    ``--mixed_precision`` may say the same, and is not passed on. DeepSpeed may share out moments
+    and gradients.
+
+    Args:
+        stage: any but least squares.
+
+    Raises:
+        UserError: the launcher asks for another precision, or DeepSpeed's configuration for 16-bit
+            parameters or its stage 3; its message begins with `where` or the configuration's path.
+    """
+    told = os.environ.get(_PRECISION, "no").lower()
+    if told != "no" and _TYPES.get(told, told) != stage.dtype:
+        raise UserError(
+            where,
+            f"dtype = '{stage.dtype}', and the launcher was told --mixed_precision {told}",
+            "launch with --mixed_precision no: dtype says what matrix products run in",
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return
+    asked = _deepspeed()
+    if str(asked["zero_optimization"].get("stage", 0)) == "3":
+        raise UserError(
+            where,
+            "DeepSpeed's stage 3 shares out parameters, which stages read outside of their layers",
+            "use its stage 2, or FSDP2 to share out parameters too",
+        )
+    for name in ("bf16", "fp16"):
+        if asked[name].get("enabled") is True:
+            raise UserError(
+                where,
+                f"DeepSpeed's configuration enables {name}, which shortens the float32 parameters",
+                f"leave {name} out of it: dtype says what matrix products run in",
+            )
+
+
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
+_TYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def _deepspeed() -> dict[str, dict[str, Any]]:
+    """Sections of DeepSpeed's configuration, from what ``accelerate launch`` leaves behind."""
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        level = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        read: Any = {"zero_optimization": {"stage": level}}
+    else:
+        try:
+            read = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(path, f"cannot be read ({error})", "give a JSON file") from error
+    sections: dict[str, dict[str, Any]] = {
+        name: {} for name in ("zero_optimization", "bf16", "fp16")
+    }
+    given = read if isinstance(read, dict) else {}
+    return sections | {k: v for k, v in given.items() if isinstance(v, dict)}
+
+
+@contextmanager
+def _own_precision() -> Iterator[None]:
+    """Inside, accelerate does not see what the launcher was told of precision: see `check_launch`.
+
+    It would shorten parameters that are shared out, and scale losses.
+    """
+    told = os.environ.pop(_PRECISION, None)
+    try:
+        yield
+    finally:
+        if told is not None:
+            os.environ[_PRECISION] = told
 
 
 class StageTrainer(Trainer):
@@ -163,9 +244,13 @@ class StageTrainer(Trainer):
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        if asked and state.distributed_type == DistributedType.MULTI_CPU:
+        cpus = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # as the stage before left it
+        sharded = getattr(state, "fsdp_plugin", None) is not None
+        if asked and not sharded and state.distributed_type in cpus:
             # accelerate shards over GPUs alone; here CPUs too, where sharding can be tried out.
             state.distributed_type = DistributedType.FSDP
+            # Whoever asks for the state again has it from there.
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             self.is_fsdp_enabled = True
 
@@ -202,7 +287,9 @@ class StageTrainer(Trainer):
             self.losses[-1] = [math.nan] * len(parts)
             model.zero_grad(set_to_none=True)
             self._skipped_running += 1
-            if self._skipped_running == min(MOST_SKIPPED, self.steps):
+            # DeepSpeed has stepped before it lets anybody look.
+            most = 1 if self.is_deepspeed_enabled else min(MOST_SKIPPED, self.steps)
+            if self._skipped_running == most:
                 self._give_up()
         return grad_norm
 
