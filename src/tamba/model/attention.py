@@ -19,6 +19,7 @@ from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.layers import RMSNorm
 from tamba.model.rotary import rotary_key, rotate
 from tamba.model.tokens import Tokens
+from tamba.ops.attention import causal_attention
 from tamba.ops.backend import rows_for_cpu
 
 logger = logging.get_logger(__name__)
@@ -79,8 +80,6 @@ class Attention(nn.Module):
             mixed = _by_document(query, key, value, tokens.segments, self.scaling, window)
             return self.o_proj(mixed)
         if state is None and self._by_products(query, key, value, tokens):
-            from tamba.ops.attention import causal_attention
-
             mixed = causal_attention(query.to(dtype), key.to(dtype), value, self.scaling)
             return self.o_proj(mixed.transpose(1, 2).reshape(*hidden.shape[:-1], -1))
         kind = "full_attention" if self.spec.sliding_window is None else "sliding_attention"
