@@ -71,6 +71,9 @@ def test_a_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert len(scores[name]) == len(scores["standard_error"][name]) == 7
     assert scores["own_turn"] == [row[0] for row in scores["angular_distance"]["all_tokens"]]
+    text = scores["text"]
+    assert (text["rows"], text["length"], text["effect_rows"]) == (16, 32, 2)
+    assert 0 < text["tokens"] <= 512
     assert scores["rank_correlation"]["spearman"]["drop"]["drop"] == pytest.approx(1.0)
     # Attention is in layers 1, 3 and 5: the two whose loss moves least are converted.
     two = sorted(sorted((1, 3, 5), key=lambda i: scores["drop"][i])[:2])
@@ -164,7 +167,35 @@ def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
     plan = recipe.layer_plan(7, folder / "analysis")
     assert list(plan.converted) == scores["choice"]["layers"]
     report = tamba.build(recipe, folder / "student", analysis=folder / "analysis")
-    assert "converted" in str(report) or plan.converted
+    made = [i for i, entry in enumerate(report.layers) if entry.startswith("convert")]
+    assert made == list(plan.converted) and len(made) == 1
+
+
+@pytest.mark.parametrize("given", [["--scores", "drop"], ["--length", "512"], ["--recall"]])
+def test_a_recipe_is_not_told_what_a_model_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list
+) -> None:
+    monkeypatch.setattr(analyze_module, "open_model", None)
+    (folder / "recipe.toml").write_text(RECIPE)
+    # Even what is the default: who says it means it to count.
+    assert call(monkeypatch, "analyze", "recipe.toml", "--out", "out", *given) == 2
+    said = capsys.readouterr().err
+    assert given[0] in said and "--set" in said and "Traceback" not in said
+
+
+def test_a_type_that_is_asked_for_reaches_effects(folder: Path) -> None:
+    settings = Settings(("drop",), effect_tokens=64, budget=Budget(1))
+    wide = Reading(["text.txt"], 32, 256, dtype="float32")
+    found = tamba.analyze("model", "wide", reading=wide, settings=settings)
+    assert found.text["effect_rows"] == 2
+    plain = Reading(["text.txt"], 32, 256)
+    short = tamba.analyze("model", "short", reading=plain, settings=settings)
+    model, tokenizer = tamba.load("model", torch.float32)
+    blocks = TokenBlocks.from_texts(read_texts("text.txt"), tokenizer, 32, max_tokens=256)
+    text = TokenBlocks(blocks.tokens[2:4], blocks.starts[2:4], 64)
+    want = {i: c.kl for i, c in effects.drop_scores(model, text, dtype=None).items()}
+    assert {i: c.kl for i, c in found.changes["drop"].items()} == want
+    assert {i: c.kl for i, c in short.changes["drop"].items()} != want
 
 
 def test_a_recipe_without_measures_is_drawn_where_it_can_be(

@@ -80,7 +80,8 @@ class Reading:
         into: a teacher that candidate groups of this model's layers are meant for, and
         replaced: its neighbouring layers that they would stand for.
         dtype: ``float32``, or ``bfloat16`` or ``float16`` for matrix products alone, which some
-            machines do faster; None for the type that the weights are stored in.
+            machines do faster; None for the type that the weights are stored in, and bfloat16 where
+            layers are changed.
         device: None for a GPU where there is one.
     """
 
@@ -200,7 +201,7 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     probe = word_probe(tokenizer, seed=settings.seed) if reading.recall else None
     device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wide = reading.dtype if reading.dtype == "float32" else None
-    if reading.dtype is not None and wide is None:
+    if reading.dtype is not None:
         settings = replace(settings, dtype=getattr(torch, reading.dtype))
     model = load_model(checkpoint, wide, device)
     other = None if student is None else load_model(student, wide, device)

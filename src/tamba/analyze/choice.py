@@ -256,9 +256,10 @@ def _ratio(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int,
 
 def ratio(over: float, under: float) -> float:
     """Of two changes, 0 where nothing is lost, and no more than `RATIO_LIMIT`."""
-    over = max(over, 0.0)
-    low = max(under, over / RATIO_LIMIT)
-    return over / low if low > 0 else 0.0
+    if over <= 0.0:
+        return 0.0
+    # Exactly the limit: what is cut off is told by it.
+    return over / under if under > over / RATIO_LIMIT else RATIO_LIMIT
 
 
 def _sum(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int, float]:

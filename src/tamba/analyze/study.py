@@ -67,7 +67,8 @@ class Settings:
     Args:
         measures: of `MEASURES`.
         effect_tokens: text that effects are scored on, and as much again to fit on.
-        dtype: of the matrix products of hidden states; None for the model's own type.
+        dtype: of matrix products; None for the model's own type, and bfloat16 where layers are
+            changed.
         convert: how layers are converted.
         choose: a strategy of `STRATEGIES`; empty for the lowest of the most telling score.
         budget: of the choice; None for half of the layers that may be replaced.
@@ -182,7 +183,8 @@ class Study:
         changes: by measure and layer.
         choice: the layers to replace, where some can be.
         groups: candidate groups of layers to give.
-        text: what was read: sources, rows, length, tokens.
+        text: what was read: sources, rows, their length, tokens that counted for hidden states, and
+            rows that effects were scored on.
     """
 
     model: str
@@ -278,6 +280,8 @@ def study(
         if record is not None:
             ledger = Ledger(record, _digest(model, score, fit, settings, probe, student))
         told: dict[str, Any] = {"probe": probe, "ledger": ledger}
+        if settings.dtype is not None:
+            told["dtype"] = settings.dtype
         for name in effects:
             if name == "drop":
                 changes[name] = drop_scores(model, score, **told)
@@ -295,7 +299,12 @@ def study(
                     **told,
                 )
     title = model.config.name_or_path or "model"
-    found = Study(title, len(model.model.layers), states, changes, text=text or {})
+    read = dict(text or {})
+    if states is not None:
+        read["tokens"] = states.tokens
+    if effects:
+        read["effect_rows"] = len(score)
+    found = Study(title, len(model.model.layers), states, changes, text=read)
     values, _ = found.scores()
     choice = None
     if attention_layers(model):
@@ -327,7 +336,8 @@ def _digest(
             for name, weight in one.state_dict().items():
                 digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps([settings.convert.model_dump(), settings.seed]).encode())
+    told = [settings.convert.model_dump(), settings.seed, str(settings.dtype)]
+    digest.update(json.dumps(told).encode())
     return digest.hexdigest()
 
 
