@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,8 @@ def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
     scores = json.loads((folder / "analysis" / "scores.json").read_text())
     record = json.loads((folder / "analysis" / "record.json").read_text())
     assert record["scores"] == scores["swap"] and record["score_name"] == "swap"
+    # Two rows to fit on and two to score on, however much text there is to train on.
+    assert scores["text"]["rows"] == 4 and scores["text"]["effect_rows"] == 2
     plan = recipe.layer_plan(7, folder / "analysis")
     assert list(plan.converted) == scores["choice"]["layers"]
     report = tamba.build(recipe, folder / "student", analysis=folder / "analysis")
@@ -196,6 +199,45 @@ def test_a_type_that_is_asked_for_reaches_effects(folder: Path) -> None:
     want = {i: c.kl for i, c in effects.drop_scores(model, text, dtype=None).items()}
     assert {i: c.kl for i, c in found.changes["drop"].items()} == want
     assert {i: c.kl for i, c in short.changes["drop"].items()} != want
+
+
+def test_a_student_that_kept_some_attention(folder: Path) -> None:
+    """Scores of some layers are written; a choice that needs all is refused before any work."""
+    checkpoint(folder / "teacher", ["attention"] * 3)
+    checkpoint(folder / "student", ["attention", "mamba2", "mamba2"])
+    reading = Reading(["text.txt"], 32, 256, student="student")
+    settings = Settings(("aligned", "restore"), effect_tokens=32)
+    found = tamba.analyze("teacher", "some", reading=reading, settings=settings)
+    assert found.choice is None and not (folder / "some" / "plan.toml").exists()
+    scores = json.loads((folder / "some" / "scores.json").read_text())
+    for name in ("aligned", "restore"):
+        assert [value is None for value in scores[name]] == [True, False, False]
+    # Kept, the layer without a score is in nobody's way.
+    kept = replace(settings, measures=("restore",), always_keep=(0,))
+    found = tamba.analyze("teacher", "kept", reading=reading, settings=kept)
+    assert found.choice is not None and found.choice.strategy == "lowest restore"
+    assert len(found.choice.layers) == 1 and 0 not in found.choice.layers
+    also = replace(settings, measures=("aligned", "states"))
+    found = tamba.analyze("teacher", "also", reading=reading, settings=also)
+    assert found.choice is not None and found.choice.strategy == "lowest own_turn"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"choose": "lowest aligned"}, "layer 0 has no score 'aligned'"),
+        ({"budget": Budget(1)}, "has not converted every layer"),
+    ],
+)
+def test_a_choice_that_no_score_allows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict, words: str
+) -> None:
+    monkeypatch.setattr(analyze_module, "load_model", None)
+    checkpoint(folder / "teacher", ["attention"] * 3)
+    checkpoint(folder / "student", ["attention", "mamba2", "mamba2"])
+    reading = Reading(["text.txt"], 32, 256, student="student")
+    with pytest.raises(UserError, match=words):
+        tamba.analyze("teacher", "out", reading=reading, settings=Settings(("aligned",), **given))
 
 
 def test_a_recipe_without_measures_is_drawn_where_it_can_be(

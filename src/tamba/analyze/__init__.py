@@ -158,6 +158,9 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
         raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
     if settings is None or set(settings.measures) - {"states"}:
         divided(blocks, wanted.tokens)
+    if settings is not None:
+        # What `divided` will take: a recipe's text is as long as its training.
+        blocks = blocks.take(max(2, 2 * (wanted.tokens // blocks.length)))
     dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
     teacher = load_model(checkpoint, dtype, device)
     if settings is None:
@@ -183,15 +186,11 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     checkpoint = open_checkpoint(source)
     student = None if reading.student is None else open_checkpoint(reading.student)
     config = checkpoint.tamba_config
-    settings.check(
-        config,
-        student=student is not None,
-        recall=reading.recall,
-        where=checkpoint.location,
-    )
-    _check_reading(reading, settings, config)
+    pairs = None
     if student is not None:
-        student_pairs(config, student.tamba_config, student.location)
+        pairs = student_pairs(config, student.tamba_config, student.location)
+    settings.check(config, student=pairs, recall=reading.recall, where=checkpoint.location)
+    _check_reading(reading, settings, config)
     into = None if reading.into is None else _receiver(reading, checkpoint)
     tokenizer = _tokenizer(checkpoint)
     texts = read_texts(list(reading.texts), max_bytes=reading.tokens * _BYTES_PER_TOKEN)

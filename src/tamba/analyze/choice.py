@@ -242,7 +242,9 @@ def _score(name: str, scores: Scores, facts: Facts, where: str) -> dict[int, flo
     found = {i: scores[name][i] for i in facts.free}
     missing = [i for i, value in found.items() if value is None or not math.isfinite(value)]
     if missing:
-        raise UserError(where, f"layer {missing[0]} has no score '{name}'", "choose another score")
+        raise UserError(
+            where, f"layer {missing[0]} has no score '{name}'", "choose another or keep it"
+        )
     return {i: value for i, value in found.items() if value is not None}
 
 
