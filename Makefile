@@ -4,8 +4,11 @@ export PYTHON TORCH_INDEX
 SHELL := bash
 BIN := .venv/bin
 # Tiny models: a process a core with one thread each is faster than one process with many.
-CORES := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+CORES := $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 PYTEST := $(BIN)/python -m pytest
+# Plugins that pytest finds by itself it also rewrites, all of hypothesis in each process. A process
+# begins with one half of the tests, so that neighbours share what is made once.
+PLUGINS := -p xdist.plugin -p _hypothesis_pytestplugin --dist worksteal
 
 .PHONY: help demo test lint format slow gpu bench clean
 .DEFAULT_GOAL := help
@@ -19,7 +22,7 @@ demo:  ## convert a real model, repair it, measure it, chat with it; leaves demo
 
 test:  ## the fast test suite (3 minutes on 2 cores)
 	@scripts/bootstrap test
-	@OMP_NUM_THREADS=1 $(PYTEST) -n $(CORES) $(ARGS)
+	@OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTEST) $(PLUGINS) -n $(CORES) $(ARGS)
 
 lint:  ## style, formatting and types, as CI checks them
 	@scripts/bootstrap test

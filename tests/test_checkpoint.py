@@ -6,10 +6,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 import tamba  # noqa: F401  (registers the Auto classes)
 from compare import assert_same
 from hf_models import some_ids, tiny_hf_model
+from killed import assert_killed, die
 from models import random_ids, tiny_model
 from tamba.checkpoint import (
     CheckpointWriter,
@@ -606,18 +603,15 @@ def test_a_damaged_configuration_of_ours_is_an_error(change, says, tmp_path):
         load(tmp_path)
 
 
+def write_half_of_a_checkpoint(folder):
+    with CheckpointWriter(folder, SPECS, {}) as out:
+        name, spec = next(iter(SPECS.items()))
+        out.write(name, torch.zeros(spec.shape))
+        die()
+
+
 def test_what_a_killed_process_left_is_replaced(tmp_path):
-    code = """
-        import os, sys, signal, torch
-        from tamba.formats.writer import CheckpointWriter, TensorSpec
-        specs = {"t0": TensorSpec((64, 4), torch.float32), "t1": TensorSpec((64, 4), torch.float32)}
-        with CheckpointWriter(sys.argv[1], specs, {}) as out:
-            out.write("t0", torch.zeros(64, 4))
-            os.kill(os.getpid(), signal.SIGKILL)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "src"}, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert_killed(write_half_of_a_checkpoint, tmp_path / "out")
     assert left_in(tmp_path) == [".out.partial"]
     with CheckpointWriter(tmp_path / "out", SPECS, {}) as out:
         fill(out)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import typer.main
 from safetensors.torch import load_file, save_file
 
 import tamba
@@ -42,8 +44,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# Annotations of all verbs are read for every call; they do not change between calls.
+read_once = functools.cache(typer.main.get_command)
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit code of the command."""
+    monkeypatch.setattr(typer.main, "get_command", read_once)
     monkeypatch.setattr(sys, "argv", ["tamba", *arguments])
     with pytest.raises(SystemExit) as caught:
         cli.main()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -182,12 +180,21 @@ def test_the_picture_of_findings_shows_means(monkeypatch: pytest.MonkeyPatch) ->
     ("held", "said"), [(None, "cannot be read"), ("", "cannot be read"), ("[]", "no row"),
                        ('{"a": 1}', "no record")],
 )  # fmt: skip
-def test_a_picture_of_no_record_is_refused(held: str | None, said: str, tmp_path: Path) -> None:
+def test_a_picture_of_no_record_is_refused(
+    held: str | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     record = tmp_path / "record.json"
     if held is not None:
         record.write_text(held)
-    script = Path(__file__).parent.parent / "experiments" / "mamba_in_llama_figures.py"
-    command = [sys.executable, str(script), str(record), "--out", str(tmp_path / "made")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and "record.json" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "made").exists()
+    monkeypatch.syspath_prepend(str(ROOT))
+    figures = importlib.import_module("mamba_in_llama_figures")
+    monkeypatch.setattr("sys.argv", ["figures", str(record), "--out", str(tmp_path / "made")])
+    with pytest.raises(SystemExit) as ended:
+        figures.main()
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and said in error and "record.json" in error
+    assert len(error.splitlines()) == 1 and not (tmp_path / "made").exists()

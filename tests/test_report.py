@@ -217,8 +217,13 @@ def test_every_record_gives_a_whole_page_that_needs_nothing_else(name):
     assert "font-family" not in drawings
 
 
-def test_the_page_says_what_matters():
-    words = " ".join(Page(render(full_record())).words.split())
+@pytest.fixture(scope="module")
+def full_page():
+    return render(full_record())
+
+
+def test_the_page_says_what_matters(full_page):
+    words = " ".join(Page(full_page).words.split())
     for said in (
         "2 of 5 layers are Mamba-2 now, and 90.9 % of the quality is kept.",
         "On 41,203 held-out tokens the perplexity went from 20.00 to 22.00 , 1.100 times",
@@ -353,8 +358,8 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         report.report([tmp_path / "nowhere"], tmp_path / "out")
 
 
-def test_drawings_describe_themselves():
-    labels = [v for k, v in Page(render(full_record())).attributes if k == "aria-label"]
+def test_drawings_describe_themselves(full_page):
+    labels = [v for k, v in Page(full_page).attributes if k == "aria-label"]
     assert len(labels) == 6
     assert any("2 layers: 1.10" in label for label in labels)
     assert any("surgery: 240; fit: 1.10" in label for label in labels)
@@ -374,30 +379,32 @@ def test_words_can_be_read_in_either_theme():
             assert contrast >= 4.5, (name, theme)  # WCAG 2.2, criterion 1.4.3
 
 
-def test_the_record_survives_its_file(tmp_path):
-    record = full_record()
-    path = write_report(record, tmp_path / "demo")
-    assert path == tmp_path / "demo" / "report.json"
-    assert read_record(path) == record
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written") / "demo"
+    assert write_report(full_record(), folder) == folder / "report.json"
+    return folder
+
+
+def test_the_record_survives_its_file(written):
+    path = written / "report.json"
+    assert read_record(path) == full_record()
     raw = json.loads(path.read_text())
     assert {"teacher", "student", "ratio", "tokens"} <= raw["perplexity"].keys()
     assert raw["layers"] == {"total": 5, "converted": 2}
     assert raw["seconds"]["build"] == 9.0
     assert (raw["answer"], raw["versions"]) == ("Paris.", {"torch": "2.13.0"})
-    found = sorted(str(p.relative_to(tmp_path / "demo")) for p in (tmp_path / "demo").rglob("*.*"))
+    found = sorted(str(p.relative_to(written)) for p in written.rglob("*.*"))
     drawn = [f"plots/{n}.{e}" for n in sorted(plots.NAMES) for e in ("png", "svg")]
     assert found == [*drawn, "report.html", "report.json"]
-    for path in (tmp_path / "demo" / "plots").glob("*.png"):
+    for path in (written / "plots").glob("*.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_record_gives_the_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        write_report(full_record(), tmp_path / name)
-    files = [p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()]
-    assert all(
-        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
-    )
+def test_the_same_record_gives_the_same_bytes(written, tmp_path):
+    write_report(full_record(), tmp_path)
+    files = [p.relative_to(written) for p in written.rglob("*") if p.is_file()]
+    assert all((tmp_path / f).read_bytes() == (written / f).read_bytes() for f in files)
 
 
 def test_the_record_alone_needs_no_drawing(tmp_path, monkeypatch):

@@ -40,8 +40,8 @@ def scored(model, pairs, **options):
 
 
 @torch.no_grad()
-def check_scores(model, pairs, **options):
-    got = scored(model, pairs, **options)
+def check_scores(model, pairs, sizes=(10_000,)):
+    """Whatever the tokens at once."""
     totals, greedy = [], []
     for context, target in pairs:
         logp = model(torch.tensor([[*context, *target]])).logits[0].log_softmax(-1)
@@ -49,11 +49,12 @@ def check_scores(model, pairs, **options):
         wanted = torch.tensor(target)
         totals.append(logp[places, wanted].sum())
         greedy.append(bool((logp[places].argmax(-1) == wanted).all()))
-    assert_same(
-        torch.tensor([g.total for g in got], dtype=torch.float64), torch.stack(totals), "fp64"
-    )
-    assert [g.greedy for g in got] == greedy
-    assert [g.tokens for g in got] == [len(target) for _, target in pairs]
+    for tokens_at_once in sizes:
+        got = scored(model, pairs, tokens_at_once=tokens_at_once)
+        found = torch.tensor([g.total for g in got], dtype=torch.float64)
+        assert_same(found, torch.stack(totals), "fp64")
+        assert [g.greedy for g in got] == greedy
+        assert [g.tokens for g in got] == [len(target) for _, target in pairs]
 
 
 @pytest.mark.parametrize("stack", sorted(STACKS))
@@ -64,8 +65,7 @@ def test_scores_equal_one_pass_each(stack):
     for context, _ in list(pairs[:2]):
         ids = model.generate(torch.tensor([context]), max_new_tokens=2, do_sample=False)
         pairs.append((context, ids[0, len(context) :].tolist()))
-    for tokens_at_once in (1, 40, 10_000):
-        check_scores(model, pairs, tokens_at_once=tokens_at_once)
+    check_scores(model, pairs, (1, 40, 10_000))
 
 
 def test_order_and_batches_change_nothing():
@@ -135,18 +135,21 @@ def test_nothing_to_score_is_refused():
         scored(tiny_model("attention"), [([1], [])])
 
 
-def check_answers(model, prompts, tokens_at_once=10_000):
-    got = {}
-    for batch in decode(
-        model, prompts, [6] * len(prompts), ends={5}, tokens_at_once=tokens_at_once
-    ):
-        got |= batch
+def check_answers(model, prompts, sizes=(10_000,)):
+    """Whatever the tokens at once."""
+    want = {}
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([prompt])
-        want = model.generate(
+        answer = model.generate(
             ids, max_new_tokens=6, do_sample=False, eos_token_id=5, pad_token_id=0
         )
-        assert got[i] == want[0, len(prompt) :].tolist()
+        want[i] = answer[0, len(prompt) :].tolist()
+    lengths = [6] * len(prompts)
+    for tokens_at_once in sizes:
+        got = {}
+        for batch in decode(model, prompts, lengths, ends={5}, tokens_at_once=tokens_at_once):
+            got |= batch
+        assert got == want
 
 
 @pytest.mark.parametrize(
@@ -155,8 +158,7 @@ def check_answers(model, prompts, tokens_at_once=10_000):
 def test_answers_equal_stock_generation(stack):
     model = tiny_model(stack, dtype=torch.float64)
     prompts = [context for context, _ in questions()]
-    for tokens_at_once in (1, 60, 10_000):
-        check_answers(model, prompts, tokens_at_once=tokens_at_once)
+    check_answers(model, prompts, (1, 60, 10_000))
 
 
 def test_padding_that_is_seen_shows(monkeypatch):

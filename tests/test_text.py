@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from killed import assert_killed, die
 from models import tiny_model
 from tamba import text as text_module
 from tamba.data import TokenBlocks
@@ -102,24 +98,21 @@ def test_each_side_alone_is_what_it_is_beside_the_other(folder: Path, shared: st
         assert got and want and torch.equal(got.tokens, want.tokens)
 
 
+def save_half_of_a_text(path: Path) -> None:
+    save = TokenBlocks.save
+
+    def killed(self: TokenBlocks, path: Path) -> None:
+        save(self, path)
+        die()
+
+    TokenBlocks.save = killed  # type: ignore[method-assign]
+    rows = TokenBlocks(torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 4)
+    RecipeText(rows, rows).save(path)
+
+
 def test_text_is_there_as_a_whole_or_not_at_all(folder: Path) -> None:
     """A process that is killed between the two files leaves nothing under the name."""
-    code = """
-        import os, signal, sys
-        import torch
-        from tamba.data import TokenBlocks
-        from tamba.text import RecipeText
-        save = TokenBlocks.save
-        def killed(self, path):
-            save(self, path)
-            os.kill(os.getpid(), signal.SIGKILL)
-        TokenBlocks.save = killed
-        rows = TokenBlocks(torch.zeros(1, 4).long(), torch.ones(1, 4).bool(), 4)
-        RecipeText(rows, rows).save(sys.argv[1])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(folder / "text")]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "src"}, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert_killed(save_half_of_a_text, folder / "text")
     assert (folder / ".text.partial" / "train.safetensors").exists()
     assert not (folder / "text").exists()
     # The next one clears up and is whole.

@@ -6,11 +6,7 @@ import errno
 import gc
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 import tamba
 from compare import assert_same
+from killed import assert_killed, die
 from models import VOCAB, random_ids, tiny_model
 from tamba import train as train_module
 from tamba.data import Batch, TokenBlocks
@@ -140,7 +137,7 @@ def test_a_step_the_wrong_way_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def check_overfit() -> None:
     student, teacher = pair()
-    log = align(student, teacher, PAIRS, rows(2), align_stage(tokens=150 * 32, batch=2, lr=2e-2))
+    log = align(student, teacher, PAIRS, rows(2), align_stage(tokens=100 * 32, batch=2, lr=2e-2))
     assert log.losses[-1][1] < 0.05 * log.losses[0][1]
     assert log.layers[1] < 0.05
     # What it says is left is left: the mixer on the teacher's input, after the last step.
@@ -163,7 +160,7 @@ def check_frozen(what: str, moved: Callable[[str], bool]) -> None:
     student, teacher = pair()
     ours, theirs = parameters(student), parameters(teacher)
     names = trained_parameters(ours, [1], what)
-    distil(student, teacher, names, rows(), distil_stage(weight_decay=0.1))
+    distil(student, teacher, names, rows(), distil_stage(tokens=320, weight_decay=0.1))
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, ours[name]) != moved(name), name
     for name, parameter in teacher.named_parameters():
@@ -187,7 +184,7 @@ def test_what_moves_though_it_should_not_is_seen(monkeypatch: pytest.MonkeyPatch
 def test_layers_are_fitted_apart() -> None:
     student, teacher = pair()
     ours, theirs = parameters(student), parameters(teacher)
-    align(student, teacher, PAIRS, rows(), align_stage())
+    align(student, teacher, PAIRS, rows(), align_stage(tokens=320))
     least_squares(student, teacher, PAIRS, rows(), LeastSquares(stage="least_squares", tokens=128))
     for name, parameter in student.named_parameters():
         assert name.startswith(MIXER) or torch.equal(parameter, ours[name])
@@ -207,7 +204,7 @@ def check_filling_does_not_count() -> None:
     for token in (3, 7):
         student, teacher = pair()
         names = trained_parameters(parameters(student), [1], "mixers")
-        log = distil(student, teacher, names, filled(token), distil_stage(ce=1.0))
+        log = distil(student, teacher, names, filled(token), distil_stage(tokens=320, ce=1.0))
         results.append((log.losses, parameters(student)))
     (losses, first), (others, second) = results
     assert [v for _, v in losses] == pytest.approx([v for _, v in others], rel=1e-5)
@@ -305,36 +302,31 @@ def run_training(folder: Path, out: str = "student") -> dict[str, Tensor]:
 STAGES = """
 [[train]]
 stage = "align"
-tokens = 640
+tokens = 384
 batch = 4
 lr = 1e-2
 [[train]]
 stage = "distil"
-tokens = 640
+tokens = 384
 batch = 4
 lr = 1e-2
 ce = 0.5
 """
 
-KILLED = """
-import os, signal, sys, torch
-from pathlib import Path
-import tamba
-from tamba.train import engine, trainer
 
-torch.use_deterministic_algorithms(True)
-trainer.KEEP_SECONDS = 0.0
-save = engine.Engine._save_checkpoint
+def train_until_killed(folder: Path) -> None:
+    """Keep every step, and die after the third of the second stage."""
+    torch.use_deterministic_algorithms(True)
+    trainer.KEEP_SECONDS = 0.0
+    save = Engine._save_checkpoint
 
-def and_die(self, *args):
-    save(self, *args)
-    if self.stage.stage == "distil" and self.state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def and_die(self: Engine, *args: object) -> None:
+        save(self, *args)
+        if self.stage.stage == "distil" and self.state.global_step == 3:
+            die()
 
-engine.Engine._save_checkpoint = and_die
-here = Path(sys.argv[1])
-tamba.train(here / "recipe.toml", here / "student", student=here / "built", text=here / "text")
-"""
+    Engine._save_checkpoint = and_die  # type: ignore[method-assign]
+    run_training(folder)
 
 
 def assert_same_training(folder: Path, got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -350,16 +342,10 @@ def assert_same_training(folder: Path, got: dict[str, Tensor], want: dict[str, T
 def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten steps of two stages; SIGKILL after five of the second; five more."""
+    """Six steps of two stages; SIGKILL after three of the second; three more."""
     prepare(tmp_path, STAGES)
     want = run_training(tmp_path, "whole")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(Path(tamba.__file__).parents[1])},
-        capture_output=True,
-        check=False,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert_killed(train_until_killed, tmp_path)
     assert not (tmp_path / "student").exists()
     taken: list[int] = []
     right = Engine.note
@@ -370,7 +356,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
     monkeypatch.setattr(Engine, "note", counted)
     assert_same_training(tmp_path, run_training(tmp_path), want)
-    assert taken == [6, 7, 8, 9, 10]
+    assert taken == [4, 5, 6]
     assert not (tmp_path / ".student.stages").exists()
 
 
@@ -397,7 +383,7 @@ def test_what_is_forgotten_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     prepare(tmp_path, STAGES)
     want = run_training(tmp_path, "whole")
     with monkeypatch.context() as patch:
-        cut_at(patch, "distil", 5)
+        cut_at(patch, "distil", 3)
         with pytest.raises(Cut):
             run_training(tmp_path)
     stages = tmp_path / ".student.stages"
@@ -430,7 +416,7 @@ def test_align_goes_on_inside_a_stage(tmp_path: Path, monkeypatch: pytest.Monkey
     prepare(tmp_path, STAGES.replace("lr = 1e-2", "lr = 1e-2\nema = 0.9\nmicro_batch = 3"))
     want = run_training(tmp_path, "whole")
     with monkeypatch.context() as patch:
-        cut_at(patch, "align", 8)
+        cut_at(patch, "align", 4)
         with pytest.raises(Cut):
             run_training(tmp_path)
     assert_same_training(tmp_path, run_training(tmp_path), want)

@@ -119,7 +119,7 @@ def test_layers_that_come_by_and_by_are_recorded_apart(recordings, monkeypatch) 
     for records in (True, False):
         monkeypatch.setattr(Engine, "_records", lambda self, records=records: records)
         student, teacher = hybrid((0, 1, 3))
-        stage = distil_stage(tokens=1280, batch=2, replacement="one_by_one", weight_decay=0.1)
+        stage = distil_stage(tokens=640, batch=2, replacement="one_by_one", weight_decay=0.1)
         names = [n for n, _ in student.named_parameters() if ".mixer." in n]
         log = distil(student, teacher, names, rows(), stage, pairs={i: i for i in (0, 1, 3)})
         found.append([loss for _, loss in log.losses])
