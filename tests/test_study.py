@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,9 @@ def test_a_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert len(scores[name]) == len(scores["standard_error"][name]) == 7
     assert scores["own_turn"] == [row[0] for row in scores["angular_distance"]["all_tokens"]]
+    text = scores["text"]
+    assert (text["rows"], text["length"], text["effect_rows"]) == (16, 32, 2)
+    assert 0 < text["tokens"] <= 512
     assert scores["rank_correlation"]["spearman"]["drop"]["drop"] == pytest.approx(1.0)
     # Attention is in layers 1, 3 and 5: the two whose loss moves least are converted.
     two = sorted(sorted((1, 3, 5), key=lambda i: scores["drop"][i])[:2])
@@ -161,10 +165,79 @@ def test_a_recipe_chooses_by_a_strategy(folder: Path) -> None:
     scores = json.loads((folder / "analysis" / "scores.json").read_text())
     record = json.loads((folder / "analysis" / "record.json").read_text())
     assert record["scores"] == scores["swap"] and record["score_name"] == "swap"
+    # Two rows to fit on and two to score on, however much text there is to train on.
+    assert scores["text"]["rows"] == 4 and scores["text"]["effect_rows"] == 2
     plan = recipe.layer_plan(7, folder / "analysis")
     assert list(plan.converted) == scores["choice"]["layers"]
     report = tamba.build(recipe, folder / "student", analysis=folder / "analysis")
-    assert "converted" in str(report) or plan.converted
+    made = [i for i, entry in enumerate(report.layers) if entry.startswith("convert")]
+    assert made == list(plan.converted) and len(made) == 1
+
+
+@pytest.mark.parametrize("given", [["--scores", "drop"], ["--length", "512"], ["--recall"]])
+def test_a_recipe_is_not_told_what_a_model_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list
+) -> None:
+    monkeypatch.setattr(analyze_module, "open_model", None)
+    (folder / "recipe.toml").write_text(RECIPE)
+    # Even what is the default: who says it means it to count.
+    assert call(monkeypatch, "analyze", "recipe.toml", "--out", "out", *given) == 2
+    said = capsys.readouterr().err
+    assert given[0] in said and "--set" in said and "Traceback" not in said
+
+
+def test_a_type_that_is_asked_for_reaches_effects(folder: Path) -> None:
+    settings = Settings(("drop",), effect_tokens=64, budget=Budget(1))
+    wide = Reading(["text.txt"], 32, 256, dtype="float32")
+    found = tamba.analyze("model", "wide", reading=wide, settings=settings)
+    assert found.text["effect_rows"] == 2
+    plain = Reading(["text.txt"], 32, 256)
+    short = tamba.analyze("model", "short", reading=plain, settings=settings)
+    model, tokenizer = tamba.load("model", torch.float32)
+    blocks = TokenBlocks.from_texts(read_texts("text.txt"), tokenizer, 32, max_tokens=256)
+    text = TokenBlocks(blocks.tokens[2:4], blocks.starts[2:4], 64)
+    want = {i: c.kl for i, c in effects.drop_scores(model, text, dtype=None).items()}
+    assert {i: c.kl for i, c in found.changes["drop"].items()} == want
+    assert {i: c.kl for i, c in short.changes["drop"].items()} != want
+
+
+def test_a_student_that_kept_some_attention(folder: Path) -> None:
+    """Scores of some layers are written; a choice that needs all is refused before any work."""
+    checkpoint(folder / "teacher", ["attention"] * 3)
+    checkpoint(folder / "student", ["attention", "mamba2", "mamba2"])
+    reading = Reading(["text.txt"], 32, 256, student="student")
+    settings = Settings(("aligned", "restore"), effect_tokens=32)
+    found = tamba.analyze("teacher", "some", reading=reading, settings=settings)
+    assert found.choice is None and not (folder / "some" / "plan.toml").exists()
+    scores = json.loads((folder / "some" / "scores.json").read_text())
+    for name in ("aligned", "restore"):
+        assert [value is None for value in scores[name]] == [True, False, False]
+    # Kept, the layer without a score is in nobody's way.
+    kept = replace(settings, measures=("restore",), always_keep=(0,))
+    found = tamba.analyze("teacher", "kept", reading=reading, settings=kept)
+    assert found.choice is not None and found.choice.strategy == "lowest restore"
+    assert len(found.choice.layers) == 1 and 0 not in found.choice.layers
+    also = replace(settings, measures=("aligned", "states"))
+    found = tamba.analyze("teacher", "also", reading=reading, settings=also)
+    assert found.choice is not None and found.choice.strategy == "lowest own_turn"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"choose": "lowest aligned"}, "layer 0 has no score 'aligned'"),
+        ({"budget": Budget(1)}, "has not converted every layer"),
+    ],
+)
+def test_a_choice_that_no_score_allows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, given: dict, words: str
+) -> None:
+    monkeypatch.setattr(analyze_module, "load_model", None)
+    checkpoint(folder / "teacher", ["attention"] * 3)
+    checkpoint(folder / "student", ["attention", "mamba2", "mamba2"])
+    reading = Reading(["text.txt"], 32, 256, student="student")
+    with pytest.raises(UserError, match=words):
+        tamba.analyze("teacher", "out", reading=reading, settings=Settings(("aligned",), **given))
 
 
 def test_a_recipe_without_measures_is_drawn_where_it_can_be(

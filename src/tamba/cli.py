@@ -111,6 +111,7 @@ def inspect(
 
 @app.command()
 def analyze(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe (.toml), or a checkpoint.")
     ],
@@ -160,7 +161,10 @@ def analyze(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="TYPE", help="Of matrix products; as stored if not given."),
+        typer.Option(
+            metavar="TYPE",
+            help="Of matrix products; if not given as stored, bfloat16 where layers are changed.",
+        ),
     ] = None,
     device: Device = None,
 ) -> None:
@@ -168,6 +172,16 @@ def analyze(
     recipe = _read(Path(source), overrides) if source.endswith(".toml") else None
     if recipe is None and overrides:
         raise UserError("--set", "changes a recipe, and there is none", "name a .toml file")
+    if recipe is not None:
+        for name in context.params:
+            given = context.get_parameter_source(name)
+            told = given is not None and given.name == "COMMANDLINE"
+            if told and name not in ("source", "out", "overrides"):
+                raise UserError(
+                    f"--{name.replace('_', '-')}",
+                    "is for a model, and a recipe says itself what to measure",
+                    "change the recipe with --set, e.g. --set analyze.convert=8",
+                )
     with _step():
         from tamba.analyze import PYTHON_DOCS, Reading, Settings
         from tamba.analyze import analyze as step

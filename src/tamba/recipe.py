@@ -99,7 +99,7 @@ class Analyze(Section):
         score: ``swap``: loss with this layer alone converted; ``least_squares``: the same
             after its closed-form fit; ``own_turn``, ``column_mean``: angular distances of hidden
             states (arXiv paper *E-Tamba*, equation 1). Higher is more important.
-        tokens: text to score on.
+        tokens: text to score on, and as much again to fit on; ``states`` are read from both.
         convert: number of layers to convert: those with the lowest scores.
         always_keep: teacher layers that stay attention whatever their score.
         measures: scores to measure and write down, of ``states``, ``drop``, ``swap`` and

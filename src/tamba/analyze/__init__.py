@@ -80,7 +80,8 @@ class Reading:
         into: a teacher that candidate groups of this model's layers are meant for, and
         replaced: its neighbouring layers that they would stand for.
         dtype: ``float32``, or ``bfloat16`` or ``float16`` for matrix products alone, which some
-            machines do faster; None for the type that the weights are stored in.
+            machines do faster; None for the type that the weights are stored in, and bfloat16 where
+            layers are changed.
         device: None for a GPU where there is one.
     """
 
@@ -157,6 +158,9 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
         raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
     if settings is None or set(settings.measures) - {"states"}:
         divided(blocks, wanted.tokens)
+    if settings is not None:
+        # What `divided` will take: a recipe's text is as long as its training.
+        blocks = blocks.take(max(2, 2 * (wanted.tokens // blocks.length)))
     dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
     teacher = load_model(checkpoint, dtype, device)
     if settings is None:
@@ -182,15 +186,11 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     checkpoint = open_checkpoint(source)
     student = None if reading.student is None else open_checkpoint(reading.student)
     config = checkpoint.tamba_config
-    settings.check(
-        config,
-        student=student is not None,
-        recall=reading.recall,
-        where=checkpoint.location,
-    )
-    _check_reading(reading, settings, config)
+    pairs = None
     if student is not None:
-        student_pairs(config, student.tamba_config, student.location)
+        pairs = student_pairs(config, student.tamba_config, student.location)
+    settings.check(config, student=pairs, recall=reading.recall, where=checkpoint.location)
+    _check_reading(reading, settings, config)
     into = None if reading.into is None else _receiver(reading, checkpoint)
     tokenizer = _tokenizer(checkpoint)
     texts = read_texts(list(reading.texts), max_bytes=reading.tokens * _BYTES_PER_TOKEN)
@@ -200,7 +200,7 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     probe = word_probe(tokenizer, seed=settings.seed) if reading.recall else None
     device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wide = reading.dtype if reading.dtype == "float32" else None
-    if reading.dtype is not None and wide is None:
+    if reading.dtype is not None:
         settings = replace(settings, dtype=getattr(torch, reading.dtype))
     model = load_model(checkpoint, wide, device)
     other = None if student is None else load_model(student, wide, device)

@@ -242,7 +242,9 @@ def _score(name: str, scores: Scores, facts: Facts, where: str) -> dict[int, flo
     found = {i: scores[name][i] for i in facts.free}
     missing = [i for i, value in found.items() if value is None or not math.isfinite(value)]
     if missing:
-        raise UserError(where, f"layer {missing[0]} has no score '{name}'", "choose another score")
+        raise UserError(
+            where, f"layer {missing[0]} has no score '{name}'", "choose another or keep it"
+        )
     return {i: value for i, value in found.items() if value is not None}
 
 
@@ -256,9 +258,10 @@ def _ratio(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int,
 
 def ratio(over: float, under: float) -> float:
     """Of two changes, 0 where nothing is lost, and no more than `RATIO_LIMIT`."""
-    over = max(over, 0.0)
-    low = max(under, over / RATIO_LIMIT)
-    return over / low if low > 0 else 0.0
+    if over <= 0.0:
+        return 0.0
+    # Exactly the limit: what is cut off is told by it.
+    return over / under if under > over / RATIO_LIMIT else RATIO_LIMIT
 
 
 def _sum(argument: str, scores: Scores, facts: Facts, where: str) -> dict[int, float]:

@@ -195,7 +195,7 @@ def change_scores(
             change = Change(
                 found["kl"][0],
                 found["loss"][0],
-                None if recall is None else -recall,
+                None if recall is None else 0.0 - recall,  # no loss is 0, not -0
                 found["kl"][1],
                 found["loss"][1],
                 recall_error,
@@ -374,9 +374,9 @@ def restore_scores(
     found = change_scores(student, variants, blocks, **told)
     return {
         i: Change(
-            -c.kl,
-            -c.loss,
-            None if c.recall is None else -c.recall,
+            0.0 - c.kl,
+            0.0 - c.loss,
+            None if c.recall is None else 0.0 - c.recall,
             c.kl_error,
             c.loss_error,
             c.recall_error,

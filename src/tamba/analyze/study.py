@@ -40,6 +40,7 @@ from tamba.analyze.effects import (
     conversion_scores,
     drop_scores,
     restore_scores,
+    student_pairs,
 )
 from tamba.analyze.probe import Probe
 from tamba.analyze.swaps import divided
@@ -54,7 +55,7 @@ from tamba.plots.layers import heat_maps, plan_stack, score_bars
 Measure = Literal["states", "drop", "swap", "least_squares", "aligned", "restore"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 STATE_SCORES = ("own_turn", "last_turn", "column_mean", "block_influence", "kernel_change")
-_PREFERRED = ("aligned", "least_squares", "swap", "drop", "own_turn")
+_PREFERRED = ("aligned", "restore", "least_squares", "swap", "drop", "own_turn")
 """Scores to choose by where nobody says, the most telling first."""
 
 Lists = dict[str, list[float | None]]
@@ -67,7 +68,8 @@ class Settings:
     Args:
         measures: of `MEASURES`.
         effect_tokens: text that effects are scored on, and as much again to fit on.
-        dtype: of the matrix products of hidden states; None for the model's own type.
+        dtype: of matrix products; None for the model's own type, and bfloat16 where layers are
+            changed.
         convert: how layers are converted.
         choose: a strategy of `STRATEGIES`; empty for the lowest of the most telling score.
         budget: of the choice; None for half of the layers that may be replaced.
@@ -90,7 +92,7 @@ class Settings:
         self,
         config: TambaConfig,
         *,
-        student: bool = False,
+        student: Sequence[int] | None = None,
         recall: bool = False,
         where: str | None = None,
     ) -> None:
@@ -99,7 +101,8 @@ class Settings:
         Args:
             config: of the model.
             where: the model is, for messages.
-            student: whether there is a converted one beside it.
+            student: attention layers that the converted one has converted; None where there is no
+                such model.
             recall: whether effects are measured on recall too.
 
         Raises:
@@ -129,7 +132,7 @@ class Settings:
                 raise UserError(
                     f"score '{name}'", "takes attention layers, and there are none", "ask for drop"
                 )
-            if name in ("aligned", "restore") and not student:
+            if name in ("aligned", "restore") and student is None:
                 raise UserError(f"score '{name}'", "takes a converted student", "name one")
         if self.groups is not None and not 1 <= self.groups <= n_layers:
             raise UserError(
@@ -145,7 +148,15 @@ class Settings:
             )
         if attention:
             # Which layers is not known yet; whether any can be chosen so is.
-            flat = dict.fromkeys(self._names(recall), [0.0] * n_layers)
+            flat: dict[str, list[float | None]] = {
+                name: [
+                    None
+                    if name.startswith(("aligned", "restore")) and i not in (student or ())
+                    else 0.0
+                    for i in range(n_layers)
+                ]
+                for name in self._names(recall)
+            }
             level = [[0.0] * (n_layers - i) for i in range(n_layers)]
             known = ("all_tokens", "last_token") if "states" in self.measures else ()
             self.choice(config, flat, dict.fromkeys(known, level))
@@ -160,10 +171,28 @@ class Settings:
         """What a choice has to know of a model."""
         return Facts.of(config, self.convert, always_keep=self.always_keep)
 
-    def choice(self, config: TambaConfig, scores: Scores, distances: Mapping[str, Table]) -> Choice:
-        """The layers to replace. Raises UserError, see `choose`."""
+    def choice(
+        self, config: TambaConfig, scores: Scores, distances: Mapping[str, Table]
+    ) -> Choice | None:
+        """The layers to replace. Raises UserError, see `choose`.
+
+        None where nobody says how to choose and no score is of every layer that may be replaced.
+        """
         facts = self.facts(config)
-        strategy = self.choose or f"lowest {next(n for n in _PREFERRED if n in scores)}"
+        whole = [
+            name
+            for name in _PREFERRED
+            if name in scores and all(scores[name][i] is not None for i in facts.free)
+        ]
+        if not self.choose and not whole:
+            if self.budget is None:
+                return None
+            raise UserError(
+                "number of layers",
+                "cannot be chosen: the student has not converted every layer that may be",
+                "ask for another score too, or keep the layers that it has not converted",
+            )
+        strategy = self.choose or f"lowest {whole[0]}"
         budget = self.budget
         if budget is None:
             alone = strategy.split()[0] in ("explicit", "jamba")
@@ -182,7 +211,8 @@ class Study:
         changes: by measure and layer.
         choice: the layers to replace, where some can be.
         groups: candidate groups of layers to give.
-        text: what was read: sources, rows, length, tokens.
+        text: what was read: sources, rows, their length, tokens that counted for hidden states, and
+            rows that effects were scored on.
     """
 
     model: str
@@ -266,7 +296,10 @@ def study(
     Raises:
         UserError: what `Settings.check` raises, too little text, or what the measures raise.
     """
-    settings.check(model.config, student=student is not None, recall=probe is not None)
+    pairs = None
+    if student is not None:
+        pairs = student_pairs(model.config, student.config, student.config.name_or_path)
+    settings.check(model.config, student=pairs, recall=probe is not None)
     states = None
     changes: dict[str, dict[int, Change]] = {}
     effects = [name for name in MEASURES if name in settings.measures and name != "states"]
@@ -278,6 +311,8 @@ def study(
         if record is not None:
             ledger = Ledger(record, _digest(model, score, fit, settings, probe, student))
         told: dict[str, Any] = {"probe": probe, "ledger": ledger}
+        if settings.dtype is not None:
+            told["dtype"] = settings.dtype
         for name in effects:
             if name == "drop":
                 changes[name] = drop_scores(model, score, **told)
@@ -295,7 +330,12 @@ def study(
                     **told,
                 )
     title = model.config.name_or_path or "model"
-    found = Study(title, len(model.model.layers), states, changes, text=text or {})
+    read = dict(text or {})
+    if states is not None:
+        read["tokens"] = states.tokens
+    if effects:
+        read["effect_rows"] = len(score)
+    found = Study(title, len(model.model.layers), states, changes, text=read)
     values, _ = found.scores()
     choice = None
     if attention_layers(model):
@@ -327,7 +367,8 @@ def _digest(
             for name, weight in one.state_dict().items():
                 digest.update(f"{name} {weight.dtype} {list(weight.shape)}".encode())
                 digest.update(weight.detach().cpu().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps([settings.convert.model_dump(), settings.seed]).encode())
+    told = [settings.convert.model_dump(), settings.seed, str(settings.dtype)]
+    digest.update(json.dumps(told).encode())
     return digest.hexdigest()
 
 
