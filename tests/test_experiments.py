@@ -67,7 +67,8 @@ def test_the_recipe_for_recall_is_its_row(llama: ModuleType, asked: argparse.Nam
     row = llama.ROWS["recall-25"]
     changes = [*row.changes, *llama.RECALL, f"analyze.convert={row.converted}"]
     changes += ["name=distil-smollm2-recall", "train.1.tokens=3000000", "train.2.tokens=45000000"]
-    found = llama.read_recipe(llama.RECIPES / "distil-smollm2-recall.toml")
+    changes += (teacher := [f"teacher.path={json.dumps(asked.teacher)}"])
+    found = llama.read_recipe(llama.RECIPES / "distil-smollm2-recall.toml", teacher)
     assert found.model_dump() == llama.read_recipe(llama.RECIPE, changes).model_dump()
     assert found.model_dump() != llama.read_recipe(llama.RECIPE, changes[1:]).model_dump()
 
