@@ -135,9 +135,10 @@ class Pieces:
         """This process' pieces of a step, on the CPU."""
         rows = rows_of_step(len(self._blocks), self._batch, step, self._seed)
         # All processes know the whole step, so none has to be told by how much to divide.
-        whole = max(1, self._count(self._take(rows)))
+        all_of_it = self._take(rows)
+        whole = max(1, self._count(all_of_it))
         for some in rows[self._rank :: self._world].split(self._micro):
-            batch = self._take(some)
+            batch = all_of_it if len(some) == len(rows) else self._take(some)
             keep = torch.zeros_like(batch.starts)
             keep[:, :-1] = batch.predicted
             places = keep.flatten().nonzero()[:, 0]
@@ -146,4 +147,6 @@ class Pieces:
             yield Piece(batch, some, places, step, share, self._packed, edges)
 
     def _take(self, rows: Tensor) -> Batch:
-        return Batch(self._blocks.tokens[rows].long(), self._blocks.starts[rows])
+        # Whole rows are copied: indexing goes by element, and the device waits for it.
+        tokens, starts = (t.index_select(0, rows) for t in (self._blocks.tokens, self._blocks.starts))
+        return Batch(tokens.long(), starts)

@@ -132,11 +132,14 @@ class Recorder:
         return made
 
     def _replay(self, recorded: _Recorded, piece: Piece) -> Tensor:
+        begun = [(total, p.grad) for p, total in recorded.sums.items() if p.grad is not total]
+        fresh = [total for total, before in begun if before is None]
+        others = [(total, before) for total, before in begun if before is not None]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        if others:
+            torch._foreach_copy_([total for total, _ in others], [before for _, before in others])
         for p, total in recorded.sums.items():
-            if p.grad is None:
-                total.zero_()
-            elif p.grad is not total:
-                total.copy_(p.grad)
             p.grad = total
         for place, given in zip(_tensors(recorded.piece), _tensors(piece), strict=True):
             place.copy_(given)
