@@ -148,5 +148,7 @@ class Pieces:
 
     def _take(self, rows: Tensor) -> Batch:
         # Whole rows are copied: indexing goes by element, and the device waits for it.
-        tokens, starts = (t.index_select(0, rows) for t in (self._blocks.tokens, self._blocks.starts))
+        tokens, starts = (
+            t.index_select(0, rows) for t in (self._blocks.tokens, self._blocks.starts)
+        )
         return Batch(tokens.long(), starts)
