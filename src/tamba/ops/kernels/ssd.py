@@ -226,14 +226,17 @@ def _enter(
     lane,
     segment,
     segments,
+    pieces,
     inner,
     SIZE: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """`state` carried through the segments that come before `segment` (backwards: after it)."""
-    for i in range(0, segments - 1 - segment if REVERSE else segment):
-        j = lane * segments + (segments - 1 - i if REVERSE else i)
-        state = state * tl.load(decay_ptr + j) + tl.load(local_ptr + j * SIZE + inner)
+    kept = (segments - 1) * pieces
+    for i in range(0, (segments - 1 - segment if REVERSE else segment) * pieces):
+        j = lane * kept + (kept - 1 - i if REVERSE else i)
+        added = tl.load(local_ptr + j * SIZE + inner).to(tl.float32)
+        state = state * tl.load(decay_ptr + j) + added
     return state
 
 
@@ -268,9 +271,11 @@ def _walk(
     chunks,
     segments,
     span_chunks,
+    pieces,
     REVERSE: tl.constexpr,
     LOCAL: tl.constexpr,
     FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -278,28 +283,25 @@ def _walk(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state [P, N] of one head through one segment, by `_add`.
+    """The state [P, N] of one head through one segment or a piece of one, by `_add`.
 
     Forwards left is B, right x and the weight dt and the decay to the end of the chunk. Backwards
     (`REVERSE`) left is C, right the output's gradient and the weight the decay since the start.
-    With `LOCAL` only what the segment adds and its whole decay are written; without, every state
-    that enters a chunk (backwards: every gradient of one that leaves it), and backwards the
-    gradient of the first state.
+    With `LOCAL` a program takes one of the `pieces` of a segment and writes only what that adds and
+    its whole decay; without, a whole segment and every state that enters a chunk (backwards: every
+    gradient of one that leaves it), and with `LAST` the one at the end of the sequence.
     """
     blocks: tl.constexpr = P // BLOCK_P
     block = pid % blocks
     here = (pid // blocks) % (groups_here * heads_here)
     rest = pid // blocks // (groups_here * heads_here)
-    if LOCAL:  # the segment that nobody comes after needs no such state
-        segment = rest % (segments - 1) + (1 if REVERSE else 0)
-        row = rest // (segments - 1)
-    else:
-        segment = rest % segments
-        row = rest // segments
+    # Of the segment that nobody comes after nobody needs to know what it adds.
+    programs = (segments - 1) * pieces if LOCAL else segments
+    mine = rest % programs
+    row = rest // programs
     group = first_group + here // heads_here
     head = group * share + first_head + here % heads_here
     lane = (row * heads + head).to(tl.int64)
-    place = (row * (groups_here * heads_here) + here).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -311,12 +313,15 @@ def _walk(
         if FIRST:
             state += tl.load(first_ptr + lane * (N * P) + inner)
         state = _enter(
-            state, local_ptr, local_decay_ptr, place, segment, segments, inner, N * P, REVERSE
+            state, local_ptr, local_decay_ptr, lane, mine, segments, pieces, inner, N * P, REVERSE
         )
 
     column = head * P + block * BLOCK_P
-    begin = segment * span_chunks
-    count = tl.minimum(chunks - begin, span_chunks)
+    most = span_chunks // pieces if LOCAL else span_chunks
+    begin = mine * most
+    if LOCAL and REVERSE:
+        begin += span_chunks
+    count = tl.minimum(chunks - begin, most)
     following = tl.load(through_ptr + lane * chunks + begin + (count - 1 if REVERSE else 0))
     for i in range(0, count):
         chunk = begin + (count - 1 - i if REVERSE else i)
@@ -335,17 +340,18 @@ def _walk(
         state = _add(state, through, right, weight, left, DOT, PRECISION)
         whole *= through
     if LOCAL:
-        j = place * segments + segment
-        tl.store(local_ptr + j * (N * P) + inner, state)
+        j = lane * programs + mine
+        tl.store(local_ptr + j * (N * P) + inner, state.to(local_ptr.dtype.element_ty))
         if block == 0:
             tl.store(local_decay_ptr + j, whole)
-    elif REVERSE and segment == 0:
-        tl.store(last_ptr + lane * (N * P) + inner, state)
+    elif LAST:
+        if mine == (0 if REVERSE else segments - 1):
+            tl.store(last_ptr + lane * (N * P) + inner, state)
 
 
 _COUNTS = [
     *("heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-    *("chunks", "segments", "span_chunks"),
+    *("chunks", "segments", "span_chunks", "pieces"),
 ]
 
 
@@ -366,6 +372,7 @@ def _segments_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -373,7 +380,7 @@ def _segments_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What every segment but the last adds to the state."""
+    """What every piece of every segment but the last adds to the state."""
     _walk(
         tl.program_id(0),
         B_tiles,
@@ -394,8 +401,10 @@ def _segments_kernel(
         chunks,
         segments,
         span_chunks,
+        pieces,
         False,
         True,
+        False,
         False,
         N,
         P,
@@ -433,6 +442,7 @@ def _states_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
     LOCAL: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
@@ -467,9 +477,11 @@ def _states_kernel(
             chunks,
             segments,
             span_chunks,
+            pieces,
             False,
             LOCAL,
             FIRST,
+            False,
             N,
             P,
             BLOCK_P,
@@ -498,9 +510,11 @@ def _states_kernel(
             chunks,
             segments,
             span_chunks,
+            pieces,
             True,
             LOCAL,
             LAST,
+            FIRST,
             N,
             P,
             BLOCK_P,
@@ -516,7 +530,7 @@ def _states_kernel(
 @triton.jit(
     do_not_specialize=[
         *("D_ptr", "first_ptr"),
-        *("heads", "share", "chunks", "segments", "span_chunks"),
+        *("heads", "share", "chunks", "segments", "span_chunks", "pieces"),
     ]
 )
 def _scan_kernel(
@@ -540,6 +554,7 @@ def _scan_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
     SKIP: tl.constexpr,
     GATE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -569,7 +584,9 @@ def _scan_kernel(
     state = tl.zeros([N, BLOCK_P], tl.float32)
     if FIRST:
         state += tl.load(first_ptr + lane * (N * P) + inner)
-    state = _enter(state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, False)
+    state = _enter(
+        state, local_ptr, local_decay_ptr, lane, segment, segments, pieces, inner, N * P, False
+    )
 
     column = head * P + block * BLOCK_P
     group = head // share * N
@@ -677,6 +694,7 @@ def _grads_kernel(
     weight_ptr,
     to_end_ptr,
     since_ptr,
+    entering_ptr,
     entering_tiles,
     leaving_tiles,
     dx_tiles,
@@ -739,6 +757,7 @@ def _grads_kernel(
     q = tl.arange(0, Q)
     pair = tl.arange(0, 2)
     p = tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
     start = chunk * Q
     total = tl.zeros([Q, N], tl.float32)
     count = tl.minimum(heads_here - part * heads_each, heads_each)
@@ -763,10 +782,11 @@ def _grads_kernel(
                 place = (here * heads_here + j) * P + block * BLOCK_P
                 x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
                 leaving = _tile(leaving_tiles, at_chunk, place, 0, BLOCK_P, N)
-                entering = _tile(entering_tiles, at_chunk, place, 0, BLOCK_P, N)
+                # Past shared memory, which has no room for a tile of one inner product.
+                states = entering_ptr + at_chunk * entering_tiles.strides[0] + place * N
+                entering = tl.load(states + p[:, None] * N + n[None, :])
                 total += _dot(x, leaving, DOT, PRECISION) * weight[:, None]
-                products = _dot(entering, tl.trans(leaving), DOT, PRECISION)
-                passing += tl.sum(tl.where(p[:, None] == p[None, :], products, 0.0))
+                passing += tl.sum(entering.to(tl.float32) * leaving.to(tl.float32))
             tl.store(passing_ptr + lane * chunks + chunk, passing)
 
             sums = tl.load(sum_ptr + steps + q)
@@ -1180,17 +1200,17 @@ class Call:
         count = -(-self.share // max(1, min(most // self.groups, self.share)))
         return self.groups, -(-self.share // count)
 
-    def segment_chunks(self, sizes: Tile, chunks: int, walks: int) -> int:
-        """Chunks of a segment, so that the programs of `walks` rows of heads fill the card, and no
-        segment is empty."""
+    def cut(self, sizes: Tile, length: int, walks: int) -> int:
+        """Chunks of each part of `length` chunks, so that the programs of `walks` rows of heads and
+        as many parts fill the card, and no part is empty."""
         programs = walks * (self.head_dim // min(sizes["head_dim"], self.head_dim))
-        segments = min(sizes["per_sm"] * multiprocessors(self.device) // programs, chunks)
-        return -(-chunks // max(1, segments))
+        parts = min(sizes["per_sm"] * multiprocessors(self.device) // max(1, programs), length)
+        return -(-length // max(1, parts))
 
-    def added_by_segments(self, heads: int, segments: int) -> tuple[Tensor, Tensor]:
-        """Room for what segments add to a state, and for their decays; none for one segment."""
-        shape = self.batch, heads, segments if segments > 1 else 0
-        return self.new(*shape, self.head_dim, self.d_state), self.new(*shape)
+    def added(self, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Room for what pieces of segments add to the state of every head, and their decays."""
+        shape = self.batch, self.heads, pieces
+        return self.new(*shape, self.head_dim, self.d_state, dtype=dtype), self.new(*shape)
 
 
 @dataclass(frozen=True)
@@ -1231,16 +1251,22 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     sizes = call.sizes("ssd_scan")
     block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
     steps = call.steps(chunk, False)
-    each = call.segment_chunks(sizes, steps.chunks, call.batch * heads)
-    segments = -(-steps.chunks // each)
-    counts = steps.chunks, segments, each
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
-    adds, decays = call.added_by_segments(heads, segments)
     walk = call.sizes("ssd_segments")
     width = min(walk["head_dim"], call.head_dim)
+    lanes = call.batch * heads
+    each = call.cut(sizes, steps.chunks, lanes)
+    # Walks through segments that write nothing have room for more programs, so they are in pieces.
+    piece = call.cut(walk, each, lanes * (-(-steps.chunks // each) - 1))
+    pieces = -(-each // piece)
+    each = pieces * piece
+    segments = -(-steps.chunks // each)
+    counts = steps.chunks, segments, each, pieces
+    walked = (segments - 1) * pieces
+    adds, decays = call.added(walked, torch.float32)
     narrow = x_tiles if width == block else _tiles(x, chunk, width)
     _segments(
-        (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
+        (lanes * walked * (call.head_dim // width), 1, 1),
         (
             *(B_tiles, narrow, steps.weight, steps.through, adds, decays),
             *(heads, call.share, 0, call.groups, 0, call.share, *counts),
@@ -1254,7 +1280,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     last = call.new(call.batch, heads, call.head_dim, n)
     y_tiles = _tiles(y, chunk, block)
     _scan(
-        (call.batch * segments * heads * (call.head_dim // block), 1, 1),
+        (lanes * segments * (call.head_dim // block), 1, 1),
         (
             *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
             x_tiles if z is None else _tiles(z, chunk, block),
@@ -1310,11 +1336,11 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     entering, leaving = (
         call.new(batch * chunks, most * p, 1, n, dtype=call.stored) for _ in range(2)
     )
-    each = call.segment_chunks(walk, chunks, 2 * batch * most)
+    each = call.cut(walk, chunks, 2 * batch * most)
     segments = -(-chunks // each)
-    (adds, decays), (d_adds, d_decays) = (call.added_by_segments(most, segments) for _ in range(2))
+    (adds, decays), (d_adds, d_decays) = (call.added(segments - 1, call.stored) for _ in range(2))
     dx = call.new(*x.shape, dtype=x.dtype)
-    d_first = call.new(batch, heads, p, n)
+    d_first = call.new(0) if call.state is None else call.new(batch, heads, p, n)
     begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
     inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
 
@@ -1342,31 +1368,36 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     products = (
         *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
         *(steps.step, steps.sums, steps.low, steps.spans),
-        *(steps.weight, steps.to_end, steps.since),
+        *(steps.weight, steps.to_end, steps.since, entering),
         *(_tiles(entering, block, n), _tiles(leaving, block, n), _tiles(dx, chunk, block)),
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
         *(inputs, outputs, begins, passing),
     )
+
+    def run_walks(count: int, counts: tuple[int, ...], local: bool) -> None:
+        """`count` segments of the heads that `counts` says, from the front and from the back."""
+        _states(
+            (2 * batch * count * counts[3] * counts[5] * (p // width), 1, 1),
+            (*walks, *counts, chunks, segments, each, 1),
+            {
+                **call.constants,
+                "LOCAL": local,
+                "FIRST": call.state is not None,
+                "LAST": d_last is not None,
+                "BLOCK_P": width,
+                "Q": chunk,
+            },
+            walk,
+            key,
+        )
+
+    # What segments add: of all heads at once, since a slice has too few to fill the card twice.
+    run_walks(segments - 1, (heads, share, 0, groups, 0, share), True)
     for first_group in range(0, groups, groups_each):
         for first_head in range(0, share, heads_each):
             here = min(groups_each, groups - first_group), min(heads_each, share - first_head)
             counts = heads, share, first_group, here[0], first_head, here[1]
-            for local in (True, False):
-                programs = 2 * batch * (segments - local) * here[0] * here[1] * (p // width)
-                _states(
-                    (programs, 1, 1),
-                    (*walks, *counts, chunks, segments, each),
-                    {
-                        **call.constants,
-                        "LOCAL": local,
-                        "FIRST": call.state is not None,
-                        "LAST": d_last is not None,
-                        "BLOCK_P": width,
-                        "Q": chunk,
-                    },
-                    walk,
-                    key,
-                )
+            run_walks(segments, counts, False)
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
                 (*products, *counts, part_heads, parts, chunks, batch, int(first_head == 0)),
@@ -1409,7 +1440,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         key,
     )
     shares = shares.sum(1)
-    none = [call.new(0) for _ in range(3)]
+    none = [call.new(0) for _ in range(2)]
     return (
         dx,
         ddt,
@@ -1419,7 +1450,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         none[0] if D is None else shares[2].to(D.dtype, copy=True),
         dz,
         none[1] if call.bias is None else shares[1].to(call.bias.dtype, copy=True),
-        none[2] if call.state is None else d_first,
+        d_first,
     )
 
 
