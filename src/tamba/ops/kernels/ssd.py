@@ -228,15 +228,21 @@ def _enter(
     segments,
     pieces,
     inner,
+    reverse,
     SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
 ):
-    """`state` carried through the segments that come before `segment` (backwards: after it)."""
+    """`state` carried through the segments that come before `segment` (`reverse`: after it)."""
     kept = (segments - 1) * pieces
-    for i in range(0, (segments - 1 - segment if REVERSE else segment) * pieces):
-        j = lane * kept + (kept - 1 - i if REVERSE else i)
-        added = tl.load(local_ptr + j * SIZE + inner).to(tl.float32)
-        state = state * tl.load(decay_ptr + j) + added
+    j = lane * kept
+    count = segment * pieces
+    step = 1
+    if reverse:
+        j += kept - 1
+        count = kept - count
+        step = -1
+    for i in range(0, count):
+        added = tl.load(local_ptr + (j + step * i) * SIZE + inner).to(tl.float32)
+        state = state * tl.load(decay_ptr + j + step * i) + added
     return state
 
 
@@ -253,15 +259,16 @@ def _add(state, through, right, weight, left, DOT: tl.constexpr, PRECISION: tl.c
 @triton.jit
 def _walk(
     pid,
+    reverse,
     left_tiles,
     right_tiles,
     weight_ptr,
     through_ptr,
+    given,
     first_ptr,
     local_ptr,
     local_decay_ptr,
     stored_tiles,
-    last_ptr,
     heads,
     share,
     first_group,
@@ -272,10 +279,7 @@ def _walk(
     segments,
     span_chunks,
     pieces,
-    REVERSE: tl.constexpr,
     LOCAL: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -286,10 +290,12 @@ def _walk(
     """The state [P, N] of one head through one segment or a piece of one, by `_add`.
 
     Forwards left is B, right x and the weight dt and the decay to the end of the chunk. Backwards
-    (`REVERSE`) left is C, right the output's gradient and the weight the decay since the start.
+    (`reverse`) left is C, right the output's gradient and the weight the decay since the start.
     With `LOCAL` a program takes one of the `pieces` of a segment and writes only what that adds and
-    its whole decay; without, a whole segment and every state that enters a chunk (backwards: every
-    gradient of one that leaves it), and with `LAST` the one at the end of the sequence.
+    its whole decay; without, a whole segment, from the state at `first_ptr` (`given`: there is one)
+    and what other segments add, and it writes every state that enters a chunk (backwards: every
+    gradient of one that leaves it). Returns where the head's states lie, the number of its part of
+    the sequence, and the state at the other end of that.
     """
     blocks: tl.constexpr = P // BLOCK_P
     block = pid % blocks
@@ -310,26 +316,30 @@ def _walk(
     state = tl.zeros([BLOCK_P, N], tl.float32)
     whole = tl.full([], 1.0, tl.float32)
     if not LOCAL:
-        if FIRST:
+        if given:
             state += tl.load(first_ptr + lane * (N * P) + inner)
         state = _enter(
-            state, local_ptr, local_decay_ptr, lane, mine, segments, pieces, inner, N * P, REVERSE
+            *(state, local_ptr, local_decay_ptr, lane, mine, segments, pieces, inner, reverse),
+            N * P,
         )
 
     column = head * P + block * BLOCK_P
     most = span_chunks // pieces if LOCAL else span_chunks
     begin = mine * most
-    if LOCAL and REVERSE:
-        begin += span_chunks
+    if LOCAL:
+        if reverse:
+            begin += span_chunks
     count = tl.minimum(chunks - begin, most)
-    following = tl.load(through_ptr + lane * chunks + begin + (count - 1 if REVERSE else 0))
+    step = 1
+    if reverse:
+        begin += count - 1
+        step = -1
+    following = tl.load(through_ptr + lane * chunks + begin)
     for i in range(0, count):
-        chunk = begin + (count - 1 - i if REVERSE else i)
+        chunk = begin + step * i
         through = following  # loaded one chunk ahead: nothing hides how long that takes
-        if REVERSE:
-            following = tl.load(through_ptr + lane * chunks + tl.maximum(chunk - 1, 0))
-        else:
-            following = tl.load(through_ptr + lane * chunks + tl.minimum(chunk + 1, chunks - 1))
+        ahead = tl.minimum(tl.maximum(chunk + step, 0), chunks - 1)
+        following = tl.load(through_ptr + lane * chunks + ahead)
         start = chunk * Q
         left = _tile(left_tiles, row, start, group * N, Q, N)
         right = _tile(right_tiles, row, start, column, Q, BLOCK_P)
@@ -344,9 +354,7 @@ def _walk(
         tl.store(local_ptr + j * (N * P) + inner, state.to(local_ptr.dtype.element_ty))
         if block == 0:
             tl.store(local_decay_ptr + j, whole)
-    elif LAST:
-        if mine == (0 if REVERSE else segments - 1):
-            tl.store(last_ptr + lane * (N * P) + inner, state)
+    return lane * (N * P) + inner, mine, state
 
 
 _COUNTS = [
@@ -382,36 +390,11 @@ def _segments_kernel(
 ):
     """What every piece of every segment but the last adds to the state."""
     _walk(
-        tl.program_id(0),
-        B_tiles,
-        x_tiles,
-        weight_ptr,
-        through_ptr,
-        local_ptr,
-        local_ptr,
-        local_decay_ptr,
-        x_tiles,
-        local_ptr,
-        heads,
-        share,
-        first_group,
-        groups_here,
-        first_head,
-        heads_here,
-        chunks,
-        segments,
-        span_chunks,
-        pieces,
-        False,
-        True,
-        False,
-        False,
-        N,
-        P,
-        BLOCK_P,
-        Q,
-        DOT,
-        PRECISION,
+        *(tl.program_id(0), False, B_tiles, x_tiles, weight_ptr, through_ptr),
+        *(False, local_ptr, local_ptr, local_decay_ptr, x_tiles),
+        *(heads, share, first_group, groups_here, first_head, heads_here),
+        *(chunks, segments, span_chunks, pieces),
+        *(True, N, P, BLOCK_P, Q, DOT, PRECISION),
     )
 
 
@@ -453,75 +436,40 @@ def _states_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both walks of the backward pass: half of the programs from the front, half from the back."""
-    half = tl.num_programs(0) // 2
+    """Both walks of the backward pass: half of the programs from the front, half from the back.
+
+    Which way is no constant: two walks in one kernel would take the shared memory of both.
+    """
     pid = tl.program_id(0)
-    if pid < half:
-        _walk(
-            pid,
-            B_tiles,
-            x_tiles,
-            weight_ptr,
-            through_ptr,
-            first_ptr,
-            local_ptr,
-            local_decay_ptr,
-            entering_tiles,
-            d_first_ptr,
-            heads,
-            share,
-            first_group,
-            groups_here,
-            first_head,
-            heads_here,
-            chunks,
-            segments,
-            span_chunks,
-            pieces,
-            False,
-            LOCAL,
-            FIRST,
-            False,
-            N,
-            P,
-            BLOCK_P,
-            Q,
-            DOT,
-            PRECISION,
-        )
+    half = tl.num_programs(0) // 2
+    reverse = pid >= half
+    if reverse:
+        pid -= half
+        left_tiles, right_tiles, stored_tiles = C_tiles, dy_tiles, leaving_tiles
+        sought_ptr, known_ptr = since_ptr, d_last_ptr
+        added_ptr, decay_ptr = d_local_ptr, d_local_decay_ptr
     else:
-        _walk(
-            pid - half,
-            C_tiles,
-            dy_tiles,
-            since_ptr,
-            through_ptr,
-            d_last_ptr,
-            d_local_ptr,
-            d_local_decay_ptr,
-            leaving_tiles,
-            d_first_ptr,
-            heads,
-            share,
-            first_group,
-            groups_here,
-            first_head,
-            heads_here,
-            chunks,
-            segments,
-            span_chunks,
-            pieces,
-            True,
-            LOCAL,
-            LAST,
-            FIRST,
-            N,
-            P,
-            BLOCK_P,
-            Q,
-            DOT,
-            PRECISION,
-        )
+        left_tiles, right_tiles, stored_tiles = B_tiles, x_tiles, entering_tiles
+        sought_ptr, known_ptr = weight_ptr, first_ptr
+        added_ptr, decay_ptr = local_ptr, local_decay_ptr
+    if FIRST and LAST:
+        given = True
+    elif FIRST:
+        given = pid == tl.program_id(0)
+    elif LAST:
+        given = reverse
+    else:
+        given = False
+    places, mine, state = _walk(
+        *(pid, reverse, left_tiles, right_tiles, sought_ptr, through_ptr),
+        *(given, known_ptr, added_ptr, decay_ptr, stored_tiles),
+        *(heads, share, first_group, groups_here, first_head, heads_here),
+        *(chunks, segments, span_chunks, pieces),
+        *(LOCAL, N, P, BLOCK_P, Q, DOT, PRECISION),
+    )
+    if FIRST and not LOCAL:
+        if reverse & (mine == 0):
+            tl.store(d_first_ptr + places, state)
 
 
 # --- forward
@@ -585,7 +533,8 @@ def _scan_kernel(
     if FIRST:
         state += tl.load(first_ptr + lane * (N * P) + inner)
     state = _enter(
-        state, local_ptr, local_decay_ptr, lane, segment, segments, pieces, inner, N * P, False
+        *(state, local_ptr, local_decay_ptr, lane, segment, segments, pieces, inner, False),
+        N * P,
     )
 
     column = head * P + block * BLOCK_P
@@ -1327,8 +1276,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     chunk = sizes["chunk"]
     steps = call.steps(chunk, True)
     chunks = steps.chunks
-    walk = call.sizes("ssd_states")
-    width = min(walk["head_dim"], p)
+    walk, local = call.sizes("ssd_states"), call.sizes("ssd_segments")
     tiles = batch * chunks * groups
 
     groups_each, heads_each = call.slices(chunk, sizes["states"])
@@ -1357,13 +1305,13 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     if shared:
         d_scores = _tiles(call.new(parts * tiles, chunk, 1, chunk), chunk, chunk)
         dB_parts, dC_parts = (call.new(parts * batch, *B.shape[1:]) for _ in range(2))
+    # One kernel walks both ways, so that what it reads must be of one type.
+    sides = (B, C) if B.dtype == C.dtype else (B.float(), C.float())
     walks = (
-        *(B_chunks, C_chunks, _tiles(x, chunk, width), _tiles(dy, chunk, width)),
         *(steps.weight, steps.since, steps.through),
         steps.sums if call.state is None else call.state,
         steps.sums if d_last is None else d_last,
         *(adds, decays, d_adds, d_decays),
-        *(_tiles(entering, width, n), _tiles(leaving, width, n), d_first),
     )
     products = (
         *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
@@ -1374,11 +1322,18 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         *(inputs, outputs, begins, passing),
     )
 
-    def run_walks(count: int, counts: tuple[int, ...], local: bool) -> None:
+    def run_walks(count: int, counts: tuple[int, ...], local: bool, sizes: Tile) -> None:
         """`count` segments of the heads that `counts` says, from the front and from the back."""
+        width = min(sizes["head_dim"], p)
         _states(
             (2 * batch * count * counts[3] * counts[5] * (p // width), 1, 1),
-            (*walks, *counts, chunks, segments, each, 1),
+            (
+                *(_tiles(t, chunk, n) for t in sides),
+                *(_tiles(t, chunk, width) for t in (x, dy)),
+                *walks,
+                *(_tiles(t, width, n) for t in (entering, leaving)),
+                *(d_first, *counts, chunks, segments, each, 1),
+            ),
             {
                 **call.constants,
                 "LOCAL": local,
@@ -1387,17 +1342,17 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
                 "BLOCK_P": width,
                 "Q": chunk,
             },
-            walk,
+            sizes,
             key,
         )
 
     # What segments add: of all heads at once, since a slice has too few to fill the card twice.
-    run_walks(segments - 1, (heads, share, 0, groups, 0, share), True)
+    run_walks(segments - 1, (heads, share, 0, groups, 0, share), True, local)
     for first_group in range(0, groups, groups_each):
         for first_head in range(0, share, heads_each):
             here = min(groups_each, groups - first_group), min(heads_each, share - first_head)
             counts = heads, share, first_group, here[0], first_head, here[1]
-            run_walks(segments, counts, False)
+            run_walks(segments, counts, False, walk)
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
                 (*products, *counts, part_heads, parts, chunks, batch, int(first_head == 0)),
