@@ -627,7 +627,7 @@ def _ungate_kernel(
 @triton.jit(
     do_not_specialize=[
         *("D_ptr", "heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-        *("heads_each", "parts", "chunks", "batch", "fresh"),
+        *("held", "heads_each", "parts", "chunks", "batch", "fresh"),
     ]
 )
 def _grads_kernel(
@@ -660,6 +660,7 @@ def _grads_kernel(
     groups_here,
     first_head,
     heads_here,
+    held,
     heads_each,
     parts,
     chunks,
@@ -732,8 +733,8 @@ def _grads_kernel(
                 x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
                 leaving = _tile(leaving_tiles, at_chunk, place, 0, BLOCK_P, N)
                 # Past shared memory, which has no room for a tile of one inner product.
-                states = entering_ptr + at_chunk * entering_tiles.strides[0] + place * N
-                entering = tl.load(states + p[:, None] * N + n[None, :])
+                lines = at_chunk.to(tl.int64) * (held * P) + place + p
+                entering = tl.load(entering_ptr + lines[:, None] * N + n[None, :])
                 total += _dot(x, leaving, DOT, PRECISION) * weight[:, None]
                 passing += tl.sum(entering.to(tl.float32) * leaving.to(tl.float32))
             tl.store(passing_ptr + lane * chunks + chunk, passing)
@@ -1355,7 +1356,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             run_walks(segments, counts, False, walk)
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
-                (*products, *counts, part_heads, parts, chunks, batch, int(first_head == 0)),
+                (*products, *counts, most, part_heads, parts, chunks, batch, int(first_head == 0)),
                 {
                     **call.constants,
                     "BLOCK_P": block,
