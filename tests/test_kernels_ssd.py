@@ -103,6 +103,7 @@ def sliced(percent: int) -> dict[str, Any]:
     return {**SMALL, "ssd_grads": {**SMALL["ssd_grads"], "states": percent}}
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(
     "heads, groups, percent, starts, slices",
     [
@@ -118,8 +119,11 @@ def test_slices_of_heads_add_up(
     percent: int,
     starts: bool,
     slices: tuple[int, int],
+    at_once: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`at_once`: what segments add is there for all heads, not for those of a slice."""
+    monkeypatch.setattr(module, "_ADDED_SHARE", 100.0 if at_once else 0.0)
     found, whole = [], module.Call.slices
     monkeypatch.setattr(
         module.Call, "slices", lambda *given: found.append(whole(*given)) or found[-1]

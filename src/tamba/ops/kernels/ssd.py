@@ -279,6 +279,7 @@ def _walk(
     segments,
     span_chunks,
     pieces,
+    kept,
     LOCAL: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
@@ -294,8 +295,9 @@ def _walk(
     With `LOCAL` a program takes one of the `pieces` of a segment and writes only what that adds and
     its whole decay; without, a whole segment, from the state at `first_ptr` (`given`: there is one)
     and what other segments add, and it writes every state that enters a chunk (backwards: every
-    gradient of one that leaves it). Returns where the head's states lie, the number of its part of
-    the sequence, and the state at the other end of that.
+    gradient of one that leaves it). What segments add is there for all heads, or for those of this
+    launch, if only that many are `kept`. Returns where the head's states lie, the number of its
+    part of the sequence, and the state at the other end of that.
     """
     blocks: tl.constexpr = P // BLOCK_P
     block = pid % blocks
@@ -308,6 +310,7 @@ def _walk(
     group = first_group + here // heads_here
     head = group * share + first_head + here % heads_here
     lane = (row * heads + head).to(tl.int64)
+    place = (row * kept + (head if kept == heads else here)).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -319,7 +322,7 @@ def _walk(
         if given:
             state += tl.load(first_ptr + lane * (N * P) + inner)
         state = _enter(
-            *(state, local_ptr, local_decay_ptr, lane, mine, segments, pieces, inner, reverse),
+            *(state, local_ptr, local_decay_ptr, place, mine, segments, pieces, inner, reverse),
             N * P,
         )
 
@@ -327,8 +330,7 @@ def _walk(
     most = span_chunks // pieces if LOCAL else span_chunks
     begin = mine * most
     if LOCAL:
-        if reverse:
-            begin += span_chunks
+        begin += span_chunks if reverse else 0
     count = tl.minimum(chunks - begin, most)
     step = 1
     if reverse:
@@ -350,7 +352,7 @@ def _walk(
         state = _add(state, through, right, weight, left, DOT, PRECISION)
         whole *= through
     if LOCAL:
-        j = lane * programs + mine
+        j = place * programs + mine
         tl.store(local_ptr + j * (N * P) + inner, state.to(local_ptr.dtype.element_ty))
         if block == 0:
             tl.store(local_decay_ptr + j, whole)
@@ -359,7 +361,7 @@ def _walk(
 
 _COUNTS = [
     *("heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-    *("chunks", "segments", "span_chunks", "pieces"),
+    *("chunks", "segments", "span_chunks", "pieces", "kept"),
 ]
 
 
@@ -381,6 +383,7 @@ def _segments_kernel(
     segments,
     span_chunks,
     pieces,
+    kept,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -393,7 +396,7 @@ def _segments_kernel(
         *(tl.program_id(0), False, B_tiles, x_tiles, weight_ptr, through_ptr),
         *(False, local_ptr, local_ptr, local_decay_ptr, x_tiles),
         *(heads, share, first_group, groups_here, first_head, heads_here),
-        *(chunks, segments, span_chunks, pieces),
+        *(chunks, segments, span_chunks, pieces, kept),
         *(True, N, P, BLOCK_P, Q, DOT, PRECISION),
     )
 
@@ -426,6 +429,7 @@ def _states_kernel(
     segments,
     span_chunks,
     pieces,
+    kept,
     LOCAL: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
@@ -464,10 +468,10 @@ def _states_kernel(
         *(pid, reverse, left_tiles, right_tiles, sought_ptr, through_ptr),
         *(given, known_ptr, added_ptr, decay_ptr, stored_tiles),
         *(heads, share, first_group, groups_here, first_head, heads_here),
-        *(chunks, segments, span_chunks, pieces),
+        *(chunks, segments, span_chunks, pieces, kept),
         *(LOCAL, N, P, BLOCK_P, Q, DOT, PRECISION),
     )
-    if FIRST and not LOCAL:
+    if FIRST and not LOCAL:  # noqa: SIM102 - of constants and values together no branch can be left out
         if reverse & (mine == 0):
             tl.store(d_first_ptr + places, state)
 
@@ -1025,6 +1029,8 @@ _grad_steps = _Launcher(_grad_steps_kernel)
 _STEP_SIZES: Tile = {"warps": 4, "stages": 1}
 _STEP_HEADS = 16
 _SUMS_SIZES: Tile = {"warps": 4, "stages": 1}
+# Numbers, of those of x, that what segments add may take in a backward pass.
+_ADDED_SHARE = 0.15
 _UNGATE_SIZES: Tile = {"rows": 64, "warps": 4, "stages": 1}
 
 
@@ -1157,9 +1163,9 @@ class Call:
         parts = min(sizes["per_sm"] * multiprocessors(self.device) // max(1, programs), length)
         return -(-length // max(1, parts))
 
-    def added(self, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Room for what pieces of segments add to the state of every head, and their decays."""
-        shape = self.batch, self.heads, pieces
+    def added(self, heads: int, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Room for what pieces of segments add to the states of heads, and for their decays."""
+        shape = self.batch, heads, pieces
         return self.new(*shape, self.head_dim, self.d_state, dtype=dtype), self.new(*shape)
 
 
@@ -1213,13 +1219,13 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     segments = -(-steps.chunks // each)
     counts = steps.chunks, segments, each, pieces
     walked = (segments - 1) * pieces
-    adds, decays = call.added(walked, torch.float32)
+    adds, decays = call.added(heads, walked, torch.float32)
     narrow = x_tiles if width == block else _tiles(x, chunk, width)
     _segments(
         (lanes * walked * (call.head_dim // width), 1, 1),
         (
             *(B_tiles, narrow, steps.weight, steps.through, adds, decays),
-            *(heads, call.share, 0, call.groups, 0, call.share, *counts),
+            *(heads, call.share, 0, call.groups, 0, call.share, *counts, heads),
         ),
         {**call.constants, "BLOCK_P": width, "Q": chunk},
         walk,
@@ -1287,7 +1293,12 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     each = call.cut(walk, chunks, 2 * batch * most)
     segments = -(-chunks // each)
-    (adds, decays), (d_adds, d_decays) = (call.added(segments - 1, call.stored) for _ in range(2))
+    # What segments add is of all heads at once where that takes little room next to x: a slice has
+    # too few heads to fill the card again.
+    kept = heads if (segments - 1) * 2 * n <= _ADDED_SHARE * call.length else most
+    (adds, decays), (d_adds, d_decays) = (
+        call.added(kept, segments - 1, call.stored) for _ in range(2)
+    )
     dx = call.new(*x.shape, dtype=x.dtype)
     d_first = call.new(0) if call.state is None else call.new(batch, heads, p, n)
     begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
@@ -1333,7 +1344,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
                 *(_tiles(t, chunk, width) for t in (x, dy)),
                 *walks,
                 *(_tiles(t, width, n) for t in (entering, leaving)),
-                *(d_first, *counts, chunks, segments, each, 1),
+                *(d_first, *counts, chunks, segments, each, 1, kept),
             ),
             {
                 **call.constants,
@@ -1347,12 +1358,14 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             key,
         )
 
-    # What segments add: of all heads at once, since a slice has too few to fill the card twice.
-    run_walks(segments - 1, (heads, share, 0, groups, 0, share), True, local)
+    if kept == heads:
+        run_walks(segments - 1, (heads, share, 0, groups, 0, share), True, local)
     for first_group in range(0, groups, groups_each):
         for first_head in range(0, share, heads_each):
             here = min(groups_each, groups - first_group), min(heads_each, share - first_head)
             counts = heads, share, first_group, here[0], first_head, here[1]
+            if kept != heads:
+                run_walks(segments - 1, counts, True, local)
             run_walks(segments, counts, False, walk)
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
