@@ -28,14 +28,13 @@ SINGLE = 3e-7
 
 @pytest.fixture
 def tiles() -> Iterator[None]:
-    """Few programs, since each is interpreted; the last of them not full."""
-    with using(
-        {
-            "lengths": {"tokens": 32, "width": 16, "warps": 1},
-            "chords": {"states": 8, "tokens": 16, "width": 16, "warps": 1, "stages": 1},
-            "chord_sums": {"tokens": 8, "warps": 1},
-        }
-    ):
+    """Few programs where each is interpreted; the last of them not full."""
+    few = {
+        "lengths": {"tokens": 32, "width": 16, "warps": 1},
+        "chords": {"states": 8, "tokens": 16, "width": 16, "warps": 1},
+        "chord_sums": {"tokens": 8, "warps": 1},
+    }
+    with using({} if DEVICE.type == "cuda" else few):
         yield
 
 
@@ -89,7 +88,8 @@ def check(states: list[Tensor], counts: Tensor) -> None:
     own = want.dependence.diagonal(0, 1, 2)
     scale = (own[:, :, None] * own[:, None]).abs().sqrt()
     off = (got.dependence.cpu() - want.dependence).abs()
-    assert float((off / (scale + 1e-12)).max()) < 2e-6
+    # Tensor cores cut sums off.
+    assert float((off / (scale + 1e-12)).max()) < (1e-5 if DEVICE.type == "cuda" else 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -71,15 +71,20 @@ def lengths_kernel(
 
 @triton.jit
 def squares(left, right, a, b, left_there, right_there, SIGN: tl.constexpr, D: tl.constexpr,
-            WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+            WIDTH: tl.constexpr):  # fmt: skip
     """|x a + SIGN y b|² [P, Q, tokens] of what lies at `left` [P, 1, tokens, WIDTH] and `right`."""
     lanes = tl.arange(0, WIDTH)[None, None, None, :]
     total = (left_there & right_there & (lanes < 0)).to(tl.float32)
-    for d in tl.range(0, D, WIDTH, num_stages=STAGES):
-        x = tl.load(left + d, mask=left_there & (lanes < D - d), other=0.0).to(tl.float32)
-        y = tl.load(right + d, mask=right_there & (lanes < D - d), other=0.0).to(tl.float32)
-        between = x * a + SIGN * (y * b)
+    x = tl.load(left, mask=left_there & (lanes < D), other=0.0)
+    y = tl.load(right, mask=right_there & (lanes < D), other=0.0)
+    # In registers and not by Triton's stages, which would have every thread widen what all of a
+    # warp's threads take from shared memory.
+    for d in tl.range(WIDTH, D + WIDTH, WIDTH, num_stages=1):
+        next_x = tl.load(left + d, mask=left_there & (lanes < D - d), other=0.0)
+        next_y = tl.load(right + d, mask=right_there & (lanes < D - d), other=0.0)
+        between = x.to(tl.float32) * a + SIGN * (y.to(tl.float32) * b)
         total += between * between
+        x, y = next_x, next_y
     return tl.sum(total, 3)
 
 
@@ -87,7 +92,7 @@ def squares(left, right, a, b, left_there, right_there, SIGN: tl.constexpr, D: t
 def chords_kernel(
     base, offsets, tokens, lengths, chords, n,
     S: tl.constexpr, D: tl.constexpr, ALIGNED: tl.constexpr, BLOCKS: tl.constexpr,
-    STATES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    STATES: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Chords [pairs of blocks, n, STATES * STATES] of directions.
 
@@ -114,9 +119,9 @@ def chords_kernel(
     b = tl.load(lengths + q.to(tl.int64) * n + at, mask=right_there, other=1.0)
     a = tl.div_rn(tl.full(a.shape, 1.0, tl.float32), a)
     b = tl.div_rn(tl.full(b.shape, 1.0, tl.float32), b)
-    chord = squares(left, right, a, b, left_there, right_there, -1.0, D, WIDTH, STAGES)
+    chord = squares(left, right, a, b, left_there, right_there, -1.0, D, WIDTH)
     if tl.max(tl.max(tl.max(chord, 2), 1), 0) > FAR:
-        sums = squares(left, right, a, b, left_there, right_there, 1.0, D, WIDTH, STAGES)
+        sums = squares(left, right, a, b, left_there, right_there, 1.0, D, WIDTH)
         chord = tl.where(chord > FAR, tl.minimum(-sums, -TINY), chord)
     i = tl.arange(0, STATES)[:, None, None]
     j = tl.arange(0, STATES)[None, :, None]
@@ -268,7 +273,7 @@ def compared(
     chords_kernel[(triton.cdiv(n, sizes["tokens"]) * pairs,)](
         first, offsets, tokens, lengths, chords, n,
         **shape, BLOCKS=blocks, STATES=block, TOKENS=sizes["tokens"], WIDTH=sizes["width"],
-        STAGES=sizes["stages"], num_warps=sizes["warps"],
+        num_warps=sizes["warps"],
     )  # fmt: skip
 
     sums = torch.zeros(3, B, S, S, dtype=torch.float64, device=device)

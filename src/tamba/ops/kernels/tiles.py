@@ -83,7 +83,7 @@ TILES: dict[str, dict[str, Tile]] = {
         "loss_top": {"block": 4096, "warps": 16, "stages": 1},
         # Blocks of `states` by `states` are compared, `width` numbers of some `tokens` at a time.
         "lengths": {"tokens": 16, "width": 64, "warps": 4},
-        "chords": {"states": 8, "tokens": 8, "width": 16, "warps": 4, "stages": 2},
+        "chords": {"states": 8, "tokens": 8, "width": 16, "warps": 4},
         "chord_sums": {"tokens": 16, "warps": 4},
         "centred": {"width": 64, "warps": 4, "stages": 3},
         "centred wide": {"width": 32, "warps": 4, "stages": 2},
