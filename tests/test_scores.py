@@ -323,6 +323,14 @@ def test_what_cannot_be_scored() -> None:
     with pytest.raises(UserError, match=rf"embedding.*zero.*row {int(only)}"):
         state_scores(model, blocks, batch_size=2)
     assert bad < VOCAB
+    # A GPU tells of it at the end.
+    sums = distances._Sums(4, torch.device("cpu"))
+    sums.tokens = 32
+    for first_row, state in ((0, torch.ones(2, 8, 4)), (2, torch.full((2, 8, 4), math.inf))):
+        found = directions.compare([torch.ones(2, 8, 4), state], torch.ones(2, 8, dtype=torch.bool))
+        sums.faults.append((first_row, 2, found.fault))
+    with pytest.raises(UserError, match=r"layer 0.*not a finite number, in row 2"):
+        sums.result()
     none = TokenBlocks(blocks.tokens, torch.ones_like(blocks.starts), 5)
     with pytest.raises(UserError, match="no token that counts"):
         state_scores(tiny_model("mixed"), none)

@@ -2,15 +2,14 @@
 
 `x^(l)` is the residual stream before layer l and `x^(L)` what the last layer gives, before the
 final norm: layer l turns `x^(l)` into `x^(l+1)`. Every score is a function of directions `x / |x|`.
-A batch of states gives one Gram matrix a token over the L + 1 states; only sums over rows and over
-products of row means are kept, so memory does not grow with text.
+The states of a batch are compared, each with all others (`tamba.ops.directions`); only sums over
+rows and over products of row means are kept, so memory does not grow with text.
 
 What counts is text: not padding, and not the separator that closes a document. A row of tokens is a
 sequence: means are over its tokens first, then over rows, and errors are those of the mean over
 rows.
 
-Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model, `n` tokens that
-count.
+Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model.
 """
 
 from __future__ import annotations
@@ -133,7 +132,8 @@ def state_scores(
 
     Raises:
         UserError: one layer alone, which nothing can be compared with; a state that is not finite
-            or is zero (which layer, which row); no token that counts.
+            or is zero (which layer, which row; a GPU tells when all text has been read); no token
+            that counts.
     """
     size = batch_size or _batch_size(model, blocks.length)
 

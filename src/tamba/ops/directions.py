@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -77,14 +78,9 @@ def compare(states: Sequence[Tensor], counts: Tensor) -> Compared:
         counts: [B, T] bool, tokens that count, at least one a row; on the CPU, because all that
             only depends on it is worked out there.
     """
-    wide = [state.dtype for state in states]
-    if any(dtype != wide[0] for dtype in wide):
-        common = wide[0]
-        for dtype in wide:
-            common = torch.promote_types(common, dtype)
-        states = [state.to(common) for state in states]
     if kernels_run("compare", *states):
-        return _by_kernels([state.contiguous() for state in states], counts)
+        common = reduce(torch.promote_types, (state.dtype for state in states))
+        return _by_kernels([state.to(common).contiguous() for state in states], counts)
     return _by_torch(states, counts)
 
 
@@ -95,7 +91,8 @@ def _by_kernels(states: Sequence[Tensor], counts: Tensor) -> Compared:
     groups = _groups(per_row)
     ends = torch.nn.functional.pad(per_row.cumsum(0), (1, 0))
     tokens = counts.flatten().nonzero()[:, 0]
-    found, hsic, fault = kernels.compared(states, tokens, ends, groups[:, 1:], GROUP)
+    with torch.cuda.device_of(states[0]):
+        found, hsic, fault = kernels.compared(states, tokens, ends, groups[:, 1:], GROUP)
     return Compared(
         found[0], found[1], found[2].diagonal(1, 1, 2), _by_row(hsic, groups, len(counts)), fault
     )

@@ -98,7 +98,7 @@ def chords_kernel(
 
     |u - v|², or where that is nearly 4, the square of |u + v| below zero.
     """
-    FAR: tl.constexpr = 3.8
+    FAR: tl.constexpr = 3.5
     TINY: tl.constexpr = 1e-30
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
     pair = tl.program_id(0) % PAIRS
@@ -172,8 +172,8 @@ def sums_kernel(
         at = first + tl.arange(0, TOKENS)[:, None]
         chord = tl.load(chords + at * CELLS + cell[None, :], mask=at < end, other=0.0)
         angle, versine = half_turns(chord)
-        angles += tl.sum(angle, 0).to(tl.float64)
-        apart += tl.sum(versine, 0).to(tl.float64)
+        angles += tl.sum(angle.to(tl.float64), 0)
+        apart += tl.sum(versine.to(tl.float64), 0)
     last, _versine = half_turns(tl.load(chords + (end - 1) * CELLS + cell))
     count = (end - begin).to(tl.float64)
     p = low * STATES + cell // STATES
