@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,3 +241,19 @@ def test_float64_takes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
     states, counts = walk(3, 2, 8, 16), uneven(2, 8)
     got, want = compare(states, counts), truth(states, counts)
     assert float((got.angles - want.angles).abs().max()) < 1e-9
+
+
+def test_compiled_for_hopper_nothing_leaves_registers() -> None:
+    """The compiler takes what the interpreter takes, and a block of chords stays in registers."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    tests = Path(__file__).parent
+    environment["PYTHONPATH"] = os.pathsep.join([str(tests), *sys.path])
+    program = [sys.executable, str(tests / "hopper_code.py")]
+    told = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr[-2000:]
+    found = json.loads(told.stdout)
+    assert len(found) == 8
+    for name, used in found.items():
+        assert used["stack"] == 0, (name, used)
+        # Three programs of 128 threads on a multiprocessor at least.
+        assert used["registers"] <= 168, (name, used)

@@ -289,7 +289,7 @@ def compared(
     sizes = tile("centred", *(["wide"] if bytes_of == 4 else []), device=device)
     centred = torch.empty(G, S, group_size**2, dtype=torch.float32, device=device)
     # The interpreter knows no products of bfloat16.
-    short = device.type == "cuda" and bytes_of == 2
+    short = first.is_cuda and bytes_of == 2
     product = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(first.dtype)
     centred_kernel[(G * S,)](
         first, offsets, tokens, lengths, groups, centred, n,
