@@ -309,11 +309,11 @@ class _Sums:
 def _by_distance(table: Estimate, n_layers: int) -> Estimate:
     """[S, S] by pairs of states as [L, L] by state and how many layers on."""
 
+    low = torch.arange(n_layers)[:, None]
+    high = low + 1 + torch.arange(n_layers)
+
     def shifted(square: Tensor) -> Tensor:
-        out = torch.full((n_layers, n_layers), math.nan, dtype=torch.float64)
-        for low in range(n_layers):
-            out[low, : n_layers - low] = square[low, low + 1 : n_layers + 1]
-        return out
+        return square[low, high.clamp_max(n_layers)].masked_fill(high > n_layers, math.nan)
 
     return Estimate(shifted(table.mean), shifted(table.error))
 
