@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from specialisation import Launch, differences, forget_binders, interpreted, key_of, launches
 from tamba.ops import causal_conv1d, selective_scan, ssd
+from tamba.ops.directions import compare
 from tamba.ops.kernels import conv, losses
 from tamba.ops.kernels import selective_scan as scan_kernels
 
@@ -210,3 +211,20 @@ def test_rows_begin_where_accesses_are_wide_or_are_copied():
         assert torch.equal(scan_kernels.rows_of(other), other)
     assert scan_kernels.token_stride(whole[:, :1, 3:]) == 24  # of a view, of one token too
     assert scan_kernels.token_stride(torch.zeros(2, 24, 1).mT) == 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_comparing_states_asks_for_no_other_binary(dtype):
+    """Rows, their length, and how many tokens count."""
+
+    def of(batch: int, length: int, counted: int) -> set[Launch]:
+        states = [torch.empty(batch, length, 64, dtype=dtype) for _ in range(4)]
+        counts = torch.arange(length).expand(batch, length) < counted
+        with launches() as found:
+            compare(states, counts)
+        assert len(found) == 4
+        return set(found)
+
+    known = of(2, 512, 512)
+    for case in [(1, 4, 4), (1, 16, 15), (3, 17, 9), (16, 64, 64), (5, 33, 33), (64, 24, 7)]:
+        assert not differences(known, of(*case)), case

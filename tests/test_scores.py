@@ -14,6 +14,7 @@ from tamba.analyze.distances import StateScores, counted, scores_of_inputs, stat
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
+from tamba.ops import directions
 
 KINDS = ["attention", "mamba1", "mamba2", "mixed"]
 EXACT = 1e-6
@@ -140,7 +141,7 @@ def no_pi(unit: Tensor, cosine: Tensor) -> Tensor:
     return torch.acos(cosine.clamp(-1, 1)) / 3.1415
 
 
-RIGHT_DIRECTIONS = distances._directions
+RIGHT_DIRECTIONS = directions._directions
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ RIGHT_DIRECTIONS = distances._directions
     [("_directions", wrong_norm), ("_directions", padding_counts), ("_angles", no_pi)],
 )
 def test_the_comparison_sees_faults(monkeypatch: pytest.MonkeyPatch, name: str, fault) -> None:
-    monkeypatch.setattr(distances, name, fault)
+    monkeypatch.setattr(directions, name, fault)
     with pytest.raises(AssertionError):
         check_padded(tiny_model("attention"))
 
@@ -162,10 +163,10 @@ def test_small_angles_keep_their_digits(monkeypatch: pytest.MonkeyPatch) -> None
     unit = torch.stack([u, v], dim=1).float()
 
     def apart() -> Tensor:
-        return distances._angles(unit, unit @ unit.mT)[:, 0, 1].double() - angles
+        return directions._angles(unit, unit @ unit.mT)[:, 0, 1].double() - angles
 
     assert float(apart().abs().max()) < 1e-7
-    monkeypatch.setattr(distances, "_NEAR", 2.0)
+    monkeypatch.setattr(directions, "_NEAR", 2.0)
     assert float(apart().abs().max()) > 1e-6
 
 
@@ -199,7 +200,7 @@ def hsic(x: Tensor, y: Tensor) -> float:
 def check_kernels() -> None:
     torch.manual_seed(0)
     unit = torch.nn.functional.normalize(torch.randn(8, 3, 5, dtype=torch.float64), dim=-1)
-    (got,) = distances._dependence(unit, torch.arange(8)[None, None])
+    (got,) = directions._dependence(unit, torch.arange(8)[None])
     for low in range(3):
         for high in range(3):
             want = hsic(unit[:, low], unit[:, high])
@@ -220,7 +221,7 @@ def test_kernel_similarity_knows_rotations() -> None:
     turn = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64)).Q
     other = torch.randn(2048, 12, dtype=torch.float64)
     unit = torch.nn.functional.normalize(torch.stack([x, x @ turn, other], dim=1), dim=-1)
-    found = distances._alignment(distances._dependence(unit, torch.arange(2048).view(8, 4, 64)))
+    found = distances._alignment(directions._dependence(unit, torch.arange(2048).view(32, 64)))
     assert float(found.mean[0, 1]) == pytest.approx(1.0, abs=1e-9)
     assert abs(float(found.mean[0, 2])) < 4 * float(found.error[0, 2]) < 0.2
 
@@ -241,12 +242,12 @@ def check_batches() -> None:
 def test_scores_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do their errors: what one device reads at once another reads row by row."""
     check_batches()
-    right = distances._groups
+    right = directions._groups
 
-    def across_rows(per_row: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def across_rows(per_row: Tensor) -> Tensor:
         return right(per_row.sum()[None])
 
-    monkeypatch.setattr(distances, "_groups", across_rows)
+    monkeypatch.setattr(directions, "_groups", across_rows)
     with pytest.raises(AssertionError):
         check_batches()
 
@@ -322,6 +323,14 @@ def test_what_cannot_be_scored() -> None:
     with pytest.raises(UserError, match=rf"embedding.*zero.*row {int(only)}"):
         state_scores(model, blocks, batch_size=2)
     assert bad < VOCAB
+    # A GPU tells of it at the end.
+    sums = distances._Sums(4, torch.device("cpu"))
+    sums.tokens = 32
+    for first_row, state in ((0, torch.ones(2, 8, 4)), (2, torch.full((2, 8, 4), math.inf))):
+        found = directions.compare([torch.ones(2, 8, 4), state], torch.ones(2, 8, dtype=torch.bool))
+        sums.faults.append((first_row, 2, found.fault))
+    with pytest.raises(UserError, match=r"layer 0.*not a finite number, in row 2"):
+        sums.result()
     none = TokenBlocks(blocks.tokens, torch.ones_like(blocks.starts), 5)
     with pytest.raises(UserError, match="no token that counts"):
         state_scores(tiny_model("mixed"), none)

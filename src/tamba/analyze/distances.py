@@ -2,15 +2,14 @@
 
 `x^(l)` is the residual stream before layer l and `x^(L)` what the last layer gives, before the
 final norm: layer l turns `x^(l)` into `x^(l+1)`. Every score is a function of directions `x / |x|`.
-A batch of states gives one Gram matrix a token over the L + 1 states; only sums over rows and over
-products of row means are kept, so memory does not grow with text.
+The states of a batch are compared, each with all others (`tamba.ops.directions`); only sums over
+rows and over products of row means are kept, so memory does not grow with text.
 
 What counts is text: not padding, and not the separator that closes a document. A row of tokens is a
 sequence: means are over its tokens first, then over rows, and errors are those of the mean over
 rows.
 
-Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model, `n` tokens that
-count.
+Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model.
 """
 
 from __future__ import annotations
@@ -27,12 +26,9 @@ from tamba import progress
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
+from tamba.ops.directions import compare, faulty
 from tamba.trace import computing
 
-_NEAR = 0.999
-"""Cosines beyond which an angle is taken from a difference: arccos loses half the digits there."""
-_KERNEL_TOKENS = 64
-"""Tokens of one kernel matrix, all of one row; its estimate is unbiased for any number."""
 _FOLDS = 16
 """Parts of the rows that the error of a ratio is told from by leaving out one at a time."""
 _VALUES_AT_ONCE = 1 << 25
@@ -136,7 +132,8 @@ def state_scores(
 
     Raises:
         UserError: one layer alone, which nothing can be compared with; a state that is not finite
-            or is zero (which layer, which row); no token that counts.
+            or is zero (which layer, which row; a GPU tells when all text has been read); no token
+            that counts.
     """
     size = batch_size or _batch_size(model, blocks.length)
 
@@ -243,14 +240,15 @@ class _Sums:
         self.last_token = _Moments(S, S, device=device)
         self.apart = _Moments(n_layers, device=device)
         self.kernels = torch.zeros(_FOLDS, S, S, dtype=torch.float64, device=device)
+        # Of every batch its first row, its rows and what `compare` says, a number that a GPU is
+        # asked for at the end: asked sooner, it would have to be waited for.
+        self.faults: list[tuple[int, int, Tensor]] = []
         self.tokens = 0
 
     def add(self, states: list[Tensor], counts: Tensor) -> None:
         """Take in a batch: L + 1 states and the normed last one [B, T, D], and what counts."""
         first_row = self.all_tokens.n
-        device = states[0].device
-        # All that only depends on which tokens count is worked out on the CPU: every question to
-        # a GPU would have to wait for the layers.
+        # On a GPU nothing here waits for the layers.
         counts = counts.cpu()
         empty = (~counts.any(1)).nonzero()
         if len(empty):
@@ -259,29 +257,42 @@ class _Sums:
                 "has no token that counts",
                 "give rows of text",
             )
-        rows = counts.nonzero()[:, 0]
-        per_row = counts.sum(1)
-        unit, lengths = _directions(states, counts)
-        angle = _angles(unit, unit @ unit.mT)
-        # Not before: angles wait for the GPU in any case, and one wait is enough.
-        _check_lengths(lengths, rows, first_row)
-        # [B, n], the mean over the tokens of a row as a product: no additions in turns.
-        share = (torch.arange(len(counts))[:, None] == rows).double() / per_row[:, None]
-        share = share.to(device)
-        means = share @ angle.double().flatten(1)
-        self.all_tokens.add(means.unflatten(1, angle.shape[1:]))
-        self.last_token.add(angle[(per_row.cumsum(0) - 1).to(device)])
-        # 1 - cos t = 2 sin(t/2)^2 keeps its digits where the layer hardly turns.
-        own = angle.diagonal(1, 1, 2)[:, : self.n_layers].double()
-        self.apart.add(share @ (2.0 * torch.sin(own * (math.pi / 2)).square()))
-        for numbers, groups in _groups(per_row):
-            folds = ((first_row + numbers) % _FOLDS).to(device)
-            self.kernels.index_add_(0, folds, groups.shape[-1] * _dependence(unit, groups))
-        self.tokens += len(rows)
+        found = compare(states, counts)
+        self.faults.append((first_row, len(counts), found.fault))
+        if states[0].device.type == "cpu":
+            self._check()
+        self.all_tokens.add(found.angles)
+        self.last_token.add(found.last)
+        self.apart.add(found.apart[:, : self.n_layers])
+        rows = torch.arange(first_row, first_row + len(counts), device=states[0].device)
+        folds = torch.arange(_FOLDS, device=rows.device)[:, None] == rows % _FOLDS
+        self.kernels += torch.tensordot(folds.double(), found.dependence, dims=1)
+        self.tokens += int(counts.sum())
+
+    def _check(self) -> None:
+        """Refuse states that have no direction. Raises UserError."""
+        if not self.faults:
+            return
+        read = torch.stack([fault for _, _, fault in self.faults]).tolist()
+        for (first_row, n_rows, _), number in zip(self.faults, read, strict=True):
+            if (fault := faulty(number, n_rows)) is not None:
+                index, row, zero = fault
+                what = "zero and has no direction" if zero else "not a finite number"
+                if index == 0:
+                    source = "the embedding"
+                else:
+                    source = f"layer {index - 1}" if index <= self.n_layers else "the final norm"
+                raise UserError(
+                    source,
+                    f"gives a hidden state that is {what}, in row {first_row + row}",
+                    "check the weights, or compute in a wider type",
+                )
+        self.faults.clear()
 
     def result(self) -> StateScores:
         if not self.tokens:
             raise UserError("text", "holds no token to score", "give more text")
+        self._check()
         L = self.n_layers
         every = self.all_tokens.estimate()
         return StateScores(
@@ -298,120 +309,13 @@ class _Sums:
 def _by_distance(table: Estimate, n_layers: int) -> Estimate:
     """[S, S] by pairs of states as [L, L] by state and how many layers on."""
 
+    low = torch.arange(n_layers)[:, None]
+    high = low + 1 + torch.arange(n_layers)
+
     def shifted(square: Tensor) -> Tensor:
-        out = torch.full((n_layers, n_layers), math.nan, dtype=torch.float64)
-        for low in range(n_layers):
-            out[low, : n_layers - low] = square[low, low + 1 : n_layers + 1]
-        return out
+        return square[low, high.clamp_max(n_layers)].masked_fill(high > n_layers, math.nan)
 
     return Estimate(shifted(table.mean), shifted(table.error))
-
-
-def _directions(states: list[Tensor], counts: Tensor) -> tuple[Tensor, Tensor]:
-    """States of tokens that count, [n, S, D] of length one, and their lengths [n, S]."""
-    flat = [state.flatten(0, 1) for state in states]
-    if not bool(counts.all()):
-        where = counts.flatten().nonzero()[:, 0].to(flat[0].device)
-        flat = [state.index_select(0, where) for state in flat]
-    seen = torch.stack(flat, dim=1)
-    wide = torch.promote_types(seen.dtype, torch.float32)
-    lengths = torch.linalg.vector_norm(seen, dim=-1, dtype=wide)
-    scale = lengths[..., None]
-    # What was stacked is a copy, which a wide type lets be written over.
-    unit = seen.div_(scale) if seen.dtype == wide else seen / scale
-    return unit, lengths
-
-
-def _check_lengths(lengths: Tensor, rows: Tensor, first_row: int) -> None:
-    """Refuse states [n, S] that have no direction, of tokens in these rows. Raises UserError."""
-    good = torch.isfinite(lengths) & (lengths > 0)
-    if bool(good.all()):
-        return
-    # The lowest state at fault: those above it only inherit it.
-    index, token = (int(i) for i in (~good).T.nonzero()[0])
-    what = "zero and has no direction" if lengths[token, index] == 0 else "not a finite number"
-    n_layers = lengths.shape[1] - 2
-    if index == 0:
-        source = "the embedding"
-    else:
-        source = f"layer {index - 1}" if index <= n_layers else "the final norm"
-    raise UserError(
-        source,
-        f"gives a hidden state that is {what}, in row {first_row + int(rows[token])}",
-        "check the weights, or compute in a wider type",
-    )
-
-
-def _angles(unit: Tensor, cosine: Tensor) -> Tensor:
-    """[n, S, S] angles in half turns.
-
-    arccos where it is well conditioned; 2 asin(|u - v| / 2) for directions that nearly agree, and
-    the same from |u + v| where they are nearly opposite.
-    """
-    angle = torch.acos(cosine.clamp(-1.0, 1.0)) / math.pi
-    near = (cosine.abs() > _NEAR).triu(1)  # the other half is its mirror image
-    angle.diagonal(0, 1, 2).zero_()
-    where = near.nonzero()
-    step = max(1, _VALUES_AT_ONCE // (4 * unit.shape[-1]))
-    for some in where.split(step):
-        token, low, high = some.unbind(1)
-        opposite = cosine[token, low, high] < 0
-        u, v = unit[token, low], unit[token, high]
-        apart = torch.linalg.vector_norm(torch.where(opposite[:, None], u + v, u - v), dim=-1)
-        turn = 2.0 * torch.asin((apart / 2.0).clamp_max(1.0)) / math.pi
-        turn = torch.where(opposite, 1.0 - turn, turn)
-        angle[token, low, high] = turn
-        angle[token, high, low] = turn
-    return angle
-
-
-def _groups(per_row: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Tokens that are compared with one another: (rows [R], token numbers [R, k, size]) for rows
-    that have as many groups of one size.
-
-    Groups lie in one row, so that what they say does not depend on how rows are batched and rows
-    can be left out one by one; far apart in it, since neighbours are not independent.
-
-    Args:
-        per_row: [B], tokens that count, which are numbered through.
-    """
-    alike: dict[tuple[int, int], list[int]] = {}
-    for row, n in enumerate(per_row.tolist()):
-        size = min(_KERNEL_TOKENS, n)
-        if size >= 4:
-            alike.setdefault((n // size, size), []).append(row)
-    before = per_row.cumsum(0) - per_row
-    found = []
-    for (k, size), some in alike.items():
-        rows = torch.tensor(some)
-        places = torch.arange(k * size).view(size, k).T
-        found.append((rows, before[rows, None, None] + places))
-    return found
-
-
-def _dependence(unit: Tensor, groups: Tensor) -> Tensor:
-    """[R, S, S] float64 for `groups` [R, k, size]: sums over k of the unbiased HSIC of every two
-    states.
-
-    HSIC of linear kernels, estimator 5 of Song et al. (2012, JMLR 13): unbiased in groups of any
-    size, so that groups can be added up (Nguyen et al. 2021, arXiv 2010.15327, section 3.1).
-    """
-    R, k, size = groups.shape
-    some = unit.transpose(0, 1)[:, groups.flatten().to(unit.device)]
-    some = some.view(-1, size, some.shape[-1])
-    kernels = torch.bmm(some, some.mT).view(-1, R, k, size, size)
-    kernels.diagonal(0, -2, -1).zero_()
-    kernels = kernels.transpose(0, 1).double()
-    sums = kernels.sum(-1)
-    whole = sums.sum(-1)
-    # Products of flattened groups are sums over groups.
-    flat, ends = kernels.flatten(2), sums.flatten(2)
-    found = (
-        flat @ flat.mT
-        + whole @ whole.mT / ((size - 1) * (size - 2))
-        - 2.0 / (size - 2) * (ends @ ends.mT)
-    )
-    return found / (size * (size - 3))
 
 
 def _alignment(folds: Tensor) -> Estimate:

@@ -81,6 +81,12 @@ TILES: dict[str, dict[str, Tile]] = {
         # `block` logits of a row at a time, `stages` of them in flight.
         "loss_dense": {"block": 4096, "warps": 16, "stages": 1},
         "loss_top": {"block": 4096, "warps": 16, "stages": 1},
+        # Blocks of `states` by `states` are compared, `width` numbers of some `tokens` at a time.
+        "lengths": {"tokens": 16, "width": 64, "warps": 4},
+        "chords": {"states": 8, "tokens": 8, "width": 16, "warps": 4},
+        "chord_sums": {"tokens": 16, "warps": 4},
+        "centred": {"width": 64, "warps": 4, "stages": 3},
+        "centred wide": {"width": 32, "warps": 4, "stages": 2},
     },
     "sm90": {
         "ssd_segments": {"head_dim": 64, "per_sm": 3, "warps": 4, "stages": 3},
