@@ -25,20 +25,24 @@ _MANY_NUMBERS = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) -> bool:
+def kernels_run(
+    op: str, *tensors: Tensor | None, unusual: str | None = None, proven: bool = True
+) -> bool:
     """Whether `op` on these tensors is for the Triton kernels.
 
     Args:
         op: the operator's name, for the message.
         tensors: its arguments; None is left out.
         unusual: what about the call the kernels do not cover, or None.
+        proven: whether the kernels were compared with the truth on a GPU. Others wait to be asked
+            for: what the interpreter finds right may still be miscompiled.
 
     The environment variable `TAMBA_KERNELS` (`triton` or `torch`, else chosen by device) decides
     for tests and comparisons; it is read at every call.
     """
     asked = os.environ.get("TAMBA_KERNELS", "auto")
     given = [t for t in tensors if t is not None]
-    if asked == "torch":
+    if asked == "torch" or (asked != "triton" and not proven):
         return False
     on_gpu = given[0].is_cuda
     interpreted = not on_gpu and os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"

@@ -1,9 +1,10 @@
 """Directions of hidden states: angles between all states of a token, and what the directions of one
 state say of those of another by the tokens that they make alike.
 
-A batch gives one Gram matrix a token over its states, or on a GPU chords instead of products
+A batch gives one Gram matrix a token over its states, or in Triton chords instead of products
 (`kernels/directions`), which take the states as the layers left them: of the many passes over
-states in float32 that the angles of torch's own operators need, none is left.
+states in float32 that the angles of torch's own operators need, none is left. These kernels have
+been interpreted and compiled, but no GPU has run them yet: `TAMBA_KERNELS=triton` asks for them.
 
 Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model, `n` tokens that
 count, `G` groups of tokens.
@@ -71,14 +72,14 @@ def compare(states: Sequence[Tensor], counts: Tensor) -> Compared:
     """Compare the directions of all states of some tokens.
 
     Angles are off by less than 1e-6 half turns in float32 and wider, near 0 and near 1 too. No row
-    depends on others. On a GPU nothing waits for it.
+    depends on others. With kernels nothing waits for the GPU.
 
     Args:
         states: two or more, [B, T, D], one of them after another layer than the other.
         counts: [B, T] bool, tokens that count, at least one a row; on the CPU, because all that
             only depends on it is worked out there.
     """
-    if kernels_run("compare", *states):
+    if kernels_run("compare", *states, proven=False):
         common = reduce(torch.promote_types, (state.dtype for state in states))
         return _by_kernels([state.to(common).contiguous() for state in states], counts)
     return _by_torch(states, counts)
