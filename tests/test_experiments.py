@@ -66,7 +66,7 @@ def test_rows_are_recipes(llama: ModuleType, asked: argparse.Namespace) -> None:
 def test_the_recipe_for_recall_is_its_row(llama: ModuleType, asked: argparse.Namespace) -> None:
     row = llama.ROWS["recall-25"]
     changes = [*row.changes, *llama.RECALL, f"analyze.convert={row.converted}"]
-    changes += ["name=distil-smollm2-recall", "train.1.tokens=3000000", "train.2.tokens=45000000"]
+    changes += ["name=distil-smollm2-recall", "train.1.tokens=3000000", "train.2.tokens=62000000"]
     changes += (teacher := [f"teacher.path={json.dumps(asked.teacher)}"])
     found = llama.read_recipe(llama.RECIPES / "distil-smollm2-recall.toml", teacher)
     assert found.model_dump() == llama.read_recipe(llama.RECIPE, changes).model_dump()
