@@ -18,24 +18,34 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import torch
-from hypothesis import HealthCheck, settings
-from transformers.utils.logging import disable_progress_bar
 
-# Writing a tiny model has a bar of transformers', which a test of our messages would read.
-disable_progress_bar()
 
-# The same examples every time, however slow the machine: a failing test is a fault, not the
-# weather.
-settings.register_profile(
-    "tamba", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("tamba")
+def pytest_collection() -> None:
+    """Imports of the processes that run tests: that of xdist which hands them out does without,
+    and the others, which wait for it, begin three seconds earlier.
+
+    Nor are the million objects that imports and tests make, and that stay, searched for others that
+    do not: a fifth of the time before the first test.
+    """
+    gc.disable()
+    from hypothesis import HealthCheck, settings
+    from transformers.utils.logging import disable_progress_bar
+
+    # Writing a tiny model has a bar of transformers', which a test of our messages would read.
+    disable_progress_bar()
+    # The same examples every time, however slow the machine: a failing test is a fault, not the
+    # weather.
+    settings.register_profile(
+        "tamba", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("tamba")
 
 
 @pytest.fixture(autouse=True)
 def _same_each_time() -> Iterator[None]:
     """Seeds and defaults are a test's own: what it changes does not reach the next one."""
+    import torch
+
     random.seed(0)
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
@@ -61,6 +71,7 @@ def _leave_imports_alone() -> None:
 
 def pytest_collection_finish() -> None:
     """Not to keep for good what collecting tests left over."""
+    gc.enable()
     gc.collect()
 
 
