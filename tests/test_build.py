@@ -541,8 +541,13 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("tamba.build.convert_mixer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        build_student(teacher, plan_of("keep 0", "convert 1"), tmp_path / "student")
+    # Where a shell put the tests in the background, they began with interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_student(teacher, plan_of("keep 0", "convert 1"), tmp_path / "student")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert left_in(tmp_path) == ["teacher"]
 
 
