@@ -6,7 +6,8 @@ alone. Blocks go to as many threads as torch uses. The gradient keeps one state 
 and recomputes a run at a time; sums over channels are made in blocks and added in a fixed order, so
 that results repeat to the bit whatever the number of threads.
 
-Numba compiles at the first call (seconds) and keeps the machine code on disk.
+Numba compiles at the first import (seconds) and keeps the machine code on disk: once, for arrays of
+any strides, since a block of many channels has other strides than one of few.
 
 Shape letters: `B` batch, `T` tokens, `D` channels, `G` groups, `N` d_state.
 """
@@ -72,7 +73,10 @@ def _exp2(v: Any) -> Any:
     return p * _power_of_two(whole)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(
+    "f4[:,:], f4[:,:], f4[:,:], f4[:,::1], f4[:,::1], b1[::1], f4[:,:], f4[:,:], f4[:,:,:]",
+    nogil=True, cache=True, fastmath=_FAST,
+)  # fmt: skip
 def _forward(x, dt, A, B, C, starts, state, y, kept):
     """One block of channels of one row. A and state are [N, D], A times log2(e)."""
     tokens, width = x.shape
@@ -111,7 +115,11 @@ def _forward(x, dt, A, B, C, starts, state, y, kept):
             state[n, d] = h[n, d]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(
+    "f4[:,:], f4[:,:], f4[:,:], f4[:,::1], f4[:,::1], b1[::1], f4[:,:,:], f4[:,:], f4[:,:], "
+    "f4[:,:], f4[:,:], f4[:,:], f4[:,::1], f4[:,::1]",
+    nogil=True, cache=True, fastmath=_FAST,
+)  # fmt: skip
 def _backward(x, dt, A, B, C, starts, kept, gy, g_state, gx, gdt, gA, gB, gC):
     """One block of channels of one row; g_state [N, D] is read and written."""
     tokens, width = x.shape
