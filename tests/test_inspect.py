@@ -77,6 +77,17 @@ def test_bandwidth_is_plausible() -> None:
     assert 1e8 < measure_bandwidth(megabytes=16, seconds=0.05) < 2e13
 
 
+def test_a_wrong_checkpoint_is_told_before_bandwidth_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("tamba.inspect.measure_bandwidth", lambda: pytest.fail("was measured"))
+    tiny_model("attention").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        inspect(tmp_path)
+
+
 def test_no_weights_are_read(tmp_path, monkeypatch):
     """Not even where a tied head is stored beside the embedding."""
     model = tiny_model("attention", tie_word_embeddings=True)

@@ -92,11 +92,13 @@ def inspect(
         UserError: the checkpoint cannot be opened or its family is not supported.
     """
     checkpoint = open_checkpoint(str(model))
+    # What is wrong with the checkpoint is said before half a second is measured.
+    config, parameters = checkpoint.tamba_config, checkpoint.parameters
     if bandwidth is None:
         bandwidth = measure_bandwidth()
     return describe(
-        checkpoint.tamba_config,
-        checkpoint.parameters,
+        config,
+        parameters,
         model=str(model),
         family="tamba" if checkpoint.family is None else checkpoint.family.name,
         contexts=contexts,
