@@ -83,6 +83,23 @@ STACKS = {
 """Layer lists by name: one kind alone, and everything together (a recurrent layer first)."""
 
 
+def tiny_config(stack: str | list[str] = "mixed", **options) -> TambaConfig:
+    layers = STACKS[stack] if isinstance(stack, str) else stack
+    return TambaConfig(
+        **{
+            "vocab_size": VOCAB,
+            "hidden_size": D_MODEL,
+            "blocks": {name: BLOCKS[name] for name in sorted(set(layers))},
+            "layers": layers,
+            "initializer_range": 0.25,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            **options,
+        }
+    )
+
+
 def tiny_model(
     stack: str | list[str] = "mixed",
     *,
@@ -91,20 +108,8 @@ def tiny_model(
     **options,
 ) -> TambaForCausalLM:
     """A random model in eval mode, with weights large enough for every part to matter."""
-    layers = STACKS[stack] if isinstance(stack, str) else stack
-    config = TambaConfig(
-        vocab_size=options.pop("vocab_size", VOCAB),
-        hidden_size=D_MODEL,
-        blocks={name: BLOCKS[name] for name in sorted(set(layers))},
-        layers=layers,
-        initializer_range=0.25,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )
     torch.manual_seed(seed)
-    model = TambaForCausalLM(config).to(dtype).eval()
+    model = TambaForCausalLM(tiny_config(stack, **options)).to(dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") and "dt_bias" not in name:

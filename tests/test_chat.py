@@ -10,12 +10,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from models import tiny_model
+from models import tiny_config
 from tamba.errors import UserError
 from tamba.evaluate import chat, judge
 from tamba.evaluate.chat import prepare_alpaca, prepare_mt_bench, prepare_preference
 from tamba.evaluate.judge import Judge, Verdicts, judge_from
 from tamba.evaluate.measure import Models, Options, Request, Subject
+from tamba.model.modeling import TambaForCausalLM
 from tamba.store import Store
 from texts import byte_tokenizer
 
@@ -27,10 +28,8 @@ QUESTIONS = [
 
 
 def model_of(stack="mixed"):
-    config = tiny_model(stack).config.to_dict() | {"vocab_size": 257}
     torch.manual_seed(len(stack))
-    base = tiny_model(stack)
-    return type(base)(type(base.config)(**config)).eval()
+    return TambaForCausalLM(tiny_config(stack, vocab_size=257)).eval()
 
 
 def subject(role="student", stack="mixed"):
@@ -40,7 +39,7 @@ def subject(role="student", stack="mixed"):
 def request(suite, rows, tmp_path, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"student": model_of().config}
+    config = {"student": tiny_config(vocab_size=257)}
     return Request(suite, (str(path),), config, TOKENIZER, Options(**options), tmp_path)
 
 
@@ -72,7 +71,7 @@ def server():
     httpd = HTTPServer(("127.0.0.1", 0), Fake)
     httpd.wait = ""
     httpd.asked, httpd.say = [], lambda prompt, n: "Fine. [[7]]"
-    thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield httpd
     httpd.shutdown()

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from models import tiny_model
+from models import tiny_config
 from tamba.analyze import choice
 from tamba.analyze.choice import (
     Budget,
@@ -129,7 +129,7 @@ def test_budget_of_bytes_converts_as_few_as_it_takes() -> None:
 def test_bytes_are_those_of_the_cache() -> None:
     """Beside the figures that reports give, for every kind of layer and after conversion."""
     for context in (3, 64):
-        config = tiny_model("mixed").config
+        config = tiny_config("mixed")
         known = Facts.of(config, ConvertOptions(), context=context)
         assert known.free == (1, 3, 5)
         assert known.cache_bytes(()) == cache_bytes(config, context)

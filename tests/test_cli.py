@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import tamba
 from hf_models import tiny_hf_model
-from models import tiny_model
+from models import tiny_config, tiny_model
 from tamba import cli
-from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tokens import character_tokenizer
 
@@ -143,8 +142,8 @@ def with_donor(convert: Callable[[str], str] = str, **entries: object) -> Callab
 
     def prepare(folder: Path) -> None:
         tiny_teacher(folder)
-        config = tiny_model(["mamba1", "mamba1"]).config.to_dict()
-        TambaForCausalLM(TambaConfig(**(config | entries))).save_pretrained(folder / "donor")
+        config = tiny_config(["mamba1", "mamba1"], **entries)
+        TambaForCausalLM(config).save_pretrained(folder / "donor")
         character_tokenizer().save_pretrained(folder / "donor")
         tokenizer = folder / "donor" / "tokenizer.json"
         tokenizer.write_text(convert(tokenizer.read_text()))

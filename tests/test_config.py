@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import tiny_model
+from models import tiny_config
 from tamba.errors import UserError
 from tamba.model import config as config_module
 from tamba.model.config import BlockSpec, TambaConfig
 
-GOOD = tiny_model("mixed").config.to_dict()
+GOOD = tiny_config("mixed").to_dict()
 
 
 def with_value(path: tuple[str, ...], value: object) -> dict[str, Any]:

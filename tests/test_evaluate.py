@@ -22,14 +22,13 @@ from transformers import (
 )
 
 from compare import assert_same
-from models import STACKS, VOCAB, tiny_model
+from models import STACKS, VOCAB, tiny_config, tiny_model
 from tamba.checkpoint import load
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import cache_bytes, compare, evaluate, perplexity
 from tamba.evaluate.parts import built_entries, layers_of, plan_of, recipe_of
 from tamba.model.cache import TambaCache
-from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, parse_entries
 from tamba.report import Layers, read_record
@@ -370,9 +369,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
 
     def write(name, stack, tokenizer, vocab_size=257, **options):
-        config = tiny_model(stack).config.to_dict()
-        config = TambaConfig(**(config | {"vocab_size": vocab_size} | options))
         torch.manual_seed(len(name))
+        config = tiny_config(stack, vocab_size=vocab_size, **options)
         TambaForCausalLM(config).save_pretrained(folder / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / name)

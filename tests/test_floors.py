@@ -77,7 +77,7 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
                 yield from ((f"tamba.{alias.name}", node) for alias in node.names)
             else:
                 yield base, node
-        else:
+        elif not isinstance(node, ast.expr):  # which has no statements in it
             yield from imports(node)
 
 

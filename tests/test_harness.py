@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from models import tiny_model
+from models import tiny_config
 from tamba.errors import UserError
 from tamba.evaluate import harness
 from tamba.evaluate.harness import SETS, TASKS, HarnessLM, prepare
 from tamba.evaluate.measure import Models, Options, Request, Subject
+from tamba.model.modeling import TambaForCausalLM
 from tamba.store import Store
 from texts import byte_tokenizer
 
@@ -24,10 +25,9 @@ TOKENIZER = byte_tokenizer(chat=True)
 
 
 def model_of(stack="mixed", **options):
-    config = tiny_model(stack).config.to_dict() | {"vocab_size": 257, "eos_token_id": 256}
     torch.manual_seed(0)
-    model = tiny_model(stack)
-    return type(model)(type(model.config)(**(config | options))).eval()
+    given = {"vocab_size": 257, "eos_token_id": 256, **options}
+    return TambaForCausalLM(tiny_config(stack, **given)).eval()
 
 
 def subject(model, tokens_at_once=200):

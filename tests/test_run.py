@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 
 import tamba
 from hf_models import tiny_hf_model
-from models import tiny_model
+from models import tiny_config, tiny_model
 from tamba import run as run_module
 from tamba.errors import UserError
 from tamba.evaluate import perplexity
-from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import Recipe, read_recipe
 from tamba.report import read_record
@@ -289,8 +288,8 @@ def test_refused_before_any_work(folder: Path, steps: Steps) -> None:
 
 def transplant(folder: Path) -> list[str]:
     """A donor of another width beside the teacher, and what takes a layer of it."""
-    wide = tiny_model(["mamba1"]).config.to_dict() | {"hidden_size": 40}
-    TambaForCausalLM(TambaConfig(**wide)).save_pretrained(folder / "donor")
+    wide = tiny_config(["mamba1"], hidden_size=40)
+    TambaForCausalLM(wide).save_pretrained(folder / "donor")
     return ["donor.path=donor", 'build.plan=["keep 0", "transplant 0"]']
 
 

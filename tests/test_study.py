@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import tamba
 import tamba.analyze as analyze_module
-from models import tiny_model
+from models import tiny_config, tiny_model
 from tamba import cli
 from tamba.analyze import Reading, Settings, effects
 from tamba.analyze.choice import Budget
@@ -34,9 +35,14 @@ def checkpoint(folder: Path, stack: str | list[str] = "mixed") -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("made"))
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    checkpoint(tmp_path / "model")
+def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path / "model")
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -334,17 +340,21 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_mistakes_are_told_before_any_work(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], case: str
+    folder: Path,
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    case: str,
 ) -> None:
     arguments, words = WRONG[case]
     monkeypatch.setattr(analyze_module, "load_model", None)  # nobody came as far as the weights
     if "wide" in arguments:
-        config = tiny_model("attention").config.to_dict() | {"hidden_size": 40}
-        TambaForCausalLM(type(tiny_model("attention").config)(**config)).save_pretrained("wide")
+        config = tiny_config("attention", hidden_size=40)
+        TambaForCausalLM(config).save_pretrained("wide")
     if "donor" in arguments:
         checkpoint(folder / "donor", "mamba1")
     if "other" in arguments:
-        checkpoint(folder / "other")
+        shutil.copytree(made, folder / "other")
         file = folder / "other" / "tokenizer.json"
         file.write_text(file.read_text().replace('"a"', '"ä"'))
     if case == "text too short":
@@ -405,8 +415,12 @@ def test_heat_maps_show_every_cell_in_the_papers_place(n_layers: int) -> None:
     assert sum(dark) < 0.6 < 2.5 < sum(light)
     assert scale.get_ylabel() == "angle, half turns"
     assert figure.get_label().startswith("Distance: mean angle")
-    for kind in ("png", "svg"):
-        assert to_bytes(figure, kind) == to_bytes(figure, kind)
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_picture_drawn_twice_is_the_same_bytes(kind: str) -> None:
+    figure = heat_maps({"all tokens": table(24), "last token": table(24)}, "Distance")
+    assert to_bytes(figure, kind) == to_bytes(figure, kind)
 
 
 def test_bars_and_stack() -> None:

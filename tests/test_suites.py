@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import tiny_model
+from models import tiny_config, tiny_model
 from tamba.errors import UserError
 from tamba.evaluate import SETS, SUITES, cache_bytes, evaluate, memory, speed, windows
 from tamba.evaluate.measure import Models, Options, Request, Subject
 from tamba.evaluate.memory import break_even
 from tamba.evaluate.suites import assign_data, find_suites
-from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.report import read_record
 from tamba.store import Store
@@ -30,9 +29,8 @@ def folder(tmp_path_factory):
         ("student", ["mamba2_gqa", "attention"]),
         ("other", ["attention", "attention"]),
     ):
-        config = tiny_model(stack).config.to_dict() | {"vocab_size": 257}
         torch.manual_seed(len(name) + ord(name[0]))
-        TambaForCausalLM(TambaConfig(**config)).save_pretrained(folder / name)
+        TambaForCausalLM(tiny_config(stack, vocab_size=257)).save_pretrained(folder / name)
         byte_tokenizer(chat=True).save_pretrained(folder / name)
     (folder / "text.txt").write_text("\n\n".join(document(i) for i in range(3)))
     pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
@@ -170,7 +168,7 @@ def models():
 
 
 def sweep(name, **options):
-    config = {"student": tiny_model("mamba2").config}
+    config = {"student": tiny_config("mamba2")}
     return Request(name, (), config, byte_tokenizer(), Options(**options))
 
 
@@ -245,13 +243,13 @@ def test_contexts_that_neither_model_runs_decide_nothing():
 
 
 def test_a_model_of_few_positions_is_measured_at_them():
-    config = {"student": tiny_model("attention", max_position_embeddings=32).config}
+    config = {"student": tiny_config("attention", max_position_embeddings=32)}
     request = Request("memory", (), config, byte_tokenizer(), Options())
     assert memory.contexts_for(request, "cpu") == [32]
 
 
 def test_break_even_of_memory_by_counting():
-    student, teacher = tiny_model("mamba2").config, tiny_model("attention").config
+    student, teacher = tiny_config("mamba2"), tiny_config("attention")
     weights = (5000, 1000)
     want = next(
         n

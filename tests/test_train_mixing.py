@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compare import assert_same
-from models import random_ids, tiny_model
+from models import random_ids, tiny_config, tiny_model
 from tamba.data import Batch
 from tamba.trace import climb, enter
 from tamba.train.mixing import attention_matrix, can_compare, mixing_matrix
@@ -55,4 +55,4 @@ def test_a_mixer_multiplies_its_values_with_its_matrix(kind: str) -> None:
     x, _, _ = mixer.split_heads(xBC)
     got = torch.einsum("bhij,bjhp->bihp", matrix, x).flatten(-2)
     assert_same(got, want, "fp32")
-    assert can_compare(mixer.spec, tiny_model("attention").config.block_specs[0].mixer)
+    assert can_compare(mixer.spec, tiny_config("attention").block_specs[0].mixer)

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from models import VOCAB, random_ids, tiny_model
+from models import VOCAB, random_ids, tiny_config, tiny_model
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.evaluate import compare, perplexity, texts, windows
@@ -165,7 +165,7 @@ def test_tokens_are_those_of_the_vocabulary():
 def request(tmp_path, texts, suite="ppl", **options):
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    configs = {"student": tiny_model("attention").config, "teacher": tiny_model("mixed").config}
+    configs = {"student": tiny_config("attention"), "teacher": tiny_config("mixed")}
     return Request(suite, (str(file),), configs, byte_tokenizer(), Options(**options))
 
 
