@@ -10,6 +10,7 @@ import torch
 from models import random_ids, tiny_model
 from tamba.analyze import analyze_model, perplexity_ratios, swap_scores
 from tamba.analyze import swaps as analyze_module
+from tamba.analyze.effects import conversion_scores
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
@@ -92,7 +93,7 @@ def check_own_place(model: TambaForCausalLM) -> None:
 
 def test_the_teacher_against_itself_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     # In one type throughout: what is compared is then the same to the bit.
-    monkeypatch.setattr(analyze_module, "_DTYPE", torch.float32)
+    monkeypatch.setattr(analyze_module, "DTYPE", torch.float32)
     check_own_place(made())
     right = analyze_module._climb
     monkeypatch.setattr(
@@ -127,17 +128,31 @@ def check_harm() -> None:
     here = [batch.predicted[row].nonzero()[row % 2 :: 2, 0] for row in range(6)]
     each = [kl[row, places] for row, places in enumerate(here)]
     value, error = scores[LOUD]
-    assert value == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
     means = torch.stack([row.mean() for row in each])
+    assert value == pytest.approx(float(means.mean()), rel=1e-4)
     assert error == pytest.approx(float(means.std()) / 6**0.5, rel=1e-4)
 
 
 def test_harm_and_its_error_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analyze_module, "_DTYPE", torch.float32)
+    monkeypatch.setattr(analyze_module, "DTYPE", torch.float32)
     check_harm()
     monkeypatch.setattr(analyze_module, "_STRIDE", 1)
     with pytest.raises(AssertionError):
         check_harm()
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_recipe_and_a_study_measure_the_same(fitted: bool) -> None:
+    """The quick score of a recipe is the effect of that name, rows of unlike documents or not."""
+    model, blocks = made(), rows(12)
+    score = blocks.take(6)
+    score.starts[0, 3:] = True  # next to nothing to predict
+    fit = TokenBlocks(blocks.tokens[6:], blocks.starts[6:], 6 * 24) if fitted else None
+    quick = swap_scores(model, range(4), ConvertOptions(), score, fit)[1]
+    effects = conversion_scores(model, score, ConvertOptions(), fit=fit)
+    for layer, (value, error) in quick.items():
+        found = effects[layer]
+        assert (value, error) == pytest.approx((found.kl, found.kl_error), rel=1e-6, abs=1e-12)
 
 
 def test_numbers_that_are_not_finite_choose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

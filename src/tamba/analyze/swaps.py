@@ -35,16 +35,49 @@ from tamba.trace import Trace, climb, computing, each, enter, finish, trace
 
 QUICK_STATE_SCORES = ("own_turn", "column_mean")
 """What a recipe may take for `score` beside the harm of a conversion."""
-_DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16
 """Of matrix products, where weights are wider: scores need two digits."""
-_STRIDE = 2
-"""Every which predicted position is scored."""
-_HELD_BYTES = 3 << 30
+HELD_BYTES = 3 << 30
 """Activations held at once."""
+_STRIDE = 2
+"""Every which predicted position is scored: neighbours say much the same, and the head costs as much
+as half of the layers."""
 
 
 Harm = tuple[float, float | None]
 """A score of a layer, and its standard error over rows; None for a single row."""
+
+
+def scored_places(batch: Batch, row: int) -> Tensor:
+    """[k] positions of a batch of one row, number `row` of the text, whose predictions count."""
+    return batch.predicted[0].nonzero()[row % _STRIDE :: _STRIDE, 0]
+
+
+def over_rows(rows: Tensor) -> Harm:
+    """Mean of [n], a value a row, and its standard error."""
+    n = len(rows)
+    return float(rows.mean()), None if n < 2 else float(rows.std() / math.sqrt(n))
+
+
+def row_kl(
+    changed: TambaForCausalLM,
+    reference: TambaForCausalLM,
+    ours: Tensor,
+    theirs: Tensor,
+    here: Tensor,
+) -> Tensor:
+    """KL(reference, changed) of one row at the places `here`, in nats a token, float64.
+
+    Args:
+        ours: [1, T, D], the last states of `changed`.
+        theirs: [1, T, D'], the last states of `reference`.
+    """
+    return next_token_loss(
+        finish(changed, ours)[0, here],
+        changed.lm_head.weight,
+        teacher_hidden=finish(reference, theirs)[0, here],
+        teacher_head=reference.lm_head.weight,
+    ).double()
 
 
 @dataclass(frozen=True)
@@ -89,7 +122,7 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
     states = None
     frontier: list[tuple[int, float]] = []
     if wanted.score in QUICK_STATE_SCORES:
-        states = state_scores(teacher, score, dtype=_DTYPE, label="angles")
+        states = state_scores(teacher, score, dtype=DTYPE, label="angles")
         turns = states.own_turn if wanted.score == "own_turn" else states.column_mean
         found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in convertible}
     else:
@@ -195,14 +228,14 @@ def swap_scores(
     """
     L, D = teacher.config.num_hidden_layers, teacher.config.hidden_size
     n_tokens = len(blocks) * blocks.length + (0 if fit is None else 2 * len(fit) * fit.length)
-    size = max(1, _HELD_BYTES // (4 * D * n_tokens))
+    size = max(1, HELD_BYTES // (4 * D * n_tokens))
     converted: dict[int, Block] = {}
     scores: dict[int, Harm] = {}
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
-        reference = trace(teacher, blocks, streams=[*some, L], dtype=_DTYPE)
+        reference = trace(teacher, blocks, streams=[*some, L], dtype=DTYPE)
         if first == 0:
-            check_finite(teacher, reference.streams[L], blocks, _DTYPE)
+            check_finite(teacher, reference.streams[L], blocks, DTYPE)
         seen = _seen(teacher, some, fit)
 
         def one(
@@ -227,7 +260,7 @@ def converted_layers(
     """Each of `layers` converted, and fitted on `fit` where it is given, as `swap_scores` does."""
     D = teacher.config.hidden_size
     n_tokens = 1 if fit is None else len(fit) * fit.length
-    size = max(1, _HELD_BYTES // (8 * D * n_tokens))
+    size = max(1, HELD_BYTES // (8 * D * n_tokens))
     made: dict[int, Block] = {}
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
@@ -245,7 +278,7 @@ def _seen(teacher: TambaForCausalLM, layers: Sequence[int], fit: TokenBlocks | N
     """What the mixers of `layers` do on the text to fit on; nothing where there is none."""
     if fit is None:
         return Trace()
-    return trace(teacher, fit, mixers=layers, heads=True, dtype=_DTYPE)
+    return trace(teacher, fit, mixers=layers, heads=True, dtype=DTYPE)
 
 
 def _converted(
@@ -269,9 +302,9 @@ def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> No
     mixer = layer.mixer
     assert isinstance(mixer, RecurrentMixer)
     if can_calibrate(layer.spec.mixer, attention.spec):
-        calibrate(mixer, attention, angles, seen.mixers[index], dtype=_DTYPE)
+        calibrate(mixer, attention, angles, seen.mixers[index], dtype=DTYPE)
     else:
-        fit_output(mixer, seen.mixers[index], dtype=_DTYPE)
+        fit_output(mixer, seen.mixers[index], dtype=DTYPE)
 
 
 def _harm(
@@ -283,24 +316,16 @@ def _harm(
 ) -> Harm:
     """KL of the teacher with layers replaced, from the stream before layer `first` on."""
     top = reference.streams[len(teacher.model.layers)]
-    head = teacher.lm_head.weight
-    rows, counts = [], []
-    with computing(teacher, _DTYPE):
+    rows = []
+    with computing(teacher, DTYPE):
         for row, batch in enumerate(blocks.batches(1)):
             batch = batch.to(teacher.device)
             _, tokens = enter(teacher, batch)
             stream = reference.streams[first][row : row + 1]
             stream = _climb(teacher, replaced, stream, tokens, first)
-            # Neighbours say much the same, and the head costs as much as half of the layers.
-            here = batch.predicted[0].nonzero()[row % _STRIDE :: _STRIDE, 0]
-            if not len(here):
-                continue
-            ours = finish(teacher, stream)[0, here]
-            theirs = finish(teacher, top[row : row + 1])[0, here]
-            rows.append(
-                next_token_loss(ours, head, teacher_hidden=theirs, teacher_head=head).double()
-            )
-            counts.append(len(here))
+            here = scored_places(batch, row)
+            if len(here):
+                rows.append(row_kl(teacher, teacher, stream, top[row : row + 1], here))
     if not rows:
         raise UserError("text", "holds no token to score", "give longer documents")
     each_row = torch.stack(rows).cpu()
@@ -310,9 +335,7 @@ def _harm(
             f"gives no finite numbers in row {int(wrong[0])}",
             "keep it with analyze.always_keep, or convert it another way",
         )
-    weight = torch.tensor(counts, dtype=torch.float64)
-    error = float(each_row.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
-    return float((each_row * weight).sum() / weight.sum()), error
+    return over_rows(each_row)
 
 
 def _climb(
@@ -349,7 +372,7 @@ def perplexity_ratios(
 
     sums = dict.fromkeys([None, *sets], 0.0)
     count = 0
-    with computing(teacher, _DTYPE):
+    with computing(teacher, DTYPE):
         for batch in track(blocks.batches(4), "frontier", -(-len(blocks) // 4)):
             batch = batch.to(teacher.device)
             for key in sums:
