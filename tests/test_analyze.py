@@ -188,5 +188,31 @@ def test_angles_are_those_of_the_formula() -> None:
 def test_what_is_kept_is_not_chosen() -> None:
     found = analyze_model(made(), rows(), recipe("own_turn", always_keep=(IDLE,), convert=2))
     assert IDLE not in found.plan.converted and LOUD not in found.plan.converted
+    assert found.scores[IDLE] is None and found.plan.entries[IDLE].note == "is kept, as asked"
     with pytest.raises(UserError, match="is 1 row, which cannot be divided"):
         analyze_model(made(), rows(1), recipe("own_turn"))
+
+
+def test_a_layer_that_is_kept_stands_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not converted to be scored, as the error says, and is in no set of the frontier."""
+    right = analyze_module._converted
+
+    def broken(teacher: object, index: int, *rest: object):
+        layer = right(teacher, index, *rest)
+        if index == IDLE:
+            layer.mixer.out_proj.weight.data[:] = torch.nan
+        return layer
+
+    monkeypatch.setattr(analyze_module, "_converted", broken)
+    with pytest.raises(UserError, match=r"layer 1 converted: .*keep it with analyze\.always_keep"):
+        analyze_model(made(), rows(), recipe("swap"))
+    sets: dict = {}
+
+    def seen(teacher: object, found: dict, blocks: object) -> list:
+        sets.update(found)
+        return []
+
+    monkeypatch.setattr(analyze_module, "perplexity_ratios", seen)
+    found = analyze_model(made(), rows(), recipe("swap", always_keep=(IDLE,), convert=2))
+    assert IDLE not in found.order and set(sets[2]) == set(found.plan.converted)
+    assert all(IDLE not in layers for layers in sets.values())

@@ -52,12 +52,14 @@ class Facts:
         free: layers that may be replaced.
         kept_bytes: cache of each layer as it is, for one sequence.
         replaced_bytes: cache of each layer once it is replaced.
+        always_keep: layers that stay because somebody asked for it.
     """
 
     n_layers: int
     free: tuple[int, ...]
     kept_bytes: tuple[int, ...] = ()
     replaced_bytes: tuple[int, ...] = ()
+    always_keep: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -87,7 +89,11 @@ class Facts:
         for i in free:
             made = converted_block(specs[i], options, config.d_model)
             replaced[i] = made.cache_bytes(context, bytes_per_value)
-        return cls(len(specs), tuple(free), tuple(kept), tuple(replaced))
+        return cls(len(specs), tuple(free), tuple(kept), tuple(replaced), tuple(always_keep))
+
+    def why_not(self, layer: int) -> str:
+        """Why a layer that is not free may not be replaced."""
+        return "is kept, as asked" if layer in self.always_keep else "has no attention"
 
     def cache_bytes(self, chosen: Sequence[int]) -> int:
         """Cache of one sequence once `chosen` are replaced."""
@@ -230,7 +236,7 @@ def _explicit(argument: str, facts: Facts, where: str) -> list[int]:
                 where, f"there is no layer {layer}", f"they are 0 to {facts.n_layers - 1}"
             )
         if layer not in facts.free:
-            raise UserError(where, f"layer {layer} has no attention or is to be kept")
+            raise UserError(where, f"layer {layer} {facts.why_not(layer)}", "leave it out")
     return sorted(set(map(int, words)))
 
 
@@ -378,12 +384,11 @@ def _no_run(n: int, where: str, place: str) -> UserError:
 
 def plan_of(choice: Choice, facts: Facts, options: ConvertOptions) -> LayerPlan:
     """The plan that converts the chosen layers, with the reason beside each line."""
-    fixed = "no attention, or kept as asked"
     entries = tuple(
         PlanEntry(
             "convert" if i in choice.layers else "keep",
             i,
-            note=choice.why.get(i, "" if i in facts.free else fixed),
+            note=choice.why.get(i, "" if i in facts.free else facts.why_not(i)),
         )
         for i in range(facts.n_layers)
     )

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamba.analyze.choice import Choice, Facts, plan_of
 from tamba.analyze.distances import StateScores, state_scores
 from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.block import Block
-from tamba.model.config import AttentionSpec
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
-from tamba.plan import ConvertOptions, LayerPlan, PlanEntry
+from tamba.plan import ConvertOptions, LayerPlan
 from tamba.progress import track
 from tamba.recipe import Recipe
 from tamba.surgery import convert_layer
@@ -40,8 +40,8 @@ DTYPE = torch.bfloat16
 HELD_BYTES = 3 << 30
 """Activations held at once."""
 _STRIDE = 2
-"""Every which predicted position is scored: neighbours say much the same, and the head costs as much
-as half of the layers."""
+"""Every which predicted position is scored: neighbours say much the same, and the head costs as
+much as half of the layers."""
 
 
 Harm = tuple[float, float | None]
@@ -86,10 +86,10 @@ class Analysis:
 
     Args:
         score: the name of the score, as in the recipe.
-        scores: by layer, bottom first; None for layers that cannot be converted. ``swap`` and
-            ``least_squares`` are KL(teacher, changed teacher) in nats a token, the others angles
-            from 0 to 1.
-        order: convertible layers, least harm first.
+        scores: by layer, bottom first; None for layers that cannot be converted or are to be kept.
+            ``swap`` and ``least_squares`` are KL(teacher, changed teacher) in nats a token, the
+            others angles from 0 to 1.
+        order: layers that may be converted, least harm first.
         plan: the chosen conversion.
         frontier: (layers converted, perplexity ratio) on the text scored on, in `order` and without
             any training.
@@ -116,18 +116,16 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
     """
     wanted, options = recipe.analyze, recipe.build.convert
     fit, score = divided(blocks, wanted.tokens)
-    convertible = [
-        i for i, s in enumerate(teacher.config.block_specs) if isinstance(s.mixer, AttentionSpec)
-    ]
+    facts = Facts.of(teacher.config, options, always_keep=wanted.always_keep)
     states = None
     frontier: list[tuple[int, float]] = []
     if wanted.score in QUICK_STATE_SCORES:
         states = state_scores(teacher, score, dtype=DTYPE, label="angles")
         turns = states.own_turn if wanted.score == "own_turn" else states.column_mean
-        found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in convertible}
+        found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in facts.free}
     else:
         closed = fit if wanted.score == "least_squares" else None
-        replaced, found = swap_scores(teacher, convertible, options, score, closed, recipe.seed)
+        replaced, found = swap_scores(teacher, facts.free, options, score, closed, recipe.seed)
         order = sorted(found, key=lambda i: (found[i][0], i))
         counts = {round(wanted.convert * share) for share in (0.5, 1.0, 1.5, 2.0)}
         counts = {n for n in counts if 0 < n <= len(order)}
@@ -135,18 +133,11 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
             teacher, {n: {i: replaced[i] for i in order[:n]} for n in sorted(counts)}, score
         )
     order = sorted(found, key=lambda i: (found[i][0], i))
-    chosen = [i for i in order if i not in wanted.always_keep][: wanted.convert]
-    entries = tuple(
-        PlanEntry(
-            "convert" if i in chosen else "keep",
-            i,
-            note=f"{wanted.score} {found[i][0]:.4f}" if i in found else "no attention",
-        )
-        for i in range(teacher.config.num_hidden_layers)
-    )
+    why = {i: f"{wanted.score} {value:.4f}" for i, (value, _) in found.items()}
+    choice = Choice(f"lowest {wanted.score}", tuple(sorted(order[: wanted.convert])), why)
     nothing = (None, None)
-    scores, errors = zip(*(found.get(i, nothing) for i in range(len(entries))), strict=True)
-    plan = LayerPlan(entries, options)
+    scores, errors = zip(*(found.get(i, nothing) for i in range(facts.n_layers)), strict=True)
+    plan = plan_of(choice, facts, options)
     return Analysis(wanted.score, [*scores], order, plan, frontier, [*errors], states)
 
 
@@ -172,6 +163,14 @@ def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]
         TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
     )
     return first, second
+
+
+def scored_rows(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
+    """Rows to score on where nothing is fitted: those of `divided` as far as there are so many."""
+    n = min(max(1, tokens // blocks.length), len(blocks))
+    first = min(n, len(blocks) - n)
+    part = slice(first, first + n)
+    return TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length)
 
 
 def bad_rows(stream: Tensor) -> list[int]:
