@@ -449,7 +449,8 @@ def test_a_ratio_at_its_limit_does_not_flatten_the_others() -> None:
     values = [50.0, 2.0, 1.0, 50.0, None]
     lines = {"drop_ratio": (values, [None, 0.5, 0.1, None, None])}
     (ax,) = score_bars(lines, "Scores", limits={"drop_ratio": 50.0}).axes
-    assert ax.get_ylim()[1] == pytest.approx(1.25 * 3.0)  # two errors above the highest inside
+    # Two errors above the highest inside; nothing is left empty below.
+    assert ax.get_ylim() == pytest.approx((0.0, 1.25 * 3.0))
     (marks,) = [c for c in ax.collections if len(c.get_offsets()) == 2]
     assert [x for x, _ in marks.get_offsets()] == [0.0, 3.0]
     assert ax.get_title("left") == "drop ratio, marked: 50 or more"

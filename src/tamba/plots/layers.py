@@ -168,10 +168,11 @@ def score_bars(
             limit = (limits or {}).get(name, math.inf)
             beyond = [i for i, v in zip(here, shown, strict=True) if v >= limit]
             if beyond and len(beyond) < len(here):
-                inside = [(v, v + e) for v, e in zip(shown, bounds, strict=True) if v < limit]
+                inside = [(v, e) for v, e in zip(shown, bounds, strict=True) if v < limit]
                 shown = [v for v, _ in inside]
-                top = max(high for _, high in inside)
-                ax.set_ylim(top=1.25 * top if top > 0 else limit)
+                top = max(v + e for v, e in inside)
+                low = min(0.0, *(v - e for v, e in inside))
+                ax.set_ylim(1.25 * low, 1.25 * top if top > 0 else limit)
                 marks: dict[str, Any] = {
                     "marker": "^",
                     "s": 16,
