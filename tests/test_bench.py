@@ -82,6 +82,23 @@ def test_ceilings_of_this_machine_are_rates(monkeypatch):
     assert all(1e6 < rate < 1e16 for rate in found["used"].values())
 
 
+def test_no_floor_of_a_cpu_rests_on_a_slow_exponential(monkeypatch):
+    """Where torch's own is slower than the loops that it is to bound, theirs counts."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for of_torch, of_loop, want in ((1e9, 5e9, 1e10), (3e9, 1e9, 3e9)):
+        rates = iter([of_torch, of_loop])
+        monkeypatch.setattr(ceilings, "_best", lambda *_, rates=rates: next(rates))
+        assert ceilings._exponentials_on_cpu(lambda work: 1.0) == want
+    from tamba.ops.kernels import scan_cpu
+
+    rates = torch.rand(64)
+    steps = torch.arange(1000.0)[:, None] * -(2.0**-20)
+    want = torch.exp2(steps.double() * rates.double()).sum(0)
+    got = torch.from_numpy(scan_cpu.exponentials(rates.numpy(), 1000))
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
+
+
 def clocked(seconds: dict[str, list[float]]):
     """A clock that needs no time: each side takes its seconds in turn."""
     order: list[str] = []
@@ -293,8 +310,8 @@ def test_a_run_writes_its_record_row_by_row(tmp_path, monkeypatch):
     assert record["machine"]["versions"].keys() >= {"tamba", "torch", "transformers"}
     assert record["rows"][0]["extra_bytes"] == 5
 
-    late = tamba.bench(device="cpu", limit_seconds=-1.0, rows=["ssd_fwd/2"])
-    assert late["rows"] == [{"id": "ssd_fwd/2", "not_run": "-1 s were over"}]
+    late = tamba.bench(device="cpu", limit_seconds=0.0, rows=["ssd_fwd/2"])
+    assert late["rows"] == [{"id": "ssd_fwd/2", "not_run": "0 s were over"}]
 
 
 @pytest.mark.usefixtures("quick")
@@ -325,7 +342,7 @@ def test_a_record_keeps_the_rows_that_another_run_measured(tmp_path, monkeypatch
     assert "day 1" not in tables.render(second, ["ssd_fwd/2"])
 
     # What a run does not come to stays; what it fails at or finds wrong does not, nor what is gone.
-    third = run("ssd_fwd/3", day=3, limit_seconds=-1.0)
+    third = run("ssd_fwd/3", day=3, limit_seconds=0.0)
     assert third["rows"] == [
         second["rows"][0],
         *({**row, "date": "2026-11-02T00:00:00+00:00"} for row in second["rows"][1:]),
@@ -382,6 +399,10 @@ def test_an_error_in_one_row_leaves_the_others(monkeypatch):
         ({"rows": ["sdd_fwd"]}, "no row begins with 'sdd_fwd'"),
         ({"rounds": 0}, "use 1 or more"),
         ({"peers_folder": "/no/such/folder"}, "no such folder"),
+        ({"limit_seconds": -1.0}, "limit_seconds: -1 is no time"),
+        ({"limit_seconds": math.nan}, "limit_seconds: nan is no time"),
+        ({"compile_seconds": -5.0}, "compile_seconds: -5 is no time"),
+        ({"out": f"{__file__}/record.json"}, "cannot be written"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(given, said):

@@ -79,7 +79,8 @@ def bench(
         The record: ``suite``, ``date``, ``command``, ``machine``, ``ceilings``, ``rows``, ``kept``.
 
     Raises:
-        UserError: no such suite, row or device, nothing to measure, or `out` is something else.
+        UserError: no such suite, row or device, nothing to measure, a time below 0, or `out` is
+            something else or cannot be written.
     """
     if suite not in SUITES:
         raise UserError("suite", f"unknown suite '{suite}'", nearest(suite, SUITES))
@@ -87,6 +88,9 @@ def bench(
     rounds = _ROUNDS[at.type] if rounds is None else rounds
     if rounds < 1:
         raise UserError("rounds", f"{rounds} rounds measure nothing", "use 1 or more")
+    for name, given in (("limit_seconds", limit_seconds), ("compile_seconds", compile_seconds)):
+        if given is not None and not given >= 0:
+            raise UserError(name, f"{given:g} is no time", "give seconds, 0 or more")
     folder = None if peers_folder is None else Path(peers_folder).expanduser().resolve()
     if folder is not None and not folder.is_dir():
         raise UserError(str(folder), "no such folder", "unpack the peers' archives there")
@@ -133,7 +137,11 @@ def bench(
         known = cold_start.rows(at)
     chosen = _choose(known, rows)
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror})"
+            raise UserError(str(target), problem, "name another file") from error
     if suite != "cold-start":
         record["ceilings"] = measure_ceilings(at)
         report({"id": "ceilings", **record["ceilings"]})
