@@ -365,6 +365,15 @@ def test_wrong_shapes_are_named() -> None:
         arguments.call(ssd, B=arguments.tensors["B"][:, :, :1].expand(-1, -1, 3, -1))
     with pytest.raises(ValueError, match=r"dt \(2, 12, 4\)"):
         arguments.call(ssd, dt=arguments.tensors["dt"][:, 1:])
+    # What kernels would read beyond, and torch would spread.
+    for name, wrong in (
+        ("D", torch.ones(1)),
+        ("dt_bias", torch.ones(1)),
+        ("starts", torch.zeros(2, 1, dtype=torch.bool)),
+        ("padding", torch.zeros(1, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} \({', '.join(map(str, wrong.shape))}"):
+            arguments.call(ssd, **{name: wrong})
 
 
 @pytest.mark.parametrize("groups", [1, 2])
