@@ -615,6 +615,17 @@ def test_cold_start_asks_a_process(monkeypatch, tmp_path):
     assert cold["import_met"] and cold["recompiled_met"]
     assert "first forward seconds" in tables.render({**a_record(), "rows": [cold, warm]})
 
+    # Asked for alone, the warm row warms its cache itself.
+    took = iter([9.0, 0.5])
+
+    def compiles(command, *, env, **_):
+        (Path(env["TRITON_CACHE_DIR"]) / "binary").touch()
+        answer["first_forward_seconds"] = next(took)
+        return run(command)
+
+    monkeypatch.setattr(subprocess, "run", compiles)
+    assert cold_start.rows(torch.device("cuda"))[1].run()["first_forward_seconds"] == 0.5
+
     def fail(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nValueError: no kernel\n")
 
