@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -399,6 +400,7 @@ def test_an_error_in_one_row_leaves_the_others(monkeypatch):
         ({"rows": ["sdd_fwd"]}, "no row begins with 'sdd_fwd'"),
         ({"rounds": 0}, "use 1 or more"),
         ({"peers_folder": "/no/such/folder"}, "no such folder"),
+        ({"suite": "cold-start", "rounds": 3}, "a new process is measured once"),
         ({"limit_seconds": -1.0}, "limit_seconds: -1 is no time"),
         ({"limit_seconds": math.nan}, "limit_seconds: nan is no time"),
         ({"compile_seconds": -5.0}, "compile_seconds: -5 is no time"),
@@ -554,7 +556,7 @@ def test_a_training_row(stock):
 def test_a_side_that_does_not_fit_takes_smaller_batches(stock, monkeypatch):
     tried = []
 
-    def train(self, name, parts):
+    def train(self, name, parts, steps, seed):
         tried.append((name, parts))
         if parts < 4:
             raise torch.OutOfMemoryError("no room")
@@ -575,12 +577,26 @@ def test_a_training_row_of_a_cpu(monkeypatch):
     (row,) = model.rows(CPU, Peers())
     assert model.our_model(row.sizes, torch.device("meta"), torch.float32).num_parameters() > 130e6
     monkeypatch.setattr(model, "_bfloat16_products", lambda: 1e12)
-    found = replace(row, sizes=TINY_HYBRID, batch=2, length=17, rounds=1).run({})
+    found = replace(row, sizes=TINY_HYBRID, batch=2, length=17).run({}, rounds=1)
+    assert found["sides"]["ours"]["rounds"] == 1
     json.dumps(found, allow_nan=False)
     assert found["void"] is None
     assert found["ratios"].keys() == {model.PEER_WIDE, model.PEER_SHORT}
     assert len(found["bars"]) == 3 and all(bar["met"] is not None for bar in found["bars"])
     assert tables.line(found)
+
+
+def test_rounds_and_seed_reach_whole_models(stock, monkeypatch):
+    row = model.Prefill("prefill_e2e/tiny", TINY, 1, 17, CPU, Peers())
+    monkeypatch.setattr(model, "rows", lambda at, peers: [row])
+    monkeypatch.setattr(sys.modules["tamba.bench"], "measure_ceilings", lambda at: stock)
+    first, again, other = (
+        tamba.bench("model", device="cpu", rounds=rounds, seed=seed)["rows"][0]
+        for rounds, seed in ((2, 5), (3, 5), (None, 6))
+    )
+    turns = [found["sides"]["ours"]["rounds"] for found in (first, again, other)]
+    assert turns == [2, 3, row.rounds]
+    assert first["error"] == again["error"] != other["error"]
 
 
 def test_work_of_the_models():

@@ -22,6 +22,7 @@ from ops_cases import (
     assert_splits_agree,
     ssd_arguments,
 )
+from tamba.errors import UserError
 from tamba.ops import causal_conv1d, reference, ssd
 
 CHUNK = 4
@@ -357,6 +358,12 @@ def test_what_is_kept_for_the_gradient() -> None:
     inputs = tokens * (heads * head_dim + 2 * groups * d_state + 3 * heads)
     states = tokens // chunk * heads * head_dim * d_state
     assert sum(kept.values()) <= inputs + states + 1000
+
+
+def test_a_misspelt_choice_of_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAMBA_KERNELS", "Torch")
+    with pytest.raises(UserError, match=r"TAMBA_KERNELS: is 'Torch'; set it to triton, torch"):
+        ssd_arguments().call(ssd)
 
 
 def test_wrong_shapes_are_named() -> None:

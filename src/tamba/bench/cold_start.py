@@ -50,9 +50,8 @@ class Row:
     device: str
     cache: Path
 
-    def run(self, ceilings: Any = None, limit: float = 300.0) -> dict[str, Any]:
-        """Start the process, wait, and give what it found; `ceilings` are not needed."""
-        del ceilings
+    def run(self, limit: float = 300.0) -> dict[str, Any]:
+        """Start the process, wait, and give what it found."""
         state = self.id.rpartition("/")[2]
         if state == "warm" and self.device == "cuda" and not any(self.cache.iterdir()):
             self._answer(limit)  # the row of the empty cache was not asked for
