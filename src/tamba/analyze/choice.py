@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 
 from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
-from tamba.plan import ConvertOptions, LayerPlan, PlanEntry
+from tamba.plan import ConvertOptions, LayerPlan, PlanEntry, uniform_plan
 from tamba.surgery import converted_block
 
 Scores = Mapping[str, Sequence[float | None]]
@@ -314,17 +315,14 @@ def _order(word: str, argument: str, facts: Facts, where: str) -> list[int]:
 
 
 def _uniform(facts: Facts) -> Pick:
-    """As `uniform_plan`: layer i stays where the running total steps over a whole number."""
+    """As `uniform_plan`, among the layers that may be replaced."""
     free = facts.free
-    size = len(free)
 
     def pick(n: int) -> list[int]:
-        kept = size - n
-        return [
-            layer
-            for i, layer in enumerate(free)
-            if size and (i + 1) * kept // size == i * kept // size
-        ]
+        if not free:
+            return []
+        plan = uniform_plan(len(free), Fraction(len(free) - n, len(free)))
+        return [free[i] for i in plan.converted]
 
     return pick
 
