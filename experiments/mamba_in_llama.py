@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 
 import tamba
 from tamba.artefact import command_without_folders, versions, write_file
@@ -192,14 +193,16 @@ class Shared:
         text = json.dumps([kind, tamba.__version__, facts], sort_keys=True)
         path = self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}{suffix}"
         note = path.with_name(f"{path.name}.seconds")
-        if not note.exists():
-            if path.is_dir():
-                shutil.rmtree(path)
-            path.unlink(missing_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            begun = time.monotonic()
-            make(path)
-            write_file(note, f"{time.monotonic() - begun:.3f}\n")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Of several processes that run rows side by side, one makes it and the others wait.
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not note.exists():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                path.unlink(missing_ok=True)
+                begun = time.monotonic()
+                make(path)
+                write_file(note, f"{time.monotonic() - begun:.3f}\n")
         return Made(path, float(note.read_text()))
 
 

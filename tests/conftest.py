@@ -14,6 +14,7 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import gc
 import random
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -38,6 +39,7 @@ def _same_each_time() -> Iterator[None]:
     random.seed(0)
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
+    _leave_imports_alone()
     # Deterministic mode fills fresh memory with NaN: what is read before it is written shows.
     torch.use_deterministic_algorithms(True)
     yield
@@ -45,11 +47,21 @@ def _same_each_time() -> Iterator[None]:
     torch.set_default_dtype(dtype)
 
 
+_imported = 0
+
+
+def _leave_imports_alone() -> None:
+    """What imports made is looked through no more by the collections, up to a third of a second
+    each, that accelerate asks for after every stage of training. Tests import too."""
+    global _imported
+    if _imported != (now := len(sys.modules)):
+        gc.freeze()
+        _imported = now
+
+
 def pytest_collection_finish() -> None:
-    """What imports made is looked through no more by the collections, a quarter of a second each,
-    that accelerate asks for after every stage of training."""
+    """Not to keep for good what collecting tests left over."""
     gc.collect()
-    gc.freeze()
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:

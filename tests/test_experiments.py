@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -71,6 +73,20 @@ def test_the_recipe_for_recall_is_its_row(llama: ModuleType, asked: argparse.Nam
     found = llama.read_recipe(llama.RECIPES / "distil-smollm2-recall.toml", teacher)
     assert found.model_dump() == llama.read_recipe(llama.RECIPE, changes).model_dump()
     assert found.model_dump() != llama.read_recipe(llama.RECIPE, changes[1:]).model_dump()
+
+
+def test_rows_side_by_side_make_what_they_share_once(llama: ModuleType, tmp_path: Path) -> None:
+    made = []
+
+    def make(path: Path) -> None:
+        path.mkdir()  # fails where two make it
+        time.sleep(0.2)
+        made.append(path)
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(llama.Shared(tmp_path).once, "text", {}, make) for _ in range(2)]
+        found = [one.result() for one in asked]
+    assert found[0] == found[1] and made == [found[0].path]
 
 
 def test_a_wrong_row_shows(llama: ModuleType, asked: argparse.Namespace) -> None:

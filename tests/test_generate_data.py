@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tamba
 from models import tiny_model
 from tamba.chats import conversation_of, read_rows
 from tamba.data import read_texts
 from tamba.errors import UserError
-from tamba.generate_data import generate_data
+from tamba.generate_data import _places, generate_data
 from tamba.store import Store
 from texts import END, byte_tokenizer
 
@@ -54,6 +56,19 @@ def test_rows_are_chats_and_text(model, prompts, tmp_path):
         asked, said = (m["content"] for m in chat.messages)
         assert text == f"<user>{asked}<assistant>{said}"
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "places"),
+    [(1, 16_384), (8, 61_035), (80, 131_072)],
+    ids=["least", "an eighth", "most"],
+)
+def test_a_batch_has_room_on_the_card(model, monkeypatch, gigabytes, places):
+    card = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    config = SimpleNamespace(block_specs=[SimpleNamespace(cache_bytes=lambda n, b: 4096 * n * b)])
+    assert _places(config, torch.device("cuda")) == places
+    assert _places(config, torch.device("cpu")) == 16_384
 
 
 def test_a_run_that_was_cut_writes_what_it_would_have(model, prompts, tmp_path, monkeypatch):

@@ -458,8 +458,9 @@ def generate_data(
     top_p: Annotated[float, typer.Option(help="Sample among this share of probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of sampling.", min=0)] = 0,
     tokens_at_once: Annotated[
-        int, typer.Option(help="Places of a batch, prompts and answers.", min=1)
-    ] = 16_384,
+        int | None,
+        typer.Option(help="Places of a batch, prompts and answers; by the device.", min=1),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,

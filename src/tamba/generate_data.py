@@ -45,6 +45,8 @@ from tamba.store import Store
 
 _SHORT = 64
 """Characters up to which an answer may rightly come twice ("Yes.")."""
+_FEW_PLACES, _MANY_PLACES = 16_384, 131_072
+"""Places of a batch on a CPU, and the most on a GPU."""
 _SLOT = "\x02the user's words\x03"
 
 
@@ -103,7 +105,7 @@ def generate_data(
     top_p: float = 0.95,
     magpie_temperature: float = 1.0,
     seed: int = 0,
-    tokens_at_once: int = 16_384,
+    tokens_at_once: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
 ) -> Written:
@@ -126,7 +128,8 @@ def generate_data(
         temperature, top_k, top_p: of the answers; see `tamba.decoding.Sampling`.
         magpie_temperature: of prompts that the model writes.
         seed: of sampling.
-        tokens_at_once: places of a batch, prompts and answers.
+        tokens_at_once: places of a batch, prompts and answers; None for 16,384, and on a GPU for as
+            many as an eighth of its memory caches, at most 131,072.
         dtype: type to compute in, for a model that is opened here.
         device: where to run it; None for a GPU if there is one.
 
@@ -152,15 +155,19 @@ def generate_data(
         "top_k": top_k,
         "top_p": top_p,
         "seed": seed,
-        "tokens_at_once": tokens_at_once,
     }
     if isinstance(model, str | Path):
         checkpoint = open_checkpoint(model)
         tokenizer, config = load_tokenizer(checkpoint), checkpoint.tamba_config
         settings |= {"model": checkpoint.digest(), "dtype": dtype}
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     else:
         checkpoint, config = None, model.config
         settings |= {"model": config.to_json_string()}
+        device = str(model.device)
+    if tokens_at_once is None:
+        tokens_at_once = _places(config, torch.device(device))
+    settings["tokens_at_once"] = tokens_at_once
     if tokenizer is None:
         raise UserError("generate-data", "has no tokenizer", "use a model that has one")
     check_template(tokenizer, "generate-data")
@@ -172,7 +179,6 @@ def generate_data(
         asked.refuse()
     store = _unfinished(out, settings)
     if checkpoint is not None:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_model(checkpoint, dtype, device)
     writer = _Writer(model, tokenizer, store, new_tokens, tokens_at_once)
     if magpie:
@@ -193,6 +199,19 @@ def generate_data(
     unfinished = sum(r["finish"] == "length" for r in rows)
     total = sum(answer["tokens"] for answer in answers.values())
     return Written(len(rows), unfinished, total, dict(asked.left_out + left_out))
+
+
+def _places(config: Any, device: torch.device) -> int:
+    """Places of a batch. A step of decoding costs a GPU nearly the same for one row or hundreds, so
+    there rows are as many as memory well has room for: all of the card's, so that a run that goes
+    on has the same batches whatever else is there.
+    """
+    if device.type != "cuda":
+        return _FEW_PLACES
+    context = 1024
+    each = sum(block.cache_bytes(context, 4) for block in config.block_specs) / context
+    room = torch.cuda.get_device_properties(device).total_memory / 8
+    return max(_FEW_PLACES, min(_MANY_PLACES, int(room / each)))
 
 
 def _check(
