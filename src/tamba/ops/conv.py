@@ -59,7 +59,7 @@ def causal_conv1d(
         activation: ``"silu"`` or None.
         state: [B, C, W - 1], the inputs before token 0, oldest first; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
-        padding: [B] int, leading positions that are no tokens, or None.
+        padding: [B] int, leading positions that are no tokens, at most T, or None.
 
     Returns:
         y [B, T, C] and the window after the last token [B, C, W - 1], both in the dtype of `x`.

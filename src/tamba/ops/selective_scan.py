@@ -78,7 +78,7 @@ def selective_scan(
         dt_softplus: whether dt goes through softplus after the bias.
         state: [B, D, N] before token 0; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
-        padding: [B] int, leading positions that are no tokens, or None.
+        padding: [B] int, leading positions that are no tokens, at most T, or None.
 
     Returns:
         y [B, T, D] in the dtype of `x`, and the state after the last token [B, D, N] in float32

@@ -81,7 +81,7 @@ def ssd(
         dt_limit: least and greatest dt, applied last, or None.
         state: [B, H, P, N] before token 0; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
-        padding: [B] int, leading positions that are no tokens, or None.
+        padding: [B] int, leading positions that are no tokens, at most T, or None.
         chunk_size: tokens to a chunk, rounded up to a power of two; the kernels choose their own.
 
     Returns:
