@@ -120,13 +120,15 @@ def test_half_precision(weights: Weights) -> None:
 
 
 @pytest.mark.slow
-def test_the_operator_is_known_to_the_compiler() -> None:
+@pytest.mark.parametrize("some", [False, True], ids=["all count", "some count"])
+def test_the_operator_is_known_to_the_compiler(some: bool) -> None:
     c = cast(arguments(), torch.float32, DEVICE)
+    counted = torch.arange(len(c["hidden"]), device=DEVICE) % 3 > 0 if some else None
     torch.library.opcheck(
         losses._loss_op,
         (
-            *c.values(), None, None, None, 1.0, 1.0, 2.0, "js", 0.5, 0, torch.float32, True, True,
-            True,
+            *c.values(), None, None, None, counted, 1.0, 1.0, 2.0, "js", 0.5, 0, torch.float32,
+            True, True, True,
         ),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
