@@ -288,6 +288,19 @@ def test_views_of_a_projection() -> None:
     assert_same(made.call(ssd, **odd)[0], want[0], "exact")
 
 
+def test_arguments_of_one_dimension_may_be_views() -> None:
+    """One number for every head, every second one of a longer list: kernels know no such stride."""
+    made = arguments(5, batch=2, padding=True)
+    for name in ("D", "dt_bias"):
+        given = made.tensors[name].detach()
+        wide = torch.stack([given, given + 7.0], dim=1)
+        made.tensors[name] = wide[:, 0].requires_grad_()
+    made.masks["padding"] = torch.tensor([3, 9, 1, 9])[::2]
+    agree(made)
+    made.tensors["D"] = torch.tensor([0.7]).expand(2).requires_grad_()
+    agree(made)
+
+
 def test_autocast_changes_nothing() -> None:
     made = arguments(20)
     want = made.call(ssd)
