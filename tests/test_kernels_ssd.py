@@ -73,8 +73,13 @@ def truth(z: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
 SUMS = ("A", "dt_bias")
 
 
-def agree(made: Arguments, kind: Kind = "kernel", gradient: Kind | None = "kernel") -> None:
-    assert_agree(ssd, truth, made, kind, gradient, without=SUMS)
+def agree(
+    made: Arguments,
+    kind: Kind = "kernel",
+    gradient: Kind | None = "kernel",
+    without: tuple[str, ...] = SUMS,
+) -> None:
+    assert_agree(ssd, truth, made, kind, gradient, without=without)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +224,12 @@ def test_gradients_that_are_sums() -> None:
     for name in ("x", "B", "C", "D", "z"):
         made.tensors[name].data.abs_()
     exact = made.to(torch.float64)
+    names = (*SUMS, "D")
     got, want = (
-        torch.autograd.grad(a.call(f)[0].sum(), [a.tensors[n] for n in SUMS])
+        torch.autograd.grad(a.call(f)[0].sum(), [a.tensors[n] for n in names])
         for a, f in ((made, ssd), (exact, truth))
     )
-    for name, a, b in zip(SUMS, got, want, strict=True):
+    for name, a, b in zip(names, got, want, strict=True):
         assert_same(a, b, "kernel", name)
 
 
@@ -405,7 +411,8 @@ def _random_case(data: st.DataObject, longest: int, sizes: list[int]) -> None:
         seed=draw(st.integers(0, 1000)),
     )
     with tiles.using(SMALL if draw(st.booleans()) else {}):
-        agree(made)
+        # Of one head the gradient of D is a single sum, which may be next to nothing by chance.
+        agree(made, without=(*SUMS, "D"))
 
 
 @settings(max_examples=4, deadline=None)
