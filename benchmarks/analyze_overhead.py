@@ -25,6 +25,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -36,6 +37,7 @@ import torch
 import tamba
 from tamba.analyze.distances import _batch_size, counted, state_scores
 from tamba.data import TokenBlocks, read_texts
+from tamba.errors import UserError
 from tamba.model.config import AttentionSpec, BlockSpec, MLPSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.trace import computing
@@ -227,4 +229,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

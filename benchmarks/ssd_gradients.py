@@ -164,6 +164,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
     parser.add_argument("--workers", type=int, default=1, help="processes to compile and run with")
     asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device to compare kernels on")
     until = time.time() + asked.seconds
     todo = list(enumerate(cases(asked.lengths, asked.few_sizes)))
     # What is compiled together; groups of one head have kernels of their own.

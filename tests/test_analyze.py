@@ -10,6 +10,7 @@ import torch
 from models import random_ids, tiny_model
 from tamba.analyze import analyze_model, perplexity_ratios, swap_scores
 from tamba.analyze import swaps as analyze_module
+from tamba.analyze.effects import conversion_scores
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
@@ -92,7 +93,7 @@ def check_own_place(model: TambaForCausalLM) -> None:
 
 def test_the_teacher_against_itself_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     # In one type throughout: what is compared is then the same to the bit.
-    monkeypatch.setattr(analyze_module, "_DTYPE", torch.float32)
+    monkeypatch.setattr(analyze_module, "DTYPE", torch.float32)
     check_own_place(made())
     right = analyze_module._climb
     monkeypatch.setattr(
@@ -127,17 +128,31 @@ def check_harm() -> None:
     here = [batch.predicted[row].nonzero()[row % 2 :: 2, 0] for row in range(6)]
     each = [kl[row, places] for row, places in enumerate(here)]
     value, error = scores[LOUD]
-    assert value == pytest.approx(float(torch.cat(each).mean()), rel=1e-4)
     means = torch.stack([row.mean() for row in each])
+    assert value == pytest.approx(float(means.mean()), rel=1e-4)
     assert error == pytest.approx(float(means.std()) / 6**0.5, rel=1e-4)
 
 
 def test_harm_and_its_error_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(analyze_module, "_DTYPE", torch.float32)
+    monkeypatch.setattr(analyze_module, "DTYPE", torch.float32)
     check_harm()
     monkeypatch.setattr(analyze_module, "_STRIDE", 1)
     with pytest.raises(AssertionError):
         check_harm()
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_recipe_and_a_study_measure_the_same(fitted: bool) -> None:
+    """The quick score of a recipe is the effect of that name, rows of unlike documents or not."""
+    model, blocks = made(), rows(12)
+    score = blocks.take(6)
+    score.starts[0, 3:] = True  # next to nothing to predict
+    fit = TokenBlocks(blocks.tokens[6:], blocks.starts[6:], 6 * 24) if fitted else None
+    quick = swap_scores(model, range(4), ConvertOptions(), score, fit)[1]
+    effects = conversion_scores(model, score, ConvertOptions(), fit=fit)
+    for layer, (value, error) in quick.items():
+        found = effects[layer]
+        assert (value, error) == pytest.approx((found.kl, found.kl_error), rel=1e-6, abs=1e-12)
 
 
 def test_numbers_that_are_not_finite_choose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,5 +188,31 @@ def test_angles_are_those_of_the_formula() -> None:
 def test_what_is_kept_is_not_chosen() -> None:
     found = analyze_model(made(), rows(), recipe("own_turn", always_keep=(IDLE,), convert=2))
     assert IDLE not in found.plan.converted and LOUD not in found.plan.converted
+    assert found.scores[IDLE] is None and found.plan.entries[IDLE].note == "is kept, as asked"
     with pytest.raises(UserError, match="is 1 row, which cannot be divided"):
         analyze_model(made(), rows(1), recipe("own_turn"))
+
+
+def test_a_layer_that_is_kept_stands_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not converted to be scored, as the error says, and is in no set of the frontier."""
+    right = analyze_module._converted
+
+    def broken(teacher: object, index: int, *rest: object):
+        layer = right(teacher, index, *rest)
+        if index == IDLE:
+            layer.mixer.out_proj.weight.data[:] = torch.nan
+        return layer
+
+    monkeypatch.setattr(analyze_module, "_converted", broken)
+    with pytest.raises(UserError, match=r"layer 1 converted: .*keep it with analyze\.always_keep"):
+        analyze_model(made(), rows(), recipe("swap"))
+    sets: dict = {}
+
+    def seen(teacher: object, found: dict, blocks: object) -> list:
+        sets.update(found)
+        return []
+
+    monkeypatch.setattr(analyze_module, "perplexity_ratios", seen)
+    found = analyze_model(made(), rows(), recipe("swap", always_keep=(IDLE,), convert=2))
+    assert IDLE not in found.order and set(sets[2]) == set(found.plan.converted)
+    assert all(IDLE not in layers for layers in sets.values())

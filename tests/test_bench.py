@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,23 @@ def test_ceilings_of_this_machine_are_rates(monkeypatch):
     found = ceilings.measure_ceilings(CPU)
     assert found["used"] == found["measured"]
     assert all(1e6 < rate < 1e16 for rate in found["used"].values())
+
+
+def test_no_floor_of_a_cpu_rests_on_a_slow_exponential(monkeypatch):
+    """Where torch's own is slower than the loops that it is to bound, theirs counts."""
+    pytest.importorskip("numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for of_torch, of_loop, want in ((1e9, 5e9, 1e10), (3e9, 1e9, 3e9)):
+        rates = iter([of_torch, of_loop])
+        monkeypatch.setattr(ceilings, "_best", lambda *_, rates=rates: next(rates))
+        assert ceilings._exponentials_on_cpu(lambda work: 1.0) == want
+    from tamba.ops.kernels import scan_cpu
+
+    rates = torch.rand(64)
+    steps = torch.arange(1000.0)[:, None] * -(2.0**-20)
+    want = torch.exp2(steps.double() * rates.double()).sum(0)
+    got = torch.from_numpy(scan_cpu.exponentials(rates.numpy(), 1000))
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=0)
 
 
 def clocked(seconds: dict[str, list[float]]):
@@ -293,8 +311,8 @@ def test_a_run_writes_its_record_row_by_row(tmp_path, monkeypatch):
     assert record["machine"]["versions"].keys() >= {"tamba", "torch", "transformers"}
     assert record["rows"][0]["extra_bytes"] == 5
 
-    late = tamba.bench(device="cpu", limit_seconds=-1.0, rows=["ssd_fwd/2"])
-    assert late["rows"] == [{"id": "ssd_fwd/2", "not_run": "-1 s were over"}]
+    late = tamba.bench(device="cpu", limit_seconds=0.0, rows=["ssd_fwd/2"])
+    assert late["rows"] == [{"id": "ssd_fwd/2", "not_run": "0 s were over"}]
 
 
 @pytest.mark.usefixtures("quick")
@@ -325,7 +343,7 @@ def test_a_record_keeps_the_rows_that_another_run_measured(tmp_path, monkeypatch
     assert "day 1" not in tables.render(second, ["ssd_fwd/2"])
 
     # What a run does not come to stays; what it fails at or finds wrong does not, nor what is gone.
-    third = run("ssd_fwd/3", day=3, limit_seconds=-1.0)
+    third = run("ssd_fwd/3", day=3, limit_seconds=0.0)
     assert third["rows"] == [
         second["rows"][0],
         *({**row, "date": "2026-11-02T00:00:00+00:00"} for row in second["rows"][1:]),
@@ -382,6 +400,11 @@ def test_an_error_in_one_row_leaves_the_others(monkeypatch):
         ({"rows": ["sdd_fwd"]}, "no row begins with 'sdd_fwd'"),
         ({"rounds": 0}, "use 1 or more"),
         ({"peers_folder": "/no/such/folder"}, "no such folder"),
+        ({"suite": "cold-start", "rounds": 3}, "a new process is measured once"),
+        ({"limit_seconds": -1.0}, "limit_seconds: -1 is no time"),
+        ({"limit_seconds": math.nan}, "limit_seconds: nan is no time"),
+        ({"compile_seconds": -5.0}, "compile_seconds: -5 is no time"),
+        ({"out": f"{__file__}/record.json"}, "cannot be written"),
     ],
 )
 def test_mistakes_are_said_before_anything_runs(given, said):
@@ -533,7 +556,7 @@ def test_a_training_row(stock):
 def test_a_side_that_does_not_fit_takes_smaller_batches(stock, monkeypatch):
     tried = []
 
-    def train(self, name, parts):
+    def train(self, name, parts, steps, seed):
         tried.append((name, parts))
         if parts < 4:
             raise torch.OutOfMemoryError("no room")
@@ -554,12 +577,26 @@ def test_a_training_row_of_a_cpu(monkeypatch):
     (row,) = model.rows(CPU, Peers())
     assert model.our_model(row.sizes, torch.device("meta"), torch.float32).num_parameters() > 130e6
     monkeypatch.setattr(model, "_bfloat16_products", lambda: 1e12)
-    found = replace(row, sizes=TINY_HYBRID, batch=2, length=17, rounds=1).run({})
+    found = replace(row, sizes=TINY_HYBRID, batch=2, length=17).run({}, rounds=1)
+    assert found["sides"]["ours"]["rounds"] == 1
     json.dumps(found, allow_nan=False)
     assert found["void"] is None
     assert found["ratios"].keys() == {model.PEER_WIDE, model.PEER_SHORT}
     assert len(found["bars"]) == 3 and all(bar["met"] is not None for bar in found["bars"])
     assert tables.line(found)
+
+
+def test_rounds_and_seed_reach_whole_models(stock, monkeypatch):
+    row = model.Prefill("prefill_e2e/tiny", TINY, 1, 17, CPU, Peers())
+    monkeypatch.setattr(model, "rows", lambda at, peers: [row])
+    monkeypatch.setattr(sys.modules["tamba.bench"], "measure_ceilings", lambda at: stock)
+    first, again, other = (
+        tamba.bench("model", device="cpu", rounds=rounds, seed=seed)["rows"][0]
+        for rounds, seed in ((2, 5), (3, 5), (None, 6))
+    )
+    turns = [found["sides"]["ours"]["rounds"] for found in (first, again, other)]
+    assert turns == [2, 3, row.rounds]
+    assert first["error"] == again["error"] != other["error"]
 
 
 def test_work_of_the_models():
@@ -593,6 +630,17 @@ def test_cold_start_asks_a_process(monkeypatch, tmp_path):
     assert (cold["forward_met"], warm["forward_met"]) == (True, False)
     assert cold["import_met"] and cold["recompiled_met"]
     assert "first forward seconds" in tables.render({**a_record(), "rows": [cold, warm]})
+
+    # Asked for alone, the warm row warms its cache itself.
+    took = iter([9.0, 0.5])
+
+    def compiles(command, *, env, **_):
+        (Path(env["TRITON_CACHE_DIR"]) / "binary").touch()
+        answer["first_forward_seconds"] = next(took)
+        return run(command)
+
+    monkeypatch.setattr(subprocess, "run", compiles)
+    assert cold_start.rows(torch.device("cuda"))[1].run()["first_forward_seconds"] == 0.5
 
     def fail(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nValueError: no kernel\n")

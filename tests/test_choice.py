@@ -27,7 +27,7 @@ from tamba.plan import E_TAMBA, ConvertOptions, read_plan, uniform_plan, write_p
 
 def facts(n: int, keep: tuple[int, ...] = ()) -> Facts:
     free = tuple(i for i in range(n) if i not in keep)
-    return Facts(n, free, (100,) * n, (10,) * n)
+    return Facts(n, free, (100,) * n, (10,) * n, keep)
 
 
 def chosen(strategy: str, n: int, layers: int | None, **given: object) -> list[int]:
@@ -75,7 +75,7 @@ def test_plans_say_why_a_layer_stays() -> None:
     known = facts(4, keep=(3,))
     found = choose("e-tamba a", known, Budget(1), {"a": [3.0, 1.0, 2.0, None]})
     notes = [entry.note for entry in plan_of(found, known, ConvertOptions()).entries]
-    assert notes == ["a 3", "a 1", "a 2", "no attention, or kept as asked"]
+    assert notes == ["a 3", "a 1", "a 2", "is kept, as asked"]
 
 
 def test_gromov_takes_the_block_of_least_distance() -> None:
@@ -146,7 +146,8 @@ WRONG = {
     "sum 2 3 a": "'2 3 a' is no weight and score",
     "explicit": "names no layers",
     "explicit 1,9": "there is no layer 9",
-    "explicit 2": "layer 2 has no attention or is to be kept",
+    "explicit 2": "layer 2 is kept, as asked",
+    "explicit 3": "layer 3 has no attention",
     "explicit 0": "replaces 1 layers, not 2",
     "alternate sideways": "neither even nor odd",
     # In a recipe's plan it is a share to keep; here it would be no share of anything.
@@ -158,7 +159,8 @@ WRONG = {
 @pytest.mark.parametrize("strategy", WRONG)
 def test_wrong_strategies_say_so(strategy: str) -> None:
     with pytest.raises(UserError) as caught:
-        choose(strategy, facts(4, keep=(2,)), Budget(2), {"a": [1.0] * 4})
+        known = Facts(4, (0, 1), always_keep=(2,))
+        choose(strategy, known, Budget(2), {"a": [1.0] * 4})
     assert WRONG[strategy] in str(caught.value)
 
 
@@ -169,6 +171,19 @@ def test_more_than_there_is() -> None:
         chosen("top", 4, None)
     with pytest.raises(UserError, match="no 4 neighbouring layers below the last"):
         chosen("e-tamba a", 4, 4, scores={"a": [1.0] * 4})
+
+
+def test_a_plan_says_why_a_layer_is_no_choice() -> None:
+    config = tiny_model("mixed").config
+    known = Facts.of(config, ConvertOptions(), always_keep=(3,))
+    found = plan_of(choose("top", known, Budget(1)), known, ConvertOptions())
+    assert found.converted == (5,)
+    assert [entry.note for entry in found.entries[:4]] == [
+        "has no attention",
+        "",
+        "has no attention",
+        "is kept, as asked",
+    ]
 
 
 def test_a_plan_reads_back(tmp_path) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -68,7 +69,9 @@ def test_lora_learns_a_text_and_merges(model, tokenizer):
     peft = pytest.importorskip("peft")
     ids = tokenizer("The zebra of Quito sells nine purple umbrellas.", return_tensors="pt")
     ids = ids.input_ids
-    tuned = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4))
+    tuned = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear", r=4)
+    )
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for _ in range(6):
@@ -78,9 +81,10 @@ def test_lora_learns_a_text_and_merges(model, tokenizer):
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+    tuned.double()  # thirty layers of float32 magnify that weights are rounded once more
     with torch.no_grad():
         want = tuned(ids).logits
-        assert_same(tuned.merge_and_unload()(ids).logits, want, "decode")
+        assert_same(tuned.merge_and_unload()(ids).logits, want, "fp64")
 
 
 def test_lm_eval_scores_a_task(model, tokenizer, tmp_path):

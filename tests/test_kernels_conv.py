@@ -68,6 +68,14 @@ def test_half_precision_and_strided_views() -> None:
     assert_agree(causal_conv1d, reference.causal_conv1d, arguments, "half", "half_gradient")
 
 
+def test_arguments_of_one_dimension_may_be_views() -> None:
+    made = there(conv_arguments(dtype=torch.float32, padding=True))
+    bias = made.tensors["bias"].detach()
+    made.tensors["bias"] = torch.stack([bias, bias + 7.0], dim=1)[:, 0].requires_grad_()
+    made.masks["padding"] = torch.tensor([3, 9, 1, 9], device=DEVICE)[::2]
+    assert_agree(causal_conv1d, reference.causal_conv1d, made, "fp32", "fp32")
+
+
 LAYER = {"width": 4, "state": False, "channels": 512 if DEVICE.type == "cuda" else 16}
 
 

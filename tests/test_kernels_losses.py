@@ -47,6 +47,15 @@ def test_loss_and_gradients_are_those_of_the_definition(weights: Weights) -> Non
     check(weights, arguments(n=3))
 
 
+def test_targets_may_be_a_view() -> None:
+    w, c = WEIGHTS[-1], arguments(n=3)
+    want = wanted(w, c)
+    c["targets"] = torch.stack([c["targets"], 10 - c["targets"]], dim=1)[:, 0]
+    got = ours(w, cast(c, torch.float32, DEVICE) | {"targets": c["targets"].to(DEVICE)})
+    for name in want:
+        assert_same(got[name], want[name], "kernel", name)
+
+
 @pytest.mark.parametrize("weights", [WEIGHTS[7], WEIGHTS[-3]], ids=str)
 def test_in_slices(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_rows", lambda words: (3, 2))

@@ -104,6 +104,15 @@ def test_half_precision_and_strided_views() -> None:
     assert_agree(selective_scan, reference.selective_scan, arguments, "half", "half_gradient")
 
 
+def test_arguments_of_one_dimension_may_be_views() -> None:
+    made = case(length=5, padding=True)
+    for name in ("D", "dt_bias"):
+        given = made.tensors[name].detach()
+        made.tensors[name] = torch.stack([given, given + 7.0], dim=1)[:, 0].requires_grad_()
+    made.masks["padding"] = torch.tensor([3, 9, 1, 9], device=DEVICE)[::2]
+    assert_agree(selective_scan, reference.selective_scan, made, "fp32", "fp32")
+
+
 def test_a_wrong_rate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.forward
     monkeypatch.setattr(module, "forward", lambda x, dt, A, *rest: right(x, dt, A * 1.01, *rest))

@@ -196,3 +196,9 @@ def test_wrong_arguments_are_named() -> None:
         arguments.call(causal_conv1d, weight=arguments.tensors["weight"][1:])
     with pytest.raises(ValueError, match="gelu"):
         arguments.call(causal_conv1d, activation="gelu")
+    for name, wrong in (
+        ("starts", torch.zeros(2, 1, dtype=torch.bool)),
+        ("padding", torch.zeros(1, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} \({', '.join(map(str, wrong.shape))}"):
+            arguments.call(causal_conv1d, **{name: wrong})

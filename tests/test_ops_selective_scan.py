@@ -326,6 +326,14 @@ def test_wrong_shapes_are_named() -> None:
         arguments.call(selective_scan, B=arguments.tensors["B"][:, :, :1].expand(-1, -1, 5, -1))
     with pytest.raises(ValueError, match=r"z \(2, 12, 12\)"):
         arguments.call(selective_scan, z=arguments.tensors["z"][:, 1:])
+    for name, wrong in (
+        ("D", torch.ones(1)),
+        ("dt_bias", torch.ones(1)),
+        ("starts", torch.zeros(2, 1, dtype=torch.bool)),
+        ("padding", torch.zeros(1, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} \({', '.join(map(str, wrong.shape))}"):
+            arguments.call(selective_scan, **{name: wrong})
 
 
 def test_equals_the_mixer_of_transformers() -> None:

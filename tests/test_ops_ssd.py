@@ -22,6 +22,7 @@ from ops_cases import (
     assert_splits_agree,
     ssd_arguments,
 )
+from tamba.errors import UserError
 from tamba.ops import causal_conv1d, reference, ssd
 
 CHUNK = 4
@@ -359,12 +360,27 @@ def test_what_is_kept_for_the_gradient() -> None:
     assert sum(kept.values()) <= inputs + states + 1000
 
 
+def test_a_misspelt_choice_of_kernels_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAMBA_KERNELS", "Torch")
+    with pytest.raises(UserError, match=r"TAMBA_KERNELS: is 'Torch'; set it to triton, torch"):
+        ssd_arguments().call(ssd)
+
+
 def test_wrong_shapes_are_named() -> None:
     arguments = ssd_arguments()
     with pytest.raises(ValueError, match="G dividing H"):
         arguments.call(ssd, B=arguments.tensors["B"][:, :, :1].expand(-1, -1, 3, -1))
     with pytest.raises(ValueError, match=r"dt \(2, 12, 4\)"):
         arguments.call(ssd, dt=arguments.tensors["dt"][:, 1:])
+    # What kernels would read beyond, and torch would spread.
+    for name, wrong in (
+        ("D", torch.ones(1)),
+        ("dt_bias", torch.ones(1)),
+        ("starts", torch.zeros(2, 1, dtype=torch.bool)),
+        ("padding", torch.zeros(1, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} \({', '.join(map(str, wrong.shape))}"):
+            arguments.call(ssd, **{name: wrong})
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -322,7 +322,7 @@ WRONG = {
     "layers of no teacher": (["--groups", "2", "--replace", "3-5"], "names layers of no model"),
     "groups for nothing": (["--groups", "2", "--into", "model"], "which layers groups stand for"),
     "one row for effects": (
-        ["--scores", "drop", "--tokens", "32"],
+        ["--scores", "drop,least_squares", "--tokens", "32"],
         "cannot be divided into text to fit",
     ),
     "a student of another depth": (
@@ -335,6 +335,11 @@ WRONG = {
     "settings of a recipe": (["--set", "analyze.tokens=3"], "changes a recipe"),
     "unknown type": (["--dtype", "int8"], "'int8' is not one to compute in"),
     "missing text": (["--text", "nowhere.txt"], "no such file"),
+    "a folder in a file": (["--out", "text.txt/out"], "cannot be written (Not a directory)"),
+    "no folder for effects": (
+        ["--out", "text.txt/out", "--scores", "drop"],
+        "cannot be written (Not a directory)",
+    ),
 }
 
 
@@ -366,6 +371,22 @@ def test_mistakes_are_told_before_any_work(
     said = capsys.readouterr().err
     assert words in said and "Traceback" not in said
     assert not (folder / "out").exists()
+
+
+def test_text_is_set_aside_only_where_layers_are_fitted(folder: Path) -> None:
+    """One row is enough to leave layers out; with more, the rows scored are the same either way."""
+    alone, some = Reading(["text.txt"], 32, 32), Reading(["text.txt"], 32, 256)
+    found = tamba.analyze("model", "one", reading=alone, settings=Settings(("drop",)))
+    assert found.text["effect_rows"] == 1 and found.changes["drop"][0].kl_error is None
+    told = Settings(("drop",), effect_tokens=96)
+    plain = tamba.analyze("model", "plain", reading=some, settings=told)
+    told = replace(told, measures=("drop", "least_squares"))
+    fitted = tamba.analyze("model", "fitted", reading=some, settings=told)
+    assert plain.changes["drop"] == fitted.changes["drop"]
+    assert plain.text["effect_rows"] == fitted.text["effect_rows"] == 3
+    told = Settings(("drop",), effect_tokens=192)
+    more = tamba.analyze("model", "more", reading=some, settings=told)
+    assert more.text["effect_rows"] == 6
 
 
 @pytest.mark.parametrize("given", [{"choose": "uniform"}, {"budget": Budget(2)}])
@@ -436,3 +457,22 @@ def test_bars_and_stack() -> None:
     words = [text.get_text() for text in stack.axes[0].texts]
     assert {"0", "25", "2", "keep 1", "transplant 1", "convert 1"} <= set(words)
     assert "bottom first: keep 0, transplant 25, convert 2" in stack.get_label()
+
+
+def test_a_ratio_at_its_limit_does_not_flatten_the_others() -> None:
+    values = [50.0, 2.0, 1.0, 50.0, None]
+    lines = {"drop_ratio": (values, [None, 0.5, 0.1, None, None])}
+    (ax,) = score_bars(lines, "Scores", limits={"drop_ratio": 50.0}).axes
+    # Two errors above the highest inside; nothing is left empty below.
+    assert ax.get_ylim() == pytest.approx((0.0, 1.25 * 3.0))
+    (marks,) = [c for c in ax.collections if len(c.get_offsets()) == 2]
+    assert [x for x, _ in marks.get_offsets()] == [0.0, 3.0]
+    assert ax.get_title("left") == "drop ratio, marked: 50 or more"
+    (plain,) = score_bars(lines, "Scores").axes
+    assert plain.get_ylim()[1] > 50.0
+    only = {"drop_ratio": ([50.0, 50.0], [None, None])}
+    (ax,) = score_bars(only, "Scores", limits={"drop_ratio": 50.0}).axes
+    assert ax.get_ylim()[1] > 50.0 and ax.get_title("left") == "drop ratio"
+    log = {"drop_ratio": ([50.0, 2.0, 0.01], [None] * 3)}
+    (ax,) = score_bars(log, "Scores", limits={"drop_ratio": 50.0}).axes
+    assert ax.get_yscale() == "log" and ax.get_ylim()[1] < 5.0

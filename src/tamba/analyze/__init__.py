@@ -6,9 +6,11 @@ reads. From a model alone, any scores of any causal language model are measured 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,11 +127,16 @@ def analyze(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(str(out), "already exists", "choose another folder or remove it")
-    if isinstance(source, Recipe) or str(source).endswith(".toml"):
-        if reading is not None or settings is not None:
-            raise UserError(str(out), "of a recipe, the recipe says what to measure", "--set does")
-        return _analyze_recipe(as_recipe(source), out, text)
-    return _analyze_checkpoint(str(source), out, reading or Reading(), settings or Settings())
+    try:
+        if isinstance(source, Recipe) or str(source).endswith(".toml"):
+            if reading is not None or settings is not None:
+                problem = "of a recipe, the recipe says what to measure"
+                raise UserError(str(out), problem, "--set does")
+            return _analyze_recipe(as_recipe(source), out, text)
+        return _analyze_checkpoint(str(source), out, reading or Reading(), settings or Settings())
+    finally:
+        with contextlib.suppress(OSError):
+            _partial(out).rmdir()  # unless finished effects wait in it
 
 
 def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analysis | Study:
@@ -156,12 +163,13 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     blocks = prepared.train or prepared.heldout
     if blocks is None:
         raise UserError(recipe.where("data.heldout"), "names no text", "scores need some")
-    if settings is None or set(settings.measures) - {"states"}:
+    if settings is None or settings.fits:
         divided(blocks, wanted.tokens)
     if settings is not None:
         # What `divided` will take: a recipe's text is as long as its training.
         blocks = blocks.take(max(2, 2 * (wanted.tokens // blocks.length)))
     dtype = None if recipe.teacher.dtype is None else getattr(torch, recipe.teacher.dtype)
+    _make_room(out)
     teacher = load_model(checkpoint, dtype, device)
     if settings is None:
         found = analyze_model(teacher, blocks, recipe)
@@ -195,13 +203,14 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
     tokenizer = _tokenizer(checkpoint)
     texts = read_texts(list(reading.texts), max_bytes=reading.tokens * _BYTES_PER_TOKEN)
     blocks = TokenBlocks.from_texts(texts, tokenizer, reading.length, max_tokens=reading.tokens)
-    if set(settings.measures) - {"states"}:
+    if settings.fits:
         divided(blocks, settings.effect_tokens)
     probe = word_probe(tokenizer, seed=settings.seed) if reading.recall else None
     device = reading.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wide = reading.dtype if reading.dtype == "float32" else None
     if reading.dtype is not None:
         settings = replace(settings, dtype=getattr(torch, reading.dtype))
+    _make_room(out)
     model = load_model(checkpoint, wide, device)
     other = None if student is None else load_model(student, wide, device)
     found = study(
@@ -378,7 +387,7 @@ def _files(found: Analysis, title: str) -> dict[str, str | bytes]:
         **drawn,
         "scores.json": json.dumps(scores, indent=1) + "\n",
         "record.json": json.dumps(record, indent=1) + "\n",
-        "plan.toml": replace(found.plan, name="plan.toml").to_toml(),
+        "plan.toml": found.plan.to_toml(),
     }
 
 
@@ -387,22 +396,37 @@ def _partial(out: Path) -> Path:
     return out.absolute().parent / f".{out.absolute().name}.partial"
 
 
+def _make_room(out: Path) -> None:
+    """Refuse a folder that cannot be made, before any work."""
+    with _told(out):
+        _partial(out).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _told(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError(str(out), problem, "choose another folder or free some room") from error
+
+
 def _write(out: Path, files: Mapping[str, str | bytes]) -> None:
     """The folder, whole or not at all."""
     partial = _partial(out)
-    try:
-        _clear(partial)
-        for name, content in files.items():
-            path = partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    except OSError as error:
-        _clear(partial)
-        problem = f"cannot be written ({error.strerror})"
-        raise UserError(str(out), problem, "choose another folder or free some room") from error
+    with _told(out):
+        try:
+            _clear(partial)
+            for name, content in files.items():
+                path = partial / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.encode() if isinstance(content, str) else content)
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except OSError:
+            _clear(partial)
+            raise
 
 
 def _clear(partial: Path) -> None:

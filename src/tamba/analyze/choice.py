@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 
 from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
-from tamba.plan import ConvertOptions, LayerPlan, PlanEntry
+from tamba.plan import ConvertOptions, LayerPlan, PlanEntry, uniform_plan
 from tamba.surgery import converted_block
 
 Scores = Mapping[str, Sequence[float | None]]
@@ -52,12 +53,14 @@ class Facts:
         free: layers that may be replaced.
         kept_bytes: cache of each layer as it is, for one sequence.
         replaced_bytes: cache of each layer once it is replaced.
+        always_keep: layers that stay because somebody asked for it.
     """
 
     n_layers: int
     free: tuple[int, ...]
     kept_bytes: tuple[int, ...] = ()
     replaced_bytes: tuple[int, ...] = ()
+    always_keep: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -87,7 +90,11 @@ class Facts:
         for i in free:
             made = converted_block(specs[i], options, config.d_model)
             replaced[i] = made.cache_bytes(context, bytes_per_value)
-        return cls(len(specs), tuple(free), tuple(kept), tuple(replaced))
+        return cls(len(specs), tuple(free), tuple(kept), tuple(replaced), tuple(always_keep))
+
+    def why_not(self, layer: int) -> str:
+        """Why a layer that is not free may not be replaced."""
+        return "is kept, as asked" if layer in self.always_keep else "has no attention"
 
     def cache_bytes(self, chosen: Sequence[int]) -> int:
         """Cache of one sequence once `chosen` are replaced."""
@@ -230,7 +237,7 @@ def _explicit(argument: str, facts: Facts, where: str) -> list[int]:
                 where, f"there is no layer {layer}", f"they are 0 to {facts.n_layers - 1}"
             )
         if layer not in facts.free:
-            raise UserError(where, f"layer {layer} has no attention or is to be kept")
+            raise UserError(where, f"layer {layer} {facts.why_not(layer)}", "leave it out")
     return sorted(set(map(int, words)))
 
 
@@ -308,17 +315,14 @@ def _order(word: str, argument: str, facts: Facts, where: str) -> list[int]:
 
 
 def _uniform(facts: Facts) -> Pick:
-    """As `uniform_plan`: layer i stays where the running total steps over a whole number."""
+    """As `uniform_plan`, among the layers that may be replaced."""
     free = facts.free
-    size = len(free)
 
     def pick(n: int) -> list[int]:
-        kept = size - n
-        return [
-            layer
-            for i, layer in enumerate(free)
-            if size and (i + 1) * kept // size == i * kept // size
-        ]
+        if not free:
+            return []
+        plan = uniform_plan(len(free), Fraction(len(free) - n, len(free)))
+        return [free[i] for i in plan.converted]
 
     return pick
 
@@ -378,12 +382,11 @@ def _no_run(n: int, where: str, place: str) -> UserError:
 
 def plan_of(choice: Choice, facts: Facts, options: ConvertOptions) -> LayerPlan:
     """The plan that converts the chosen layers, with the reason beside each line."""
-    fixed = "no attention, or kept as asked"
     entries = tuple(
         PlanEntry(
             "convert" if i in choice.layers else "keep",
             i,
-            note=choice.why.get(i, "" if i in facts.free else fixed),
+            note=choice.why.get(i, "" if i in facts.free else facts.why_not(i)),
         )
         for i in range(facts.n_layers)
     )

@@ -11,7 +11,6 @@ Shape letters: `n` rows, `T` tokens of a row, `D` d_model.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,16 @@ import torch
 from torch import Tensor
 
 from tamba.analyze.probe import Probe
-from tamba.analyze.swaps import bad_rows, check_finite, converted_layers
+from tamba.analyze.swaps import (
+    DTYPE,
+    HELD_BYTES,
+    bad_rows,
+    check_finite,
+    converted_layers,
+    over_rows,
+    row_kl,
+    scored_places,
+)
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
 from tamba.model.block import Block
@@ -31,13 +39,6 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.ops.losses import Weights, next_token_loss
 from tamba.plan import ConvertOptions
 from tamba.trace import climb, computing, each, enter, finish, trace
-
-DTYPE = torch.bfloat16
-"""Of matrix products, where weights are wider: scores need two digits."""
-_STRIDE = 2
-"""Every which predicted position is scored; neighbours say much the same."""
-_HELD_BYTES = 3 << 30
-"""Hidden states held at once."""
 
 Variants = Mapping[int, Block | None]
 """What stands in a layer's place; None where the layer is left out."""
@@ -149,7 +150,7 @@ def change_scores(
     if probe is not None:
         texts.append(_Recall(probe))
     n_tokens = sum(t.blocks.tokens.numel() for t in texts)
-    size = max(1, _HELD_BYTES // (4 * model.config.hidden_size * n_tokens) - 1)
+    size = max(1, HELD_BYTES // (4 * model.config.hidden_size * n_tokens) - 1)
     for first in range(0, len(todo), size):
         some = todo[first : first + size]
         seen = [trace(model, t.blocks, streams=[*some, L], dtype=dtype).streams for t in texts]
@@ -190,7 +191,7 @@ def change_scores(
                     )
                 theirs = streams[L] if wanted is None else wanted
                 after = t.measure(model, reference or model, top, theirs, dtype)
-                found |= {name: _paired(after[name] - base[name]) for name in after}
+                found |= {name: over_rows(after[name] - base[name]) for name in after}
             recall, recall_error = found.get("recall", (None, None))
             change = Change(
                 found["kl"][0],
@@ -205,12 +206,6 @@ def change_scores(
 
         each(one, some, device=model.device, label=f"score: {score}")
     return {i: change for i in variants if (change := ledger.find(score, i)) is not None}
-
-
-def _paired(rows: Tensor) -> tuple[float, float | None]:
-    """Mean over rows, and its standard error."""
-    n = len(rows)
-    return float(rows.mean()), None if n < 2 else float(rows.std() / math.sqrt(n))
 
 
 def _climbed(
@@ -250,22 +245,23 @@ class _Text:
     ) -> dict[str, Tensor]:
         """KL to the reference and loss of every row, [n] in nats a token, from the last states."""
         kl, loss = [], []
-        head, other = model.lm_head.weight, reference.lm_head.weight
+        head = model.lm_head.weight
+        only = Weights(kl=0.0, ce=1.0)
         with computing(model, dtype):
             for row, batch in enumerate(self.blocks.batches(1)):
                 batch = batch.to(model.device)
-                here = batch.predicted[0].nonzero()[row % _STRIDE :: _STRIDE, 0]
+                here = scored_places(batch, row)
                 if not len(here):
                     continue
-                ours = finish(model, top[row : row + 1])[0, here]
-                theirs = finish(reference, wanted[row : row + 1])[0, here]
+                ours = top[row : row + 1]
                 follow = batch.tokens[0, here + 1]
-                only = Weights(kl=0.0, ce=1.0)
-                kl.append(next_token_loss(ours, head, teacher_hidden=theirs, teacher_head=other))
-                loss.append(next_token_loss(ours, head, follow, weights=only))
+                kl.append(row_kl(model, reference, ours, wanted[row : row + 1], here))
+                loss.append(
+                    next_token_loss(finish(model, ours)[0, here], head, follow, weights=only)
+                )
         if not kl:
             raise UserError("text", "holds no token to score", "give longer documents")
-        return {"kl": torch.stack(kl).double().cpu(), "loss": torch.stack(loss).double().cpu()}
+        return {"kl": torch.stack(kl).cpu(), "loss": torch.stack(loss).double().cpu()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -43,7 +43,7 @@ from tamba.analyze.effects import (
     student_pairs,
 )
 from tamba.analyze.probe import Probe
-from tamba.analyze.swaps import divided
+from tamba.analyze.swaps import divided, scored_rows
 from tamba.data import TokenBlocks
 from tamba.errors import UserError, nearest
 from tamba.model.config import AttentionSpec, TambaConfig
@@ -67,7 +67,8 @@ class Settings:
 
     Args:
         measures: of `MEASURES`.
-        effect_tokens: text that effects are scored on, and as much again to fit on.
+        effect_tokens: text that effects are scored on, and as much again to fit on where layers are
+            fitted.
         dtype: of matrix products; None for the model's own type, and bfloat16 where layers are
             changed.
         convert: how layers are converted.
@@ -166,6 +167,11 @@ class Settings:
         names = list(STATE_SCORES) if "states" in self.measures else []
         parts = ("", "_loss", "_recall", "_ratio") if recall else ("", "_loss")
         return names + [m + part for m in self.measures if m != "states" for part in parts]
+
+    @property
+    def fits(self) -> bool:
+        """Whether text is set aside to fit layers on."""
+        return "least_squares" in self.measures
 
     def facts(self, config: TambaConfig) -> Facts:
         """What a choice has to know of a model."""
@@ -288,7 +294,7 @@ def study(
     """Measure what `settings` asks for and choose.
 
     Args:
-        blocks: text; effects are fitted on its first rows and scored on the next.
+        blocks: text; layers are fitted on its first rows and scored on the next.
         probe: of recall, for the effects.
         student: converted, for ``aligned`` and ``restore``.
         record: the file of finished effects, see `Ledger`.
@@ -303,7 +309,11 @@ def study(
     states = None
     changes: dict[str, dict[int, Change]] = {}
     effects = [name for name in MEASURES if name in settings.measures and name != "states"]
-    fit, score = divided(blocks, settings.effect_tokens) if effects else (blocks, blocks)
+    fit: TokenBlocks | None = None
+    if settings.fits:
+        fit, score = divided(blocks, settings.effect_tokens)
+    else:
+        score = scored_rows(blocks, settings.effect_tokens)
     if "states" in settings.measures:
         states = state_scores(model, blocks, dtype=settings.dtype)
     if effects:
@@ -349,15 +359,16 @@ def study(
 def _digest(
     model: TambaForCausalLM,
     score: TokenBlocks,
-    fit: TokenBlocks,
+    fit: TokenBlocks | None,
     settings: Settings,
     probe: Probe | None,
     student: TambaForCausalLM | None,
 ) -> str:
     """SHA-256 of everything that finished effects depend on."""
     digest = hashlib.sha256()
-    for blocks in (score, fit, *(() if probe is None else (probe.blocks,))):
-        digest.update(blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes())
+    for blocks in (score, fit, None if probe is None else probe.blocks):
+        if blocks is not None:
+            digest.update(blocks.tokens.numpy().tobytes() + blocks.starts.numpy().tobytes())
     if probe is not None:
         digest.update(probe.answers.numpy().tobytes())
     for one in (model, student):
@@ -465,7 +476,8 @@ def pictures(
         named = {name.replace("_", " "): table for name, table in tables.items()}
         figures["distances"] = heat_maps(named, f"Angular distance, {title}")
     chosen = [layer for action, layer in entries if action == "convert"]
-    figures["scores"] = score_bars(bars, f"Scores by layer, {title}", chosen)
+    limits = {name: RATIO_LIMIT for name in bars if name.endswith("_ratio")}
+    figures["scores"] = score_bars(bars, f"Scores by layer, {title}", chosen, limits)
     if entries:
         figures["plan"] = plan_stack(entries, "Plan")
     return {

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tamba.analyze.choice import Choice, Facts, plan_of
 from tamba.analyze.distances import StateScores, state_scores
 from tamba.calibrate import calibrate, can_calibrate, fit_output
 from tamba.data import Batch, TokenBlocks
 from tamba.errors import UserError
 from tamba.model.attention import Attention
 from tamba.model.block import Block
-from tamba.model.config import AttentionSpec
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
 from tamba.ops.losses import Weights, next_token_loss
-from tamba.plan import ConvertOptions, LayerPlan, PlanEntry
+from tamba.plan import ConvertOptions, LayerPlan
 from tamba.progress import track
 from tamba.recipe import Recipe
 from tamba.surgery import convert_layer
@@ -35,16 +35,49 @@ from tamba.trace import Trace, climb, computing, each, enter, finish, trace
 
 QUICK_STATE_SCORES = ("own_turn", "column_mean")
 """What a recipe may take for `score` beside the harm of a conversion."""
-_DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16
 """Of matrix products, where weights are wider: scores need two digits."""
-_STRIDE = 2
-"""Every which predicted position is scored."""
-_HELD_BYTES = 3 << 30
+HELD_BYTES = 3 << 30
 """Activations held at once."""
+_STRIDE = 2
+"""Every which predicted position is scored: neighbours say much the same, and the head costs as
+much as half of the layers."""
 
 
 Harm = tuple[float, float | None]
 """A score of a layer, and its standard error over rows; None for a single row."""
+
+
+def scored_places(batch: Batch, row: int) -> Tensor:
+    """[k] positions of a batch of one row, number `row` of the text, whose predictions count."""
+    return batch.predicted[0].nonzero()[row % _STRIDE :: _STRIDE, 0]
+
+
+def over_rows(rows: Tensor) -> Harm:
+    """Mean of [n], a value a row, and its standard error."""
+    n = len(rows)
+    return float(rows.mean()), None if n < 2 else float(rows.std() / math.sqrt(n))
+
+
+def row_kl(
+    changed: TambaForCausalLM,
+    reference: TambaForCausalLM,
+    ours: Tensor,
+    theirs: Tensor,
+    here: Tensor,
+) -> Tensor:
+    """KL(reference, changed) of one row at the places `here`, in nats a token, float64.
+
+    Args:
+        ours: [1, T, D], the last states of `changed`.
+        theirs: [1, T, D'], the last states of `reference`.
+    """
+    return next_token_loss(
+        finish(changed, ours)[0, here],
+        changed.lm_head.weight,
+        teacher_hidden=finish(reference, theirs)[0, here],
+        teacher_head=reference.lm_head.weight,
+    ).double()
 
 
 @dataclass(frozen=True)
@@ -53,10 +86,10 @@ class Analysis:
 
     Args:
         score: the name of the score, as in the recipe.
-        scores: by layer, bottom first; None for layers that cannot be converted. ``swap`` and
-            ``least_squares`` are KL(teacher, changed teacher) in nats a token, the others angles
-            from 0 to 1.
-        order: convertible layers, least harm first.
+        scores: by layer, bottom first; None for layers that cannot be converted or are to be kept.
+            ``swap`` and ``least_squares`` are KL(teacher, changed teacher) in nats a token, the
+            others angles from 0 to 1.
+        order: layers that may be converted, least harm first.
         plan: the chosen conversion.
         frontier: (layers converted, perplexity ratio) on the text scored on, in `order` and without
             any training.
@@ -83,18 +116,16 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
     """
     wanted, options = recipe.analyze, recipe.build.convert
     fit, score = divided(blocks, wanted.tokens)
-    convertible = [
-        i for i, s in enumerate(teacher.config.block_specs) if isinstance(s.mixer, AttentionSpec)
-    ]
+    facts = Facts.of(teacher.config, options, always_keep=wanted.always_keep)
     states = None
     frontier: list[tuple[int, float]] = []
     if wanted.score in QUICK_STATE_SCORES:
-        states = state_scores(teacher, score, dtype=_DTYPE, label="angles")
+        states = state_scores(teacher, score, dtype=DTYPE, label="angles")
         turns = states.own_turn if wanted.score == "own_turn" else states.column_mean
-        found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in convertible}
+        found = {i: (float(turns.mean[i]), _finite(float(turns.error[i]))) for i in facts.free}
     else:
         closed = fit if wanted.score == "least_squares" else None
-        replaced, found = swap_scores(teacher, convertible, options, score, closed, recipe.seed)
+        replaced, found = swap_scores(teacher, facts.free, options, score, closed, recipe.seed)
         order = sorted(found, key=lambda i: (found[i][0], i))
         counts = {round(wanted.convert * share) for share in (0.5, 1.0, 1.5, 2.0)}
         counts = {n for n in counts if 0 < n <= len(order)}
@@ -102,18 +133,11 @@ def analyze_model(teacher: TambaForCausalLM, blocks: TokenBlocks, recipe: Recipe
             teacher, {n: {i: replaced[i] for i in order[:n]} for n in sorted(counts)}, score
         )
     order = sorted(found, key=lambda i: (found[i][0], i))
-    chosen = [i for i in order if i not in wanted.always_keep][: wanted.convert]
-    entries = tuple(
-        PlanEntry(
-            "convert" if i in chosen else "keep",
-            i,
-            note=f"{wanted.score} {found[i][0]:.4f}" if i in found else "no attention",
-        )
-        for i in range(teacher.config.num_hidden_layers)
-    )
+    why = {i: f"{wanted.score} {value:.4f}" for i, (value, _) in found.items()}
+    choice = Choice(f"lowest {wanted.score}", tuple(sorted(order[: wanted.convert])), why)
     nothing = (None, None)
-    scores, errors = zip(*(found.get(i, nothing) for i in range(len(entries))), strict=True)
-    plan = LayerPlan(entries, options)
+    scores, errors = zip(*(found.get(i, nothing) for i in range(facts.n_layers)), strict=True)
+    plan = plan_of(choice, facts, options)
     return Analysis(wanted.score, [*scores], order, plan, frontier, [*errors], states)
 
 
@@ -139,6 +163,14 @@ def divided(blocks: TokenBlocks, tokens: int) -> tuple[TokenBlocks, TokenBlocks]
         TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length) for part in parts
     )
     return first, second
+
+
+def scored_rows(blocks: TokenBlocks, tokens: int) -> TokenBlocks:
+    """Rows to score on where nothing is fitted: those of `divided` as far as there are so many."""
+    n = min(max(1, tokens // blocks.length), len(blocks))
+    first = min(n, len(blocks) - n)
+    part = slice(first, first + n)
+    return TokenBlocks(blocks.tokens[part], blocks.starts[part], n * blocks.length)
 
 
 def bad_rows(stream: Tensor) -> list[int]:
@@ -195,14 +227,14 @@ def swap_scores(
     """
     L, D = teacher.config.num_hidden_layers, teacher.config.hidden_size
     n_tokens = len(blocks) * blocks.length + (0 if fit is None else 2 * len(fit) * fit.length)
-    size = max(1, _HELD_BYTES // (4 * D * n_tokens))
+    size = max(1, HELD_BYTES // (4 * D * n_tokens))
     converted: dict[int, Block] = {}
     scores: dict[int, Harm] = {}
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
-        reference = trace(teacher, blocks, streams=[*some, L], dtype=_DTYPE)
+        reference = trace(teacher, blocks, streams=[*some, L], dtype=DTYPE)
         if first == 0:
-            check_finite(teacher, reference.streams[L], blocks, _DTYPE)
+            check_finite(teacher, reference.streams[L], blocks, DTYPE)
         seen = _seen(teacher, some, fit)
 
         def one(
@@ -227,7 +259,7 @@ def converted_layers(
     """Each of `layers` converted, and fitted on `fit` where it is given, as `swap_scores` does."""
     D = teacher.config.hidden_size
     n_tokens = 1 if fit is None else len(fit) * fit.length
-    size = max(1, _HELD_BYTES // (8 * D * n_tokens))
+    size = max(1, HELD_BYTES // (8 * D * n_tokens))
     made: dict[int, Block] = {}
     for first in range(0, len(layers), size):
         some = layers[first : first + size]
@@ -245,7 +277,7 @@ def _seen(teacher: TambaForCausalLM, layers: Sequence[int], fit: TokenBlocks | N
     """What the mixers of `layers` do on the text to fit on; nothing where there is none."""
     if fit is None:
         return Trace()
-    return trace(teacher, fit, mixers=layers, heads=True, dtype=_DTYPE)
+    return trace(teacher, fit, mixers=layers, heads=True, dtype=DTYPE)
 
 
 def _converted(
@@ -269,9 +301,9 @@ def _fit(teacher: TambaForCausalLM, layer: Block, index: int, seen: Trace) -> No
     mixer = layer.mixer
     assert isinstance(mixer, RecurrentMixer)
     if can_calibrate(layer.spec.mixer, attention.spec):
-        calibrate(mixer, attention, angles, seen.mixers[index], dtype=_DTYPE)
+        calibrate(mixer, attention, angles, seen.mixers[index], dtype=DTYPE)
     else:
-        fit_output(mixer, seen.mixers[index], dtype=_DTYPE)
+        fit_output(mixer, seen.mixers[index], dtype=DTYPE)
 
 
 def _harm(
@@ -283,24 +315,16 @@ def _harm(
 ) -> Harm:
     """KL of the teacher with layers replaced, from the stream before layer `first` on."""
     top = reference.streams[len(teacher.model.layers)]
-    head = teacher.lm_head.weight
-    rows, counts = [], []
-    with computing(teacher, _DTYPE):
+    rows = []
+    with computing(teacher, DTYPE):
         for row, batch in enumerate(blocks.batches(1)):
             batch = batch.to(teacher.device)
             _, tokens = enter(teacher, batch)
             stream = reference.streams[first][row : row + 1]
             stream = _climb(teacher, replaced, stream, tokens, first)
-            # Neighbours say much the same, and the head costs as much as half of the layers.
-            here = batch.predicted[0].nonzero()[row % _STRIDE :: _STRIDE, 0]
-            if not len(here):
-                continue
-            ours = finish(teacher, stream)[0, here]
-            theirs = finish(teacher, top[row : row + 1])[0, here]
-            rows.append(
-                next_token_loss(ours, head, teacher_hidden=theirs, teacher_head=head).double()
-            )
-            counts.append(len(here))
+            here = scored_places(batch, row)
+            if len(here):
+                rows.append(row_kl(teacher, teacher, stream, top[row : row + 1], here))
     if not rows:
         raise UserError("text", "holds no token to score", "give longer documents")
     each_row = torch.stack(rows).cpu()
@@ -310,9 +334,7 @@ def _harm(
             f"gives no finite numbers in row {int(wrong[0])}",
             "keep it with analyze.always_keep, or convert it another way",
         )
-    weight = torch.tensor(counts, dtype=torch.float64)
-    error = float(each_row.std() / math.sqrt(len(rows))) if len(rows) > 1 else None
-    return float((each_row * weight).sum() / weight.sum()), error
+    return over_rows(each_row)
 
 
 def _climb(
@@ -349,7 +371,7 @@ def perplexity_ratios(
 
     sums = dict.fromkeys([None, *sets], 0.0)
     count = 0
-    with computing(teacher, _DTYPE):
+    with computing(teacher, DTYPE):
         for batch in track(blocks.batches(4), "frontier", -(-len(blocks) // 4)):
             batch = batch.to(teacher.device)
             for key in sums:

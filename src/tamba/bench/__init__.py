@@ -64,7 +64,8 @@ def bench(
         suite: one of `SUITES`.
         device: ``cuda`` or ``cpu``; a GPU if there is one.
         rows: ids, or what ids begin with; all rows without any.
-        rounds: how often the sides take turns; 50 on a GPU, 15 on a CPU.
+        rounds: how often the sides take turns; 50 on a GPU, 15 on a CPU, and a few for whole
+            models, each row as many as it says.
         limit_seconds: rows that would begin later are left out, and the record says so.
         peers_folder: unpacked archives of peers that are not installed.
         compile_seconds: how long peers' kernels may be compiled beforehand; 0 to compile each when
@@ -79,14 +80,21 @@ def bench(
         The record: ``suite``, ``date``, ``command``, ``machine``, ``ceilings``, ``rows``, ``kept``.
 
     Raises:
-        UserError: no such suite, row or device, nothing to measure, or `out` is something else.
+        UserError: no such suite, row or device, nothing to measure, a time below 0, or `out` is
+            something else or cannot be written.
     """
     if suite not in SUITES:
         raise UserError("suite", f"unknown suite '{suite}'", nearest(suite, SUITES))
     at = _device(device)
-    rounds = _ROUNDS[at.type] if rounds is None else rounds
-    if rounds < 1:
+    if rounds is not None and rounds < 1:
         raise UserError("rounds", f"{rounds} rounds measure nothing", "use 1 or more")
+    if rounds is not None and suite == "cold-start":
+        raise UserError("rounds", "a new process is measured once", "leave it out")
+    if rounds is None and suite == "kernels":
+        rounds = _ROUNDS[at.type]
+    for name, given in (("limit_seconds", limit_seconds), ("compile_seconds", compile_seconds)):
+        if given is not None and not given >= 0:
+            raise UserError(name, f"{given:g} is no time", "give seconds, 0 or more")
     folder = None if peers_folder is None else Path(peers_folder).expanduser().resolve()
     if folder is not None and not folder.is_dir():
         raise UserError(str(folder), "no such folder", "unpack the peers' archives there")
@@ -133,7 +141,11 @@ def bench(
         known = cold_start.rows(at)
     chosen = _choose(known, rows)
     if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror})"
+            raise UserError(str(target), problem, "name another file") from error
     if suite != "cold-start":
         record["ceilings"] = measure_ceilings(at)
         report({"id": "ceilings", **record["ceilings"]})
@@ -214,16 +226,19 @@ def _kernel_rows(at: torch.device, found: peers.Peers) -> list[kernels.Row | los
 
 
 def _measured(
-    row: Any, at: torch.device, record: dict[str, Any], rounds: int, seed: int
+    row: Any, at: torch.device, record: dict[str, Any], rounds: int | None, seed: int
 ) -> dict[str, Any]:
     """One row; whatever goes wrong is said in its place, and the next row has its turn."""
     try:
-        if isinstance(row, kernels.Row):
-            ceilings = Ceilings(**record["ceilings"]["used"])
-            return kernels.run_row(row, at, ceilings, rounds=rounds, seed=seed)
+        if isinstance(row, cold_start.Row):
+            return row.run()
+        if not isinstance(row, kernels.Row | loss.LossRow):
+            return row.run(record["ceilings"], rounds, seed)
+        assert rounds is not None
         if isinstance(row, loss.LossRow):
             return row.run(rounds, seed)
-        return row.run(record["ceilings"])
+        ceilings = Ceilings(**record["ceilings"]["used"])
+        return kernels.run_row(row, at, ceilings, rounds=rounds, seed=seed)
     except Exception as error:
         return {"id": row.id, "not_run": reason(error)}
     finally:

@@ -17,7 +17,6 @@ Shape letters: `B` batch, `T` tokens, `D` channels, `H` heads, `G` groups, `P` h
 
 from __future__ import annotations
 
-import inspect
 import math
 import multiprocessing
 import os
@@ -31,7 +30,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tamba.bench.ceilings import Ceilings, Cost
@@ -226,19 +224,6 @@ def _conv_inputs(
     return make
 
 
-_SSD_GATES = "z" in inspect.signature(ssd).parameters
-
-
-def _ssd(operator: Any, **t: Tensor) -> tuple[Tensor, Tensor]:
-    """SSD with the gate inside where the operator has one, else after it."""
-    z = t.pop("z", None)
-    given: dict[str, Any] = {**t, "dt_softplus": True}
-    if z is not None and operator is ssd and _SSD_GATES:
-        given["z"], z = z, None
-    y, last = operator(**given)
-    return (y if z is None else y * F.silu(z)), last
-
-
 @contextmanager
 def _operators_on(what: str) -> Iterator[None]:
     before = os.environ.get("TAMBA_KERNELS")
@@ -310,7 +295,7 @@ _SSD_BOTH_US = {"S1": 600, "S2": 1200}
 
 
 def _ssd_rows(peers: Peers) -> Iterator[Row]:
-    call = _on_kernels(partial(_ssd, ssd))
+    call = _on_kernels(partial(ssd, dt_softplus=True))
 
     forward_sides = {
         "mamba_ssm": peers.mamba_ssd(),
@@ -482,8 +467,8 @@ def cpu_rows(peers: Peers) -> list[Row]:
                 id=f"ssd/G{groups}",
                 shape=shape,
                 make=_ssd_inputs(shape, dtype=torch.float32),
-                ours=lambda **t: _ssd(ssd, **t),
-                truth=lambda **t: _ssd(reference.ssd, **t),
+                ours=lambda **t: ssd(**t, dt_softplus=True),
+                truth=lambda **t: reference.ssd(**t, dt_softplus=True),
                 peers={
                     "transformers": peers.transformers_ssd(256),
                     "transformers, chunk 64": peers.transformers_ssd(64),

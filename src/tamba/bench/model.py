@@ -279,8 +279,11 @@ class Prefill:
     bars: tuple[Bar, ...] = (Bar("mfu", 0.6), Bar(f"times:{PEER}", 1.5))
     rounds: int = 10
 
-    def run(self, ceilings: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, ceilings: Mapping[str, Any], rounds: int | None = None, seed: int = 0
+    ) -> dict[str, Any]:
         """Both sides, taking turns on the same prompts."""
+        torch.manual_seed(seed)
         prompts = [
             torch.randint(0, self.sizes.vocab, (self.batch, self.length), device=self.device)
             for _ in range(2)
@@ -301,7 +304,7 @@ class Prefill:
             if "reason" not in sides[name]
         }
         clock = clock_for(self.device)
-        for name, taken in take_turns(works, clock, self.rounds).items():
+        for name, taken in take_turns(works, clock, rounds or self.rounds).items():
             sides[name] |= Times.of(taken, clock.name).microseconds()
         off = math.inf
         if OURS in works:
@@ -327,8 +330,10 @@ class TrainStep:
     )
     steps: int = 4
 
-    def run(self, ceilings: Mapping[str, Any]) -> dict[str, Any]:
-        """Each side alone on the card, in the order ours, peer, peer, ours.
+    def run(
+        self, ceilings: Mapping[str, Any], rounds: int | None = None, seed: int = 0
+    ) -> dict[str, Any]:
+        """Each side alone on the card: ours, peer, peer, ours; `rounds` steps each time.
 
         A side that does not fit takes the batch in halves, quarters and so on; its record says so.
         """
@@ -340,7 +345,7 @@ class TrainStep:
             parts = sides[name].get("parts", 1)
             while parts <= self.batch:
                 try:
-                    found = self._train(name, parts)
+                    found = self._train(name, parts, rounds or self.steps, seed)
                     break
                 except torch.OutOfMemoryError:
                     parts *= 2
@@ -361,8 +366,8 @@ class TrainStep:
         off = abs(losses[0] - losses[1]) / abs(losses[1]) if losses[1] else math.nan
         return _record(self, sides, flops, self.batch * self.length, ceilings, off, 0.02)
 
-    def _train(self, name: str, parts: int) -> dict[str, Any]:
-        torch.manual_seed(0)
+    def _train(self, name: str, parts: int, steps: int, seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
         student, teacher = (self._model(name) for _ in range(2))
         teacher.eval().requires_grad_(False)
         student.train()
@@ -388,7 +393,7 @@ class TrainStep:
         step()
         clock = clock_for(self.device)
         with peak_of(self.device) as peak:
-            found["seconds"] = [clock(step) for _ in range(self.steps)]
+            found["seconds"] = [clock(step) for _ in range(steps)]
         found["peak_bytes"] = peak.total
         return found
 
@@ -421,13 +426,15 @@ class CpuTrainStep:
     )
     rounds: int = 4
 
-    def run(self, ceilings: Mapping[str, Any]) -> dict[str, Any]:
+    def run(
+        self, ceilings: Mapping[str, Any], rounds: int | None = None, seed: int = 0
+    ) -> dict[str, Any]:
         """All sides in turns, on the same text."""
         device = torch.device("cpu")
-        make = torch.Generator().manual_seed(0)
+        make = torch.Generator().manual_seed(seed)
         ids = torch.randint(self.sizes.vocab, (self.batch, self.length), generator=make)
         sides: dict[str, dict[str, Any]] = {OURS: {}, PEER_WIDE: {}, PEER_SHORT: {}}
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         student, teacher = (our_model(self.sizes, device, torch.float32) for _ in range(2))
         works = {OURS: _cpu_step(_distil, student, teacher, ids, short=True)}
         with torch.no_grad():
@@ -448,7 +455,7 @@ class CpuTrainStep:
         turns = take_turns(
             {name: [work] for name, work in works.items()},
             clock,
-            self.rounds,
+            rounds or self.rounds,
             warm_up=1,
             patience=_PATIENCE,
         )
@@ -516,7 +523,6 @@ def _both(
 ) -> tuple[dict[str, nn.Module], dict[str, dict[str, Any]]]:
     models: dict[str, nn.Module] = {}
     sides: dict[str, dict[str, Any]] = {OURS: {}, PEER: {}}
-    torch.manual_seed(0)
     models[OURS] = our_model(sizes, device, torch.bfloat16)
     try:
         models[PEER] = peer_model(sizes, device, torch.bfloat16, peers)

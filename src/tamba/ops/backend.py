@@ -17,6 +17,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from tamba.errors import UserError
+
 logger = logging.getLogger("tamba")
 
 _HAS_TRITON = find_spec("triton") is not None
@@ -37,10 +39,13 @@ def kernels_run(
         proven: whether the kernels were compared with the truth on a GPU. Others wait to be asked
             for: what the interpreter finds right may still be miscompiled.
 
-    The environment variable `TAMBA_KERNELS` (`triton` or `torch`, else chosen by device) decides
-    for tests and comparisons; it is read at every call.
+    The environment variable `TAMBA_KERNELS` (`triton` or `torch`; `auto`, or none, to choose by
+    device) decides for tests and comparisons; it is read at every call.
+
+    Raises:
+        UserError: it says something else.
     """
-    asked = os.environ.get("TAMBA_KERNELS", "auto")
+    asked = _asked()
     given = [t for t in tensors if t is not None]
     if asked == "torch" or (asked != "triton" and not proven):
         return False
@@ -63,7 +68,7 @@ def compiles_for_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
     return (
         tensor.device.type == "cpu"
         and dtype == torch.float32
-        and os.environ.get("TAMBA_KERNELS", "auto") == "auto"
+        and _asked() == "auto"
         and not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and _has_numba()
@@ -88,6 +93,14 @@ def short_products_on_cpu(tensor: Tensor) -> bool:
         and torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
     )
+
+
+def _asked() -> str:
+    asked = os.environ.get("TAMBA_KERNELS", "auto")
+    if asked not in ("auto", "triton", "torch"):
+        # A word misspelt would silently compare one path with itself.
+        raise UserError("TAMBA_KERNELS", f"is '{asked}'", "set it to triton, torch or auto")
+    return asked
 
 
 def _why_not(tensors: list[Tensor]) -> str | None:

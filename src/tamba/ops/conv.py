@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tamba.ops.backend import kernels_run, rows_for_cpu
-from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts
+from tamba.ops.discretize import (
+    compute_dtype,
+    dense,
+    outside_autocast,
+    real_starts,
+    shaped,
+    shapes,
+)
 
 # Numbers of one [t, C] buffer of a tile: a few such buffers should fit a core's cache. Elsewhere
 # the only concern is memory.
@@ -52,7 +59,7 @@ def causal_conv1d(
         activation: ``"silu"`` or None.
         state: [B, C, W - 1], the inputs before token 0, oldest first; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
-        padding: [B] int, leading positions that are no tokens, or None.
+        padding: [B] int, leading positions that are no tokens, at most T, or None.
 
     Returns:
         y [B, T, C] and the window after the last token [B, C, W - 1], both in the dtype of `x`.
@@ -60,7 +67,7 @@ def causal_conv1d(
     Raises:
         ValueError: the shapes do not fit together, or the activation is unknown.
     """
-    _check(x, weight, bias, activation, state)
+    _check(x, weight, bias, activation, state, starts, padding)
     batch, length, channels = x.shape
     width = weight.shape[1]
     unusual = None if 2 <= width <= 4 else f"a window of {width} tokens"
@@ -69,7 +76,8 @@ def causal_conv1d(
     ):
         from tamba.ops.kernels import conv as kernels
 
-        return kernels.causal_conv1d(x, weight, bias, activation == "silu", state, starts, padding)
+        silu = activation == "silu"
+        return kernels.causal_conv1d(x, weight, dense(bias), silu, state, starts, dense(padding))
     if length == 1 and starts is None and padding is None:
         return _one_token(x, weight, bias, activation, state)
     before = width - 1
@@ -107,20 +115,23 @@ def _check(
     bias: Tensor | None,
     activation: str | None,
     state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
 ) -> None:
-    batch, _, channels = x.shape
+    batch, length, channels = x.shape
     width = weight.shape[-1]
     fits = (
         weight.shape == (channels, width)
-        and (bias is None or bias.shape == (channels,))
-        and (state is None or state.shape == (batch, channels, width - 1))
+        and shaped(bias, channels)
+        and shaped(state, batch, channels, width - 1)
+        and shaped(starts, batch, length)
+        and shaped(padding, batch)
     )
     if not fits:
+        given = shapes(x=x, weight=weight, bias=bias, state=state, starts=starts, padding=padding)
         raise ValueError(
-            "causal_conv1d: expected x [B,T,C], weight [C,W], bias [C], state [B,C,W-1]; got "
-            f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-            f"bias {None if bias is None else tuple(bias.shape)}, "
-            f"state {None if state is None else tuple(state.shape)}"
+            "causal_conv1d: expected x [B,T,C], weight [C,W], bias [C], state [B,C,W-1], starts "
+            f"[B,T], padding [B]; got {given}"
         )
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation {activation!r}; expected 'silu' or None")

@@ -1,7 +1,7 @@
 """What every recurrent operator does to its arguments before the maths starts.
 
-Step sizes with bias, softplus, limits and padding; document starts that padding overrules; the
-precision that states and sums are kept in; protection from autocast.
+Shapes of what may be left out; step sizes with bias, softplus, limits and padding; document starts
+that padding overrules; the precision that states and sums are kept in; protection from autocast.
 """
 
 from __future__ import annotations
@@ -16,6 +16,23 @@ from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def shaped(tensor: Tensor | None, *shape: int) -> bool:
+    """Whether an argument is left out or has this shape."""
+    return tensor is None or tensor.shape == shape
+
+
+def shapes(**tensors: Tensor | None) -> str:
+    """Names and shapes of arguments, for messages."""
+    return ", ".join(
+        f"{name} {None if t is None else tuple(t.shape)}" for name, t in tensors.items()
+    )
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """An argument with its numbers side by side, for kernels that know no stride of it."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def step_sizes(

@@ -286,6 +286,8 @@ def _loss_op(
     if indices is not None:
         assert log_probs is not None and log_rest is not None
         top = Top(indices.contiguous(), log_probs.contiguous(), log_rest.contiguous())
+    # As the kernels read it, who know no stride of it.
+    targets = None if targets is None else targets.contiguous()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         x, words = hidden.to(product), head.to(product)
         theirs = None if teacher_head is None else teacher_head.to(product)

@@ -24,7 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tamba.ops.backend import compiles_for_cpu, kernels_run
-from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, step_sizes
+from tamba.ops.discretize import (
+    compute_dtype,
+    dense,
+    outside_autocast,
+    real_starts,
+    shaped,
+    shapes,
+    step_sizes,
+)
 
 # Up to this many tokens a plain recurrence needs fewer operations than a block does.
 _STEPS = 4
@@ -70,7 +78,7 @@ def selective_scan(
         dt_softplus: whether dt goes through softplus after the bias.
         state: [B, D, N] before token 0; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
-        padding: [B] int, leading positions that are no tokens, or None.
+        padding: [B] int, leading positions that are no tokens, at most T, or None.
 
     Returns:
         y [B, T, D] in the dtype of `x`, and the state after the last token [B, D, N] in float32
@@ -79,12 +87,12 @@ def selective_scan(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_shapes(x, dt, A, B, C, z, state)
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, state, starts, padding)
     if x.shape[1] > 0 and kernels_run("selective_scan", x, dt, A, B, C, D, z, dt_bias, state):
         from tamba.ops.kernels import selective_scan as kernels
 
         return kernels.selective_scan(
-            x, dt, A, B, C, D, z, dt_bias, dt_softplus, state, starts, padding
+            x, dt, A, B, C, dense(D), z, dense(dt_bias), dt_softplus, state, starts, dense(padding)
         )
     dtype = compute_dtype(x, dt, A, B, C)
     if state is None:
@@ -112,7 +120,17 @@ def selective_scan(
 
 
 def _check_shapes(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, state: Tensor | None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
 ) -> None:
     batch, length, channels = x.shape
     fits = (
@@ -122,15 +140,22 @@ def _check_shapes(
         and B.shape[:2] == (batch, length)
         and channels % B.shape[2] == 0
         and B.shape[3:] == A.shape[1:]
-        and (z is None or z.shape == x.shape)
-        and (state is None or state.shape == (batch, *A.shape))
+        and shaped(z, *x.shape)
+        and shaped(state, batch, *A.shape)
+        and shaped(D, channels)
+        and shaped(dt_bias, channels)
+        and shaped(starts, batch, length)
+        and shaped(padding, batch)
     )
     if not fits:
+        given = shapes(
+            x=x, dt=dt, z=z, A=A, B=B, C=C, D=D, dt_bias=dt_bias, state=state, starts=starts,
+            padding=padding,
+        )  # fmt: skip
         raise ValueError(
             "selective_scan: expected x, dt and z [B,T,D], A [D,N], B and C [B,T,G,N] with G "
-            f"dividing D, state [B,D,N]; got x {tuple(x.shape)}, dt {tuple(dt.shape)}, "
-            f"z {None if z is None else tuple(z.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, "
-            f"C {tuple(C.shape)}, state {None if state is None else tuple(state.shape)}"
+            "dividing D, D and dt_bias [D], state [B,D,N], starts [B,T], padding [B]; got "
+            f"{given}"
         )
 
 

@@ -25,7 +25,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tamba.ops.backend import kernels_run, rows_for_cpu
-from tamba.ops.discretize import compute_dtype, outside_autocast, real_starts, step_sizes
+from tamba.ops.discretize import (
+    compute_dtype,
+    dense,
+    outside_autocast,
+    real_starts,
+    shaped,
+    shapes,
+    step_sizes,
+)
 
 # Up to this many tokens a plain recurrence needs fewer operations than one chunk does.
 _STEPS = 2
@@ -73,7 +81,7 @@ def ssd(
         dt_limit: least and greatest dt, applied last, or None.
         state: [B, H, P, N] before token 0; None for zeros.
         starts: [B, T] bool, True where a document starts and nothing before is seen, or None.
-        padding: [B] int, leading positions that are no tokens, or None.
+        padding: [B] int, leading positions that are no tokens, at most T, or None.
         chunk_size: tokens to a chunk, rounded up to a power of two; the kernels choose their own.
 
     Returns:
@@ -83,7 +91,7 @@ def ssd(
     Raises:
         ValueError: the shapes do not fit together.
     """
-    _check_shapes(x, dt, A, B, C, state, z)
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, state, starts, padding)
     if x.shape[1] and kernels_run(
         "ssd", x, dt, A, B, C, D, z, dt_bias, state, unusual=_unusual(x, B)
     ):
@@ -95,14 +103,14 @@ def ssd(
             A.float(),
             B,
             C,
-            D=D,
+            D=dense(D),
             z=z,
-            dt_bias=dt_bias,
+            dt_bias=dense(dt_bias),
             dt_softplus=dt_softplus,
             dt_limit=dt_limit,
             state=None if state is None else state.float(),
             starts=starts,
-            padding=padding,
+            padding=dense(padding),
         )
     y, state = _on_torch(
         x, dt, A, B, C, D, dt_bias, dt_softplus, dt_limit, state, starts, padding, chunk_size
@@ -178,8 +186,12 @@ def _check_shapes(
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    state: Tensor | None,
+    D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+    padding: Tensor | None,
 ) -> None:
     batch, length, heads, head_dim = x.shape
     groups, d_state = B.shape[2:]
@@ -188,16 +200,21 @@ def _check_shapes(
         and A.shape == (heads,)
         and B.shape == C.shape == (batch, length, groups, d_state)
         and heads % groups == 0
-        and (state is None or state.shape == (batch, heads, head_dim, d_state))
-        and (z is None or z.shape == x.shape)
+        and shaped(z, *x.shape)
+        and shaped(state, batch, heads, head_dim, d_state)
+        and shaped(D, heads)
+        and shaped(dt_bias, heads)
+        and shaped(starts, batch, length)
+        and shaped(padding, batch)
     )
     if not fits:
+        given = shapes(
+            x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state, starts=starts,
+            padding=padding,
+        )  # fmt: skip
         raise ValueError(
-            "ssd: expected x [B,T,H,P], dt [B,T,H], A [H], B and C [B,T,G,N] with G dividing H, "
-            f"state [B,H,P,N]; got x {tuple(x.shape)}, dt {tuple(dt.shape)}, A {tuple(A.shape)}, "
-            f"B {tuple(B.shape)}, C {tuple(C.shape)}, "
-            f"z {None if z is None else tuple(z.shape)}, "
-            f"state {None if state is None else tuple(state.shape)}"
+            "ssd: expected x and z [B,T,H,P], dt [B,T,H], A, D and dt_bias [H], B and C [B,T,G,N] "
+            f"with G dividing H, state [B,H,P,N], starts [B,T], padding [B]; got {given}"
         )
 
 

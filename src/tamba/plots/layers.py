@@ -93,7 +93,7 @@ def heat_maps(tables: Mapping[str, Sequence[Sequence[float]]], title: str) -> Fi
 def _triangle(ax: Axes, table: Sequence[Sequence[float]], largest: float, shades: Any) -> Any:
     L = len(table)
     rows = [[table[i][n] if n < len(table[i]) else math.nan for i in range(L)] for n in range(L)]
-    # Cells are vector rectangles only where there are few: an SVG of 64 layers would be large.
+    # One picture also in the SVG: 64 layers as vector rectangles would be large.
     image = ax.imshow(
         rows,
         origin="lower",
@@ -128,12 +128,15 @@ def score_bars(
     scores: Mapping[str, tuple[Sequence[float | None], Sequence[float | None]]],
     title: str,
     chosen: Sequence[int] = (),
+    limits: Mapping[str, float] | None = None,
 ) -> Figure:
     """One row of bars a score, a bar a layer, with two standard errors either way.
 
     Args:
         scores: by name, values and standard errors; None where there is nothing.
         chosen: layers drawn in the colour of what is replaced.
+        limits: by name, the value at which a score was cut off. Such bars end at the top under a
+            mark, so that they do not flatten the others.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -162,6 +165,22 @@ def score_bars(
             ax.errorbar(here, shown, yerr=bounds, **style)
             said = name.replace("_", " ")
             ax.set_xlim(-0.7, n - 0.3)
+            limit = (limits or {}).get(name, math.inf)
+            beyond = [i for i, v in zip(here, shown, strict=True) if v >= limit]
+            if beyond and len(beyond) < len(here):
+                inside = [(v, e) for v, e in zip(shown, bounds, strict=True) if v < limit]
+                shown = [v for v, _ in inside]
+                top = max(v + e for v, e in inside)
+                low = min(0.0, *(v - e for v, e in inside))
+                ax.set_ylim(1.25 * low, 1.25 * top if top > 0 else limit)
+                marks: dict[str, Any] = {
+                    "marker": "^",
+                    "s": 16,
+                    "color": LIGHT["ink"],
+                    "clip_on": False,
+                }
+                ax.scatter(beyond, [1.0] * len(beyond), transform=ax.get_xaxis_transform(), **marks)
+                said += f", marked: {limit:g} or more"
             positive = [v for v in shown if v > 0]
             if positive and len(positive) == len(shown) and max(positive) > 40 * min(positive):
                 ax.set_yscale("log")

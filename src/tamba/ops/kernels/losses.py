@@ -16,7 +16,6 @@ Shape letters: `n` rows, `V` vocabulary, `K` most likely tokens.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from torch import Tensor
 from tamba.ops.kernels.tiles import tile
 
 DIVERGENCES = {"forward": 1, "reverse": 2, "js": 3}
-_LOG2E = math.log2(math.e)
 
 
 @triton.jit
