@@ -174,7 +174,7 @@ def test_more_than_there_is() -> None:
 
 
 def test_a_plan_says_why_a_layer_is_no_choice() -> None:
-    config = tiny_model("mixed").config
+    config = tiny_config("mixed")
     known = Facts.of(config, ConvertOptions(), always_keep=(3,))
     found = plan_of(choose("top", known, Budget(1)), known, ConvertOptions())
     assert found.converted == (5,)
