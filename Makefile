@@ -20,7 +20,7 @@ demo:  ## convert a real model, repair it, measure it, chat with it; leaves demo
 	@scripts/bootstrap demo
 	@$(BIN)/tamba run recipes/demo.toml --out demo
 
-test:  ## the fast test suite (3 to 4 minutes on 2 cores)
+test:  ## the fast test suite (1 to 3 minutes on 2 cores)
 	@scripts/bootstrap test
 	@OMP_NUM_THREADS=1 PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 $(PYTEST) $(PLUGINS) -n $(CORES) $(ARGS)
 
