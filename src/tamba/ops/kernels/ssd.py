@@ -226,14 +226,23 @@ def _enter(
     lane,
     segment,
     segments,
+    pieces,
     inner,
+    reverse,
     SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
 ):
-    """`state` carried through the segments that come before `segment` (backwards: after it)."""
-    for i in range(0, segments - 1 - segment if REVERSE else segment):
-        j = lane * segments + (segments - 1 - i if REVERSE else i)
-        state = state * tl.load(decay_ptr + j) + tl.load(local_ptr + j * SIZE + inner)
+    """`state` carried through the segments that come before `segment` (`reverse`: after it)."""
+    kept = (segments - 1) * pieces
+    j = lane * kept
+    count = segment * pieces
+    step = 1
+    if reverse:
+        j += kept - 1
+        count = kept - count
+        step = -1
+    for i in range(0, count):
+        added = tl.load(local_ptr + (j + step * i) * SIZE + inner).to(tl.float32)
+        state = state * tl.load(decay_ptr + j + step * i) + added
     return state
 
 
@@ -250,15 +259,16 @@ def _add(state, through, right, weight, left, DOT: tl.constexpr, PRECISION: tl.c
 @triton.jit
 def _walk(
     pid,
+    reverse,
     left_tiles,
     right_tiles,
     weight_ptr,
     through_ptr,
+    given,
     first_ptr,
     local_ptr,
     local_decay_ptr,
     stored_tiles,
-    last_ptr,
     heads,
     share,
     first_group,
@@ -268,9 +278,9 @@ def _walk(
     chunks,
     segments,
     span_chunks,
-    REVERSE: tl.constexpr,
+    pieces,
+    kept,
     LOCAL: tl.constexpr,
-    FIRST: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -278,28 +288,29 @@ def _walk(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state [P, N] of one head through one segment, by `_add`.
+    """The state [P, N] of one head through one segment or a piece of one, by `_add`.
 
     Forwards left is B, right x and the weight dt and the decay to the end of the chunk. Backwards
-    (`REVERSE`) left is C, right the output's gradient and the weight the decay since the start.
-    With `LOCAL` only what the segment adds and its whole decay are written; without, every state
-    that enters a chunk (backwards: every gradient of one that leaves it), and backwards the
-    gradient of the first state.
+    (`reverse`) left is C, right the output's gradient and the weight the decay since the start.
+    With `LOCAL` a program takes one of the `pieces` of a segment and writes only what that adds and
+    its whole decay; without, a whole segment, from the state at `first_ptr` (`given`: there is one)
+    and what other segments add, and it writes every state that enters a chunk (backwards: every
+    gradient of one that leaves it). What segments add is there for all heads, or for those of this
+    launch, if only that many are `kept`. Returns where the head's states lie, the number of its
+    part of the sequence, and the state at the other end of that.
     """
     blocks: tl.constexpr = P // BLOCK_P
     block = pid % blocks
     here = (pid // blocks) % (groups_here * heads_here)
     rest = pid // blocks // (groups_here * heads_here)
-    if LOCAL:  # the segment that nobody comes after needs no such state
-        segment = rest % (segments - 1) + (1 if REVERSE else 0)
-        row = rest // (segments - 1)
-    else:
-        segment = rest % segments
-        row = rest // segments
+    # Of the segment that nobody comes after nobody needs to know what it adds.
+    programs = (segments - 1) * pieces if LOCAL else segments
+    mine = rest % programs
+    row = rest // programs
     group = first_group + here // heads_here
     head = group * share + first_head + here % heads_here
     lane = (row * heads + head).to(tl.int64)
-    place = (row * (groups_here * heads_here) + here).to(tl.int64)
+    place = (row * kept + (head if kept == heads else here)).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -308,23 +319,29 @@ def _walk(
     state = tl.zeros([BLOCK_P, N], tl.float32)
     whole = tl.full([], 1.0, tl.float32)
     if not LOCAL:
-        if FIRST:
+        if given:
             state += tl.load(first_ptr + lane * (N * P) + inner)
         state = _enter(
-            state, local_ptr, local_decay_ptr, place, segment, segments, inner, N * P, REVERSE
+            *(state, local_ptr, local_decay_ptr, place, mine, segments, pieces, inner, reverse),
+            N * P,
         )
 
     column = head * P + block * BLOCK_P
-    begin = segment * span_chunks
-    count = tl.minimum(chunks - begin, span_chunks)
-    following = tl.load(through_ptr + lane * chunks + begin + (count - 1 if REVERSE else 0))
+    most = span_chunks // pieces if LOCAL else span_chunks
+    begin = mine * most
+    if LOCAL:
+        begin += span_chunks if reverse else 0
+    count = tl.minimum(chunks - begin, most)
+    step = 1
+    if reverse:
+        begin += count - 1
+        step = -1
+    following = tl.load(through_ptr + lane * chunks + begin)
     for i in range(0, count):
-        chunk = begin + (count - 1 - i if REVERSE else i)
+        chunk = begin + step * i
         through = following  # loaded one chunk ahead: nothing hides how long that takes
-        if REVERSE:
-            following = tl.load(through_ptr + lane * chunks + tl.maximum(chunk - 1, 0))
-        else:
-            following = tl.load(through_ptr + lane * chunks + tl.minimum(chunk + 1, chunks - 1))
+        ahead = tl.minimum(tl.maximum(chunk + step, 0), chunks - 1)
+        following = tl.load(through_ptr + lane * chunks + ahead)
         start = chunk * Q
         left = _tile(left_tiles, row, start, group * N, Q, N)
         right = _tile(right_tiles, row, start, column, Q, BLOCK_P)
@@ -335,17 +352,16 @@ def _walk(
         state = _add(state, through, right, weight, left, DOT, PRECISION)
         whole *= through
     if LOCAL:
-        j = place * segments + segment
-        tl.store(local_ptr + j * (N * P) + inner, state)
+        j = place * programs + mine
+        tl.store(local_ptr + j * (N * P) + inner, state.to(local_ptr.dtype.element_ty))
         if block == 0:
             tl.store(local_decay_ptr + j, whole)
-    elif REVERSE and segment == 0:
-        tl.store(last_ptr + lane * (N * P) + inner, state)
+    return lane * (N * P) + inner, mine, state
 
 
 _COUNTS = [
     *("heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-    *("chunks", "segments", "span_chunks"),
+    *("chunks", "segments", "span_chunks", "pieces", "kept"),
 ]
 
 
@@ -366,6 +382,8 @@ def _segments_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
+    kept,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -373,36 +391,13 @@ def _segments_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What every segment but the last adds to the state."""
+    """What every piece of every segment but the last adds to the state."""
     _walk(
-        tl.program_id(0),
-        B_tiles,
-        x_tiles,
-        weight_ptr,
-        through_ptr,
-        local_ptr,
-        local_ptr,
-        local_decay_ptr,
-        x_tiles,
-        local_ptr,
-        heads,
-        share,
-        first_group,
-        groups_here,
-        first_head,
-        heads_here,
-        chunks,
-        segments,
-        span_chunks,
-        False,
-        True,
-        False,
-        N,
-        P,
-        BLOCK_P,
-        Q,
-        DOT,
-        PRECISION,
+        *(tl.program_id(0), False, B_tiles, x_tiles, weight_ptr, through_ptr),
+        *(False, local_ptr, local_ptr, local_decay_ptr, x_tiles),
+        *(heads, share, first_group, groups_here, first_head, heads_here),
+        *(chunks, segments, span_chunks, pieces, kept),
+        *(True, N, P, BLOCK_P, Q, DOT, PRECISION),
     )
 
 
@@ -433,6 +428,8 @@ def _states_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
+    kept,
     LOCAL: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
@@ -443,71 +440,40 @@ def _states_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both walks of the backward pass: half of the programs from the front, half from the back."""
-    half = tl.num_programs(0) // 2
+    """Both walks of the backward pass: half of the programs from the front, half from the back.
+
+    Which way is no constant: two walks in one kernel would take the shared memory of both.
+    """
     pid = tl.program_id(0)
-    if pid < half:
-        _walk(
-            pid,
-            B_tiles,
-            x_tiles,
-            weight_ptr,
-            through_ptr,
-            first_ptr,
-            local_ptr,
-            local_decay_ptr,
-            entering_tiles,
-            d_first_ptr,
-            heads,
-            share,
-            first_group,
-            groups_here,
-            first_head,
-            heads_here,
-            chunks,
-            segments,
-            span_chunks,
-            False,
-            LOCAL,
-            FIRST,
-            N,
-            P,
-            BLOCK_P,
-            Q,
-            DOT,
-            PRECISION,
-        )
+    half = tl.num_programs(0) // 2
+    reverse = pid >= half
+    if reverse:
+        pid -= half
+        left_tiles, right_tiles, stored_tiles = C_tiles, dy_tiles, leaving_tiles
+        sought_ptr, known_ptr = since_ptr, d_last_ptr
+        added_ptr, decay_ptr = d_local_ptr, d_local_decay_ptr
     else:
-        _walk(
-            pid - half,
-            C_tiles,
-            dy_tiles,
-            since_ptr,
-            through_ptr,
-            d_last_ptr,
-            d_local_ptr,
-            d_local_decay_ptr,
-            leaving_tiles,
-            d_first_ptr,
-            heads,
-            share,
-            first_group,
-            groups_here,
-            first_head,
-            heads_here,
-            chunks,
-            segments,
-            span_chunks,
-            True,
-            LOCAL,
-            LAST,
-            N,
-            P,
-            BLOCK_P,
-            Q,
-            DOT,
-            PRECISION,
-        )
+        left_tiles, right_tiles, stored_tiles = B_tiles, x_tiles, entering_tiles
+        sought_ptr, known_ptr = weight_ptr, first_ptr
+        added_ptr, decay_ptr = local_ptr, local_decay_ptr
+    if FIRST and LAST:
+        given = True
+    elif FIRST:
+        given = pid == tl.program_id(0)
+    elif LAST:
+        given = reverse
+    else:
+        given = False
+    places, mine, state = _walk(
+        *(pid, reverse, left_tiles, right_tiles, sought_ptr, through_ptr),
+        *(given, known_ptr, added_ptr, decay_ptr, stored_tiles),
+        *(heads, share, first_group, groups_here, first_head, heads_here),
+        *(chunks, segments, span_chunks, pieces, kept),
+        *(LOCAL, N, P, BLOCK_P, Q, DOT, PRECISION),
+    )
+    if FIRST and not LOCAL:  # noqa: SIM102 - of constants and values together no branch can be left out
+        if reverse & (mine == 0):
+            tl.store(d_first_ptr + places, state)
 
 
 # --- forward
@@ -516,7 +482,7 @@ def _states_kernel(
 @triton.jit(
     do_not_specialize=[
         *("D_ptr", "first_ptr"),
-        *("heads", "share", "chunks", "segments", "span_chunks"),
+        *("heads", "share", "chunks", "segments", "span_chunks", "pieces"),
     ]
 )
 def _scan_kernel(
@@ -540,6 +506,7 @@ def _scan_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
     SKIP: tl.constexpr,
     GATE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -569,7 +536,10 @@ def _scan_kernel(
     state = tl.zeros([N, BLOCK_P], tl.float32)
     if FIRST:
         state += tl.load(first_ptr + lane * (N * P) + inner)
-    state = _enter(state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, False)
+    state = _enter(
+        *(state, local_ptr, local_decay_ptr, lane, segment, segments, pieces, inner, False),
+        N * P,
+    )
 
     column = head * P + block * BLOCK_P
     group = head // share * N
@@ -661,7 +631,7 @@ def _ungate_kernel(
 @triton.jit(
     do_not_specialize=[
         *("D_ptr", "heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-        *("heads_each", "parts", "chunks", "batch", "fresh"),
+        *("held", "heads_each", "parts", "chunks", "batch", "fresh"),
     ]
 )
 def _grads_kernel(
@@ -677,6 +647,7 @@ def _grads_kernel(
     weight_ptr,
     to_end_ptr,
     since_ptr,
+    entering_ptr,
     entering_tiles,
     leaving_tiles,
     dx_tiles,
@@ -693,6 +664,7 @@ def _grads_kernel(
     groups_here,
     first_head,
     heads_here,
+    held,
     heads_each,
     parts,
     chunks,
@@ -704,6 +676,7 @@ def _grads_kernel(
     Q: tl.constexpr,
     SKIP: tl.constexpr,
     SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -739,6 +712,7 @@ def _grads_kernel(
     q = tl.arange(0, Q)
     pair = tl.arange(0, 2)
     p = tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
     start = chunk * Q
     total = tl.zeros([Q, N], tl.float32)
     count = tl.minimum(heads_here - part * heads_each, heads_each)
@@ -750,7 +724,7 @@ def _grads_kernel(
             if fresh == 0:
                 total += _tile(dB_tiles, at_row, start, group * N, Q, N)
             scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
-        for i in range(0, count):
+        for i in tl.range(0, count, num_stages=STAGES):
             j = part * heads_each + i
             head = group * share + first_head + j
             lane = (row * heads + head).to(tl.int64)
@@ -763,10 +737,14 @@ def _grads_kernel(
                 place = (here * heads_here + j) * P + block * BLOCK_P
                 x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
                 leaving = _tile(leaving_tiles, at_chunk, place, 0, BLOCK_P, N)
-                entering = _tile(entering_tiles, at_chunk, place, 0, BLOCK_P, N)
-                total += _dot(x, leaving, DOT, PRECISION) * weight[:, None]
-                products = _dot(entering, tl.trans(leaving), DOT, PRECISION)
-                passing += tl.sum(tl.where(p[:, None] == p[None, :], products, 0.0))
+                # Past shared memory, which has no room for a tile of one inner product.
+                lines = at_chunk.to(tl.int64) * (held * P) + place + p
+                entering = tl.zeros([BLOCK_P, N], entering_ptr.dtype.element_ty)
+                if count > 0:
+                    entering = tl.load(entering_ptr + lines[:, None] * N + n[None, :])
+                weighted = (x.to(tl.float32) * weight[:, None]).to(DOT)
+                total = tl.dot(weighted, leaving.to(DOT), total, input_precision=PRECISION)
+                passing += tl.sum(entering.to(tl.float32) * leaving.to(tl.float32))
             tl.store(passing_ptr + lane * chunks + chunk, passing)
 
             sums = tl.load(sum_ptr + steps + q)
@@ -819,7 +797,7 @@ def _grads_kernel(
             if fresh == 0:
                 total += _tile(dC_tiles, at_row, start, group * N, Q, N)
                 d_scores += _tile(d_scores_tiles, at_tile, 0, 0, Q, Q)
-        for i in range(0, count):
+        for i in tl.range(0, count, num_stages=STAGES):
             j = part * heads_each + i
             head = group * share + first_head + j
             lane = (row * heads + head).to(tl.int64)
@@ -856,7 +834,8 @@ def _grads_kernel(
                 entering = _tile(entering_tiles, row * chunks + chunk, place, 0, BLOCK_P, N)
                 before = _dot(C, tl.trans(entering), DOT, PRECISION)
                 flows += since * tl.sum(before * dy.to(tl.float32), axis=1)
-                total += _dot(dy, entering, DOT, PRECISION) * since[:, None]
+                weighted = (dy.to(tl.float32) * since[:, None]).to(DOT)
+                total = tl.dot(weighted, entering.to(DOT), total, input_precision=PRECISION)
             found = tl.join(flows, skip)
             tl.store(outputs_ptr + (steps + q[:, None]) * 2 + pair[None, :], found)
         if SHARED:
@@ -1055,6 +1034,8 @@ _grad_steps = _Launcher(_grad_steps_kernel)
 _STEP_SIZES: Tile = {"warps": 4, "stages": 1}
 _STEP_HEADS = 16
 _SUMS_SIZES: Tile = {"warps": 4, "stages": 1}
+# Numbers, of those of x, that what segments add may take in a backward pass.
+_ADDED_SHARE = 0.15
 _UNGATE_SIZES: Tile = {"rows": 64, "warps": 4, "stages": 1}
 
 
@@ -1180,17 +1161,17 @@ class Call:
         count = -(-self.share // max(1, min(most // self.groups, self.share)))
         return self.groups, -(-self.share // count)
 
-    def segment_chunks(self, sizes: Tile, chunks: int, walks: int) -> int:
-        """Chunks of a segment, so that the programs of `walks` rows of heads fill the card, and no
-        segment is empty."""
+    def cut(self, sizes: Tile, length: int, walks: int) -> int:
+        """Chunks of each part of `length` chunks, so that the programs of `walks` rows of heads and
+        as many parts fill the card, and no part is empty."""
         programs = walks * (self.head_dim // min(sizes["head_dim"], self.head_dim))
-        segments = min(sizes["per_sm"] * multiprocessors(self.device) // programs, chunks)
-        return -(-chunks // max(1, segments))
+        parts = min(sizes["per_sm"] * multiprocessors(self.device) // max(1, programs), length)
+        return -(-length // max(1, parts))
 
-    def added_by_segments(self, heads: int, segments: int) -> tuple[Tensor, Tensor]:
-        """Room for what segments add to a state, and for their decays; none for one segment."""
-        shape = self.batch, heads, segments if segments > 1 else 0
-        return self.new(*shape, self.head_dim, self.d_state), self.new(*shape)
+    def added(self, heads: int, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Room for what pieces of segments add to the states of heads, and for their decays."""
+        shape = self.batch, heads, pieces
+        return self.new(*shape, self.head_dim, self.d_state, dtype=dtype), self.new(*shape)
 
 
 @dataclass(frozen=True)
@@ -1231,19 +1212,25 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     sizes = call.sizes("ssd_scan")
     block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
     steps = call.steps(chunk, False)
-    each = call.segment_chunks(sizes, steps.chunks, call.batch * heads)
-    segments = -(-steps.chunks // each)
-    counts = steps.chunks, segments, each
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
-    adds, decays = call.added_by_segments(heads, segments)
     walk = call.sizes("ssd_segments")
     width = min(walk["head_dim"], call.head_dim)
+    lanes = call.batch * heads
+    each = call.cut(sizes, steps.chunks, lanes)
+    # Walks through segments that write nothing have room for more programs, so they are in pieces.
+    piece = call.cut(walk, each, lanes * (-(-steps.chunks // each) - 1))
+    pieces = -(-each // piece)
+    each = pieces * piece
+    segments = -(-steps.chunks // each)
+    counts = steps.chunks, segments, each, pieces
+    walked = (segments - 1) * pieces
+    adds, decays = call.added(heads, walked, torch.float32)
     narrow = x_tiles if width == block else _tiles(x, chunk, width)
     _segments(
-        (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
+        (lanes * walked * (call.head_dim // width), 1, 1),
         (
             *(B_tiles, narrow, steps.weight, steps.through, adds, decays),
-            *(heads, call.share, 0, call.groups, 0, call.share, *counts),
+            *(heads, call.share, 0, call.groups, 0, call.share, *counts, heads),
         ),
         {**call.constants, "BLOCK_P": width, "Q": chunk},
         walk,
@@ -1254,7 +1241,7 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     last = call.new(call.batch, heads, call.head_dim, n)
     y_tiles = _tiles(y, chunk, block)
     _scan(
-        (call.batch * segments * heads * (call.head_dim // block), 1, 1),
+        (lanes * segments * (call.head_dim // block), 1, 1),
         (
             *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
             x_tiles if z is None else _tiles(z, chunk, block),
@@ -1301,8 +1288,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     chunk = sizes["chunk"]
     steps = call.steps(chunk, True)
     chunks = steps.chunks
-    walk = call.sizes("ssd_states")
-    width = min(walk["head_dim"], p)
+    walk, local = call.sizes("ssd_states"), call.sizes("ssd_segments")
     tiles = batch * chunks * groups
 
     groups_each, heads_each = call.slices(chunk, sizes["states"])
@@ -1310,11 +1296,16 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     entering, leaving = (
         call.new(batch * chunks, most * p, 1, n, dtype=call.stored) for _ in range(2)
     )
-    each = call.segment_chunks(walk, chunks, 2 * batch * most)
+    each = call.cut(walk, chunks, 2 * batch * most)
     segments = -(-chunks // each)
-    (adds, decays), (d_adds, d_decays) = (call.added_by_segments(most, segments) for _ in range(2))
+    # What segments add is of all heads at once where that takes little room next to x: a slice has
+    # too few heads to fill the card again.
+    kept = heads if (segments - 1) * 2 * n <= _ADDED_SHARE * call.length else most
+    (adds, decays), (d_adds, d_decays) = (
+        call.added(kept, segments - 1, call.stored) for _ in range(2)
+    )
     dx = call.new(*x.shape, dtype=x.dtype)
-    d_first = call.new(batch, heads, p, n)
+    d_first = call.new(0) if call.state is None else call.new(batch, heads, p, n)
     begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
     inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
 
@@ -1331,51 +1322,66 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     if shared:
         d_scores = _tiles(call.new(parts * tiles, chunk, 1, chunk), chunk, chunk)
         dB_parts, dC_parts = (call.new(parts * batch, *B.shape[1:]) for _ in range(2))
+    # One kernel walks both ways, so that what it reads must be of one type.
+    sides = (B, C) if B.dtype == C.dtype else (B.float(), C.float())
     walks = (
-        *(B_chunks, C_chunks, _tiles(x, chunk, width), _tiles(dy, chunk, width)),
         *(steps.weight, steps.since, steps.through),
         steps.sums if call.state is None else call.state,
         steps.sums if d_last is None else d_last,
         *(adds, decays, d_adds, d_decays),
-        *(_tiles(entering, width, n), _tiles(leaving, width, n), d_first),
     )
     products = (
         *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
         *(steps.step, steps.sums, steps.low, steps.spans),
-        *(steps.weight, steps.to_end, steps.since),
+        *(steps.weight, steps.to_end, steps.since, entering),
         *(_tiles(entering, block, n), _tiles(leaving, block, n), _tiles(dx, chunk, block)),
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
         *(inputs, outputs, begins, passing),
     )
+
+    def run_walks(count: int, counts: tuple[int, ...], local: bool, sizes: Tile) -> None:
+        """`count` segments of the heads that `counts` says, from the front and from the back."""
+        width = min(sizes["head_dim"], p)
+        _states(
+            (2 * batch * count * counts[3] * counts[5] * (p // width), 1, 1),
+            (
+                *(_tiles(t, chunk, n) for t in sides),
+                *(_tiles(t, chunk, width) for t in (x, dy)),
+                *walks,
+                *(_tiles(t, width, n) for t in (entering, leaving)),
+                *(d_first, *counts, chunks, segments, each, 1, kept),
+            ),
+            {
+                **call.constants,
+                "LOCAL": local,
+                "FIRST": call.state is not None,
+                "LAST": d_last is not None,
+                "BLOCK_P": width,
+                "Q": chunk,
+            },
+            sizes,
+            key,
+        )
+
+    if kept == heads:
+        run_walks(segments - 1, (heads, share, 0, groups, 0, share), True, local)
     for first_group in range(0, groups, groups_each):
         for first_head in range(0, share, heads_each):
             here = min(groups_each, groups - first_group), min(heads_each, share - first_head)
             counts = heads, share, first_group, here[0], first_head, here[1]
-            for local in (True, False):
-                programs = 2 * batch * (segments - local) * here[0] * here[1] * (p // width)
-                _states(
-                    (programs, 1, 1),
-                    (*walks, *counts, chunks, segments, each),
-                    {
-                        **call.constants,
-                        "LOCAL": local,
-                        "FIRST": call.state is not None,
-                        "LAST": d_last is not None,
-                        "BLOCK_P": width,
-                        "Q": chunk,
-                    },
-                    walk,
-                    key,
-                )
+            if kept != heads:
+                run_walks(segments - 1, counts, True, local)
+            run_walks(segments, counts, False, walk)
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
-                (*products, *counts, part_heads, parts, chunks, batch, int(first_head == 0)),
+                (*products, *counts, most, part_heads, parts, chunks, batch, int(first_head == 0)),
                 {
                     **call.constants,
                     "BLOCK_P": block,
                     "Q": chunk,
                     "SKIP": D is not None,
                     "SHARED": shared,
+                    "STAGES": sizes["stages"],
                 },
                 sizes,
                 key,
@@ -1409,7 +1415,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         key,
     )
     shares = shares.sum(1)
-    none = [call.new(0) for _ in range(3)]
+    none = [call.new(0) for _ in range(2)]
     return (
         dx,
         ddt,
@@ -1419,7 +1425,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         none[0] if D is None else shares[2].to(D.dtype, copy=True),
         dz,
         none[1] if call.bias is None else shares[1].to(call.bias.dtype, copy=True),
-        none[2] if call.state is None else d_first,
+        d_first,
     )
 
 

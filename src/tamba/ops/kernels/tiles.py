@@ -26,8 +26,8 @@ TILES: dict[str, dict[str, Tile]] = {
     "any": {
         "ssd_scan": {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_scan wide": {"chunk": 32, "head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 3},
-        "ssd_segments wide": {"head_dim": 32, "warps": 4, "stages": 1},
+        "ssd_segments": {"head_dim": 64, "per_sm": 2, "warps": 4, "stages": 3},
+        "ssd_segments wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_states": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         # `states`: percent of the room of x for the states of all chunks of the heads at hand. A
@@ -89,7 +89,11 @@ TILES: dict[str, dict[str, Tile]] = {
         "centred wide": {"width": 32, "warps": 4, "stages": 2},
     },
     "sm90": {
-        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
+        "ssd_segments": {"head_dim": 64, "per_sm": 3, "warps": 4, "stages": 3},
+        "ssd_grads half N128 P64": {
+            **{"chunk": 64, "head_dim": 64, "states": 60, "per_sm": 2},
+            **{"warps": 4, "stages": 3},
+        },
         "ssd_states half N128 P64": {"head_dim": 64, "per_sm": 1, "warps": 4, "stages": 4},
         "ssd_states half N128 P128": {"head_dim": 64, "per_sm": 2, "warps": 4, "stages": 3},
     },
