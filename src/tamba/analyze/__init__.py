@@ -227,10 +227,11 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
             "sha256": text_digest(texts),
         },
     )
-    files = files_of(found, _plan_text(found, model, settings))
+    # Scores that converted no layer hold for every form of mixer: which one, the recipe says.
+    files = files_of(found, _plan_text(found, model, settings, form=settings.converts))
     if into is not None:
         plans = transplant_plans(into, reading.replaced, found.groups)
-        files |= {f"plans/{name}.toml": plan.to_toml() for name, plan in plans.items()}
+        files |= {f"plans/{name}.toml": plan.to_toml(options=False) for name, plan in plans.items()}
     _write(out, files)
     return found
 
@@ -300,13 +301,17 @@ def _receiver(reading: Reading, donor: Checkpoint) -> int:
     return config.num_hidden_layers
 
 
-def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str | None:
+def _plan_text(
+    found: Study, model: TambaForCausalLM, settings: Settings, *, form: bool = True
+) -> str | None:
+    """`plan.toml`; `form` says in it how layers are converted."""
     if found.choice is None:
         return None
     plan = plan_of(found.choice, settings.facts(model.config), settings.convert)
     n = len(found.choice.layers)
     said = f"{found.title}: {n} of {found.n_layers} layers chosen by `{found.choice.strategy}`"
-    return f"# {' '.join(said.split())}; scores.json has the numbers.\n{plan.to_toml()}"
+    text = plan.to_toml(options=form)
+    return f"# {' '.join(said.split())}; scores.json has the numbers.\n{text}"
 
 
 def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
