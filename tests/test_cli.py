@@ -33,6 +33,9 @@ plan = ["keep 0", "convert 1"]
 """
 
 
+LONG_STAGE = ("--set", 'train=[{stage="distil", tokens=2048, lr=1e-3, length=1024}]')
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a good recipe, to stand in."""
@@ -370,6 +373,26 @@ BAD = {
         tiny_teacher,
         ["evaluate", "teacher", "--suite", "piqa", "--data", "piqa=x.jsonl"],
         ["--data piqa", "no such file: x.jsonl"],
+    ),
+    "rows beyond the positions": (
+        tiny_teacher,
+        ["run", "recipe.toml", "--out", "out", "--set", "data.length=513"],
+        ["recipe.toml: data.length", "513 is beyond the teacher's 512 positions"],
+    ),
+    "rows of a stage beyond the positions": (
+        tiny_teacher,
+        ["run", "recipe.toml", "--out", "out", *LONG_STAGE],
+        ["recipe.toml: train.0 (distil).length", "1024 is beyond the teacher's 512 positions"],
+    ),
+    "rows to analyse beyond the positions": (
+        tiny_teacher,
+        ["analyze", "recipe.toml", "--out", "out", "--set", "data.length=513"],
+        ["recipe.toml: data.length", "513 is beyond the teacher's 512 positions"],
+    ),
+    "a prompt beyond the positions": (
+        tiny_teacher,
+        ["generate", "teacher", "--raw", "-p", "a" * 512],
+        ["prompt: its 512 tokens", "the model's 512 positions"],
     ),
     "recall beyond the positions": (
         tiny_teacher,

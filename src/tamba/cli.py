@@ -89,7 +89,6 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is: family, layers, parameters, cache, memory and speed floors."""
     with _quiet_libraries():
-        from tamba.inspect import CONTEXTS
         from tamba.inspect import inspect as step
 
         if bandwidth is not None and not 0 < bandwidth < math.inf:
@@ -100,7 +99,7 @@ def inspect(
             raise UserError("--context", "is below 0", "give a number of tokens")
         found = step(
             model,
-            contexts=context or CONTEXTS,
+            contexts=context or None,
             bandwidth=None if bandwidth is None else bandwidth * 1e9,
         )
     if as_json:

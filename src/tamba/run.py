@@ -135,12 +135,14 @@ def _check_models(recipe: Recipe) -> None:
     from tamba.build import open_models, student_config
     from tamba.checkpoint import parameter_specs
     from tamba.data import check_sources
+    from tamba.text import check_lengths
     from tamba.train import check_stages
 
     for key in ("train", "texts"):
         check_sources(recipe.text_sources(key))
     teacher, donor = open_models(recipe)
     config = teacher.tamba_config
+    check_lengths(recipe, config)
     if recipe.build.plan == "analyze":
         # Which layers is not known yet; any as many show whether they can be converted at all.
         plan = check_choice(recipe, config.block_specs)

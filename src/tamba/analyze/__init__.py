@@ -44,7 +44,7 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, PlanEntry
 from tamba.plots.layers import can_draw, need_matplotlib
 from tamba.recipe import Recipe, as_recipe
-from tamba.text import prepare_text, read_text
+from tamba.text import check_lengths, prepare_text, read_text
 
 __all__ = [
     "Analysis",
@@ -143,6 +143,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     checkpoint = open_model(recipe)
     wanted = recipe.analyze
     check_choice(recipe, checkpoint.tamba_config.block_specs)
+    check_lengths(recipe, checkpoint.tamba_config)
     settings, probe = None, None
     if wanted.measures or wanted.choose:
         settings = Settings(
@@ -237,9 +238,8 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
 
 
 def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) -> None:
-    positions = config.max_position_embeddings
-    has_attention = "linear_attention" not in config.layer_types or len(set(config.layer_types)) > 1
-    if has_attention and reading.length > positions:
+    positions = config.positions
+    if positions is not None and reading.length > positions:
         raise UserError(
             "length",
             f"{reading.length} is beyond the model's {positions} positions",
