@@ -50,7 +50,7 @@ stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Number = TypeVar("Number", int, float)
-MODEL_HELP = "Checkpoint folder, GGUF file, or owner/name on the hub."
+MODEL_HELP = "Checkpoint folder, GGUF file, owner/name on the hub, or package:NAME."
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]

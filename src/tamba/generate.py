@@ -82,7 +82,8 @@ def generate(
         device: where to run it; None for a GPU if there is one.
 
     Raises:
-        UserError: an empty prompt or one beyond the model's positions, a setting that cannot be, or a checkpoint that cannot be opened.
+        UserError: an empty prompt or one beyond the model's positions, a setting that cannot be, or
+            a checkpoint that cannot be opened.
     """
     _check(prompt, new_tokens)
     Sampling(temperature, top_k, top_p)  # refuses what cannot be

@@ -596,7 +596,7 @@ class Recipe(Section):
             raise UserError(self.where(role), "there is no donor", "add a [donor] section")
         key = f"{role}.path"
         if source.path.startswith("package:"):
-            return str(_in_package(source.path.removeprefix("package:"), self.where(key)))
+            return str(in_package(source.path.removeprefix("package:"), self.where(key)))
         beside = self._file.parent / Path(source.path).expanduser()
         if not beside.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source.path):
             return source.path
@@ -783,8 +783,16 @@ def _position(items: list[Any], step: str, where: str) -> int:
     return int(step)
 
 
-def _in_package(name: str, where: str) -> Path:
-    """Weights inside an installed package, found without importing it."""
+def in_package(name: str, where: str) -> Path:
+    """Weights inside an installed package, found without importing it.
+
+    Args:
+        name: of the package, with ``/FILE`` where it holds several.
+        where: names it in messages.
+
+    Raises:
+        UserError: it is not installed, or does not hold these weights.
+    """
     package, _, inner = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
