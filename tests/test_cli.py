@@ -18,7 +18,9 @@ import tamba
 from hf_models import tiny_hf_model
 from models import tiny_config, tiny_model
 from tamba import cli
+from tamba.evaluate import SETS, SUITES
 from tamba.model.modeling import TambaForCausalLM
+from tamba.report import Chat, Layers, Perplexity, Record, write_report
 from tokens import character_tokenizer
 
 RECIPE = """
@@ -461,6 +463,41 @@ def test_bad_input_is_one_line(
         assert part in said.err
     # Nothing was begun, so nothing is left behind.
     assert sorted(str(p) for p in folder.rglob("*")) == before
+
+
+def test_a_run_says_what_came_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def done(recipe: object, out: Path, **_: object) -> Path:
+        record = Record.begin(
+            "small",
+            layers=Layers(total=30, converted=12),
+            perplexity=Perplexity(
+                student=21.24, teacher=19.73, ratio=1.0765, tokens=12249, length=512
+            ),
+            chat=[Chat(prompt="Where?", student="In Paris,\n\nFrance.", teacher="Paris.")],
+        )
+        return write_report(record, out, html=False)
+
+    monkeypatch.setattr("tamba.run.run", done)
+    assert call(monkeypatch, *RUN) == 0
+    said = capsys.readouterr()
+    assert said.out == "out/report.json\n"  # alone, for programs
+    assert said.err.splitlines() == [
+        "12 of 30 layers converted",
+        "perplexity 21.24, teacher 19.73, ratio 1.077 over 12,249 tokens",
+        "Where?",
+        "  teacher: Paris.",
+        "  student: In Paris, France.",
+    ]
+
+
+def test_suites_are_listed_without_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "evaluate", "--list") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(SUITES) + len(SETS) and said[0].startswith("ppl ")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

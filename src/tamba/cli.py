@@ -26,7 +26,7 @@ from tamba.errors import UserError
 if TYPE_CHECKING:
     from tamba.inspect import Inspection
     from tamba.recipe import Recipe
-    from tamba.report import Record
+    from tamba.report import Perplexity, Record
 
 app = typer.Typer(
     name="tamba",
@@ -274,6 +274,19 @@ def train(
         stderr.print(f"wrote {out}")
 
 
+def _list_suites(wanted: bool) -> None:
+    if not wanted:
+        return
+    with _quiet_libraries():
+        from tamba.evaluate import SETS, SUITES
+    width = max(map(len, (*SUITES, *SETS)))
+    for name, known in SUITES.items():
+        print(f"{name:<{width}} {known.about}" + (f" (reads {known.data})" if known.data else ""))
+    for name, members in SETS.items():
+        print(f"{name:<{width}} = {','.join(members)}")
+    raise typer.Exit
+
+
 @app.command()
 def evaluate(
     model: ModelName,
@@ -335,8 +348,11 @@ def evaluate(
     tokens_at_once: Annotated[
         int | None, typer.Option(help="Tokens of a batch; changes no result.", min=1)
     ] = None,
-    listing: Annotated[
-        bool, typer.Option("--list", help="List suites and sets (MODEL is not opened).")
+    _listing: Annotated[
+        bool,
+        typer.Option(
+            "--list", is_eager=True, callback=_list_suites, help="List suites and sets, and exit."
+        ),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -344,17 +360,8 @@ def evaluate(
 ) -> None:
     """Measure quality, recall, memory and speed, alone or beside the teacher."""
     with _step():
-        from tamba.evaluate import SETS, SUITES
         from tamba.evaluate import evaluate as step
 
-        if listing:
-            for name, known in SUITES.items():
-                print(
-                    f"{name:<14} {known.about}" + (f" (reads {known.data})" if known.data else "")
-                )
-            for name, members in SETS.items():
-                print(f"{name:<14} = {','.join(members)}")
-            return
         record = step(
             model,
             data or [],
@@ -514,6 +521,8 @@ def run(
         from tamba.run import run as step
 
         report = step(settings, out, force=force, report=say)
+    for line in _run_lines(report):
+        stderr.print(line, markup=False)
     stdout.print(str(report), markup=False)
 
 
@@ -656,16 +665,39 @@ def _price(text: str | None) -> tuple[float, float] | None:
     return None if text is None else (found[0], found[1])
 
 
+def _run_lines(report: Path) -> Iterator[str]:
+    """What came out of a run, for who waited for it; `report` has the rest."""
+    from tamba.report import read_record
+
+    record = read_record(report)
+    if record.layers is not None:
+        yield f"{record.layers.converted} of {record.layers.total} layers converted"
+    if record.perplexity is not None:
+        yield _perplexity_line(record.perplexity)
+    for said in record.chat:
+        yield said.prompt
+        yield from (
+            f"  {who}: {' '.join(answer.split())}"
+            for who, answer in (("teacher", said.teacher), ("student", said.student))
+            if answer is not None
+        )
+    if (page := report.with_name("report.html")).exists():
+        yield f"all of it, with plots: {page}"
+
+
+def _perplexity_line(found: Perplexity) -> str:
+    line = f"perplexity {found.student:.4g}"
+    if found.teacher is not None:
+        line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
+    return f"{line} over {found.tokens:,} tokens"
+
+
 def _evaluation_lines(record: Record) -> Iterator[str]:
     """What was found, a line a score; perplexity in one of its own."""
     from tamba.report import cell
 
     if record.perplexity is not None:
-        found = record.perplexity
-        line = f"perplexity {found.student:.4g}"
-        if found.teacher is not None:
-            line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
-        yield f"{line} over {found.tokens:,} tokens"
+        yield _perplexity_line(record.perplexity)
     for name, measured in record.suites.items():
         if name == "ppl":
             continue
