@@ -540,12 +540,20 @@ def test_our_own_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.M
         cli.main()
 
 
-def test_interrupt_is_exit_code_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_is_exit_code_130(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tamba.run.run", interrupted)
     assert call(monkeypatch, *RUN) == 130
+    said = capsys.readouterr().err
+    assert said == "tamba: interrupted; the same command goes on with what is done\n"
+    # Nothing is kept of what has nowhere to lie.
+    monkeypatch.setattr("tamba.evaluate.evaluate", interrupted)
+    assert call(monkeypatch, "evaluate", "teacher", "--suite", "speed") == 130
+    assert capsys.readouterr().err == "tamba: interrupted\n"
 
 
 def test_the_program_itself(folder: Path) -> None:

@@ -181,7 +181,7 @@ def analyze(
                     "is for a model, and a recipe says itself what to measure",
                     "change the recipe with --set, e.g. --set analyze.convert=8",
                 )
-    with _step():
+    with _step(goes_on=True):
         from tamba.analyze import PYTHON_DOCS, Reading, Settings
         from tamba.analyze import analyze as step
         from tamba.analyze.choice import Budget
@@ -265,7 +265,7 @@ def train(
 ) -> None:
     """Repair the student by the recipe's stages, or by some of them."""
     settings = _read(recipe, overrides)
-    with _step():
+    with _step(goes_on=True):
         from tamba.progress import leads
         from tamba.train import train as step
 
@@ -359,7 +359,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure quality, recall, memory and speed, alone or beside the teacher."""
-    with _step():
+    with _step(goes_on=out is not None):
         from tamba.evaluate import evaluate as step
 
         record = step(
@@ -472,7 +472,7 @@ def generate_data(
     as_json: AsJson = False,
 ) -> None:
     """Let a model answer prompts: training data for its student. Goes on where it was cut off."""
-    with _step():
+    with _step(goes_on=True):
         from tamba.generate_data import generate_data as step
 
         written = step(
@@ -517,7 +517,7 @@ def run(
             case _:
                 stderr.print(f"[dim]{step} took {what}[/dim]")
 
-    with _step():
+    with _step(goes_on=True):
         from tamba.run import run as step
 
         report = step(settings, out, force=force, report=say)
@@ -735,13 +735,19 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _step() -> Iterator[None]:
-    """Quiet libraries, and progress on stderr."""
+def _step(*, goes_on: bool = False) -> Iterator[None]:
+    """Quiet libraries, and progress on stderr; `goes_on`, after an interrupt, where it was."""
     with _quiet_libraries():
-        from tamba.progress import shown
+        from tamba.progress import leads, shown
 
-        with shown(stderr):
-            yield
+        try:
+            with shown(stderr):
+                yield
+        except KeyboardInterrupt:
+            if leads():
+                more = "; the same command goes on with what is done" if goes_on else ""
+                stderr.print(f"tamba: interrupted{more}")
+            raise
 
 
 def _show_inspection(found: Inspection) -> None:
