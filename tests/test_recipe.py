@@ -263,6 +263,18 @@ def test_weights_inside_a_package(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert recipe.model_path("teacher").endswith("other.gguf")
 
 
+def test_a_file_of_the_working_folder_is_told_from_the_recipes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder / "here"
+    here.mkdir()
+    (here / "mine.txt").write_text("text")
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError) as told:
+        read_recipe(folder / "recipe.toml", ['data.train=["mine.txt"]'])
+    assert told.value.remedy == f"paths count from the recipe's folder; write '{here / 'mine.txt'}'"
+
+
 def test_hub_names_are_left_alone(folder: Path) -> None:
     assert (
         read(folder, '"teacher"', '"owner/model-1.4b"').model_path("teacher") == "owner/model-1.4b"

@@ -582,6 +582,9 @@ class Recipe(Section):
         found = self._file.parent / Path(path).expanduser()
         if not found.exists():
             hint = nearest_file(found) or "paths count from the recipe's folder"
+            # Typed after --set, perhaps, where a shell would have meant this folder.
+            if (here := Path(path).expanduser().absolute()).exists():
+                hint = f"paths count from the recipe's folder; write '{here}'"
             raise UserError(self.where(key), f"no such file or folder: '{path}'", hint)
         return found
 

@@ -261,7 +261,7 @@ def _figure(height: float) -> Figure:
 
 def _title(figure: Figure, title: str) -> None:
     top = 1 - 0.1 / figure.get_figheight()
-    # The widest font here takes 0.63 of its size a letter: long titles are set smaller, not cut off.
+    # The widest font takes 0.63 of its size a letter: long titles are set smaller, not cut off.
     size = min(11, 0.95 * _WIDTH * 72 / (0.63 * len(title)))
     figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=size, fontweight="semibold")
 
