@@ -75,6 +75,10 @@ def nothing(folder: Path) -> None:
     pass
 
 
+def wordless_teacher(folder: Path) -> None:
+    tiny_model(["mamba2", "attention"]).save_pretrained(folder / "teacher")
+
+
 def tiny_teacher(folder: Path) -> None:
     model = tiny_model(["mamba2", "attention"], max_position_embeddings=512)
     model.save_pretrained(folder / "teacher")
@@ -295,6 +299,7 @@ BAD = {
     "missing model": (nothing, ["inspect", "./nowhere"], ["nowhere", "no such"]),
     "no hub": (nothing, ["inspect", "owner/model"], ["owner/model", "hub cannot be reached"]),
     "folder without a model": (nothing, ["inspect", "teacher"], ["teacher", "no config.json"]),
+    "no tokenizer": (wordless_teacher, ANSWER, ["teacher: has no tokenizer", "tokenizer.json"]),
     "truncated weights": (truncated, ANSWER, ["model.safetensors", "fetch"]),
     "damaged header": (damaged, ANSWER, ["model.safetensors"]),
     "not a GGUF": (write("m.gguf", "GGUF"), ["inspect", "m.gguf"], ["m.gguf"]),

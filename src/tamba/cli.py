@@ -728,8 +728,10 @@ def _quiet_libraries() -> Iterator[None]:
     """Keep what libraries would print out of the output; errors still come as errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
     transformers.logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # every try of a hub that cannot be reached
     transformers.logging.disable_progress_bar()
     yield
 

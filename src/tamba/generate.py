@@ -92,7 +92,10 @@ def generate(
     if isinstance(model, str | Path):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load(str(model), dtype=dtype, device=device)
+        place = str(model)
+        model, tokenizer = load(place, dtype=dtype, device=device)
+        if tokenizer is None:
+            raise UserError(place, "has no tokenizer", "put tokenizer.json beside the weights")
     if tokenizer is None:
         raise UserError("generate", "has no tokenizer", "pass the one that belongs to the model")
     ids, mask = _encode(tokenizer, prompt, chat, system)

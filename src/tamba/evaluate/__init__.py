@@ -170,7 +170,9 @@ def evaluate(
     if out is not None:
         report.write_report(record, out)
     for name, error in problems.items():
-        raise UserError(f"suite {name}: {error.where}", error.problem, error.remedy)
+        suite_name = f"suite {name}"
+        where = error.where if error.where == suite_name else f"{suite_name}: {error.where}"
+        raise UserError(where, error.problem, error.remedy)
     return record
 
 
