@@ -410,6 +410,28 @@ def test_a_stage_of_one_step_is_seen():
         assert label.get_window_extent().x0 >= 0
 
 
+def test_words_beside_the_training_curves_do_not_meet():
+    # The stages of the demo.
+    stages = {"least_squares 1": [16384], "align": [1024, 49152], "least_squares 2": [12288]}
+    stages["distil"] = [2048, 16384]
+    points = [
+        LossPoint(stage=name, tokens=tokens, loss=0.4)
+        for name, at in stages.items()
+        for tokens in at
+    ]
+    figure = drawn(Record.begin("x", training=points))["training"]
+    assert len(figure.axes) == 4
+    words = []
+    for axes in figure.axes:
+        words.append(axes._left_title.get_window_extent())
+        for along, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            for at, text in zip(along.get_ticklocs(), along.get_ticklabels(), strict=True):
+                if low <= at <= high:
+                    words.append(text.get_window_extent())
+    assert len(words) > 16
+    assert not any(a.overlaps(b) for i, a in enumerate(words) for b in words[:i])
+
+
 def test_words_can_be_read_in_either_theme():
     def luminance(color):
         parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]

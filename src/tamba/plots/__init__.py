@@ -448,12 +448,17 @@ def _training(record: Record, top: float) -> Figure | None:
     stages = list(dict.fromkeys(p.stage for p in record.training))
     if not stages:
         return None
-    figure = _figure(2.85 + top)
-    left, gap = 0.56, 0.54
-    width = (4.45 - left - gap * (len(stages) - 1)) / len(stages)
+    # Two beside each other at most, so that numbers have room on a phone.
+    columns = min(len(stages), 2)
+    rows = math.ceil(len(stages) / columns)
+    left, gap, height, step = 0.56, 0.54, (1.98 if rows == 1 else 1.3), 2.15
+    figure = _figure(0.87 + height + (rows - 1) * step + top)
+    width = (4.45 - left - gap * (columns - 1)) / columns
     words = []
     for i, stage in enumerate(stages):
-        ax = _place(figure, left + i * (width + gap), 0.5, width, 1.98)
+        row, column = divmod(i, columns)
+        bottom = 0.5 + (rows - 1 - row) * step
+        ax = _place(figure, left + column * (width + gap), bottom, width, height)
         line = [p for p in record.training if p.stage == stage]
         x, y = [p.tokens for p in line], [p.loss for p in line]
         words.append(f"{stage}: from {y[0]:.3g} to {y[-1]:.3g} in {x[-1]:,} tokens")
@@ -475,7 +480,6 @@ def _training(record: Record, top: float) -> Figure | None:
             ax.xaxis.set_major_locator(FixedLocator(x))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
         ax.margins(x=0.02)
-        ax.tick_params(labelsize=10 if len(stages) < 3 else 8.5)
         ax.set_xlabel("tokens")
     figure.set_label("Training loss. " + "; ".join(words))
     return figure
