@@ -43,7 +43,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tamba.ops.kernels.tiles import Tile, multiprocessors, tile
+from tamba.ops.kernels import ssd_hopper
+from tamba.ops.kernels.tiles import Tile, architecture, multiprocessors, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below this a decay is 0 in float32, subnormal numbers aside.
@@ -116,6 +117,11 @@ def _put(tiles, row, start, column, values, ROWS: tl.constexpr, COLUMNS: tl.cons
 # --- step sizes
 
 
+@triton.jit
+def _later(a, b):
+    return tl.maximum(a, b)
+
+
 _STEP_ARGUMENTS = [
     *("dt_ptr", "A_ptr", "bias_ptr", "starts_ptr", "padding_ptr", "out_ptr"),
     *("length", "heads", "chunks"),
@@ -161,7 +167,8 @@ def _steps_kernel(
     """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
     With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
-    `since` and no `columns`.
+    `since` and no `columns`. What lies at `span_ptr` is the number of a token's span there, and for
+    a forward pass the token of the chunk at which its span begins, or -1 where that is before it.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -200,7 +207,11 @@ def _steps_kernel(
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
     if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
-    tl.store(span_ptr + out, spans, mask=stored)
+    if GRADIENT:
+        tl.store(span_ptr + out, spans, mask=stored)
+    else:
+        at = tl.where(opens, tl.arange(0, Q)[:, None], -1)
+        tl.store(span_ptr + out, tl.associative_scan(at, 0, _later), mask=stored)
     last = (tl.arange(0, Q) == Q - 1)[:, None]
     sum_end = tl.sum(tl.where(last, sums, 0.0), axis=0)
     span_end = tl.sum(tl.where(last, spans, 0), axis=0)
@@ -494,7 +505,7 @@ def _scan_kernel(
     sum_ptr,
     low_ptr,
     column_ptr,
-    span_ptr,
+    origin_ptr,
     first_ptr,
     local_ptr,
     local_decay_ptr,
@@ -555,31 +566,21 @@ def _scan_kernel(
         x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
         sums = tl.load(sum_ptr + at)
         columns = tl.load(column_ptr + at)
-        spans = tl.load(span_ptr + at)
+        origins = tl.load(origin_ptr + at)
         sum_end = tl.load(sum_ptr + steps + start + Q - 1)
-        span_end = tl.load(span_ptr + steps + start + Q - 1)
+        origin_end = tl.load(origin_ptr + steps + start + Q - 1)
 
         scores = _dot(C, tl.trans(B), DOT, PRECISION)
         if not FOLDED:
             scores *= columns[None, :]
-        causal = q[:, None] >= q[None, :]
         begins = columns if FOLDED else sums
-        if span_end == 0:  # one span only, as in most chunks
-            decays = tl.where(
-                causal,
-                _decay(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
-                0.0,
-            )
-        else:
-            decays = _decays(
-                *(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
-                *(tl.load(span_ptr + at[:, None]), tl.load(span_ptr + at[None, :]), causal),
-            )
-        scores *= decays
+        live = (q[:, None] >= q[None, :]) & (q[None, :] >= origins[:, None])
+        decays = _decay(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :])
+        scores *= tl.where(live, decays, 0.0)
         if SKIP:
             scores = tl.where(q[:, None] == q[None, :], scores + D, scores)
         y = _dot(C, state, DOT, PRECISION)
-        y *= tl.where(spans == 0, tl.exp2(sums), 0.0)[:, None]
+        y *= tl.where(origins < 0, tl.exp2(sums), 0.0)[:, None]
         y = tl.dot(scores.to(DOT), x.to(DOT), y, input_precision=PRECISION)
         if KEEP:
             _put(before_tiles, row, start, column, y, Q, BLOCK_P)
@@ -591,8 +592,8 @@ def _scan_kernel(
             weight = tl.exp2(sum_end - columns)
         else:
             weight = _decay(sum_end, sums, low_ptr, steps + start + Q - 1, at) * columns
-        weight = tl.where(spans == span_end, weight, 0.0)
-        through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
+        weight = tl.where(q >= origin_end, weight, 0.0)
+        through = tl.where(origin_end < 0, tl.exp2(sum_end), 0.0)
         state = tl.dot(
             tl.trans(B).to(DOT),
             (x.to(tl.float32) * weight[:, None]).to(DOT),
@@ -1026,6 +1027,7 @@ _steps = _Launcher(_steps_kernel)
 _segments = _Launcher(_segments_kernel)
 _states = _Launcher(_states_kernel)
 _scan = _Launcher(_scan_kernel)
+_hopper_scan = _Launcher(ssd_hopper._scan_kernel)
 _ungate = _Launcher(_ungate_kernel)
 _grads = _Launcher(_grads_kernel)
 _sums = _Launcher(_sums_kernel)
@@ -1239,6 +1241,22 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = call.new(*x.shape, dtype=x.dtype)
     before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
     last = call.new(call.batch, heads, call.head_dim, n)
+    import os
+    if z is None and not call.wide and block == 64 and n in (64, 128) and chunk == 64 and architecture(call.device) == "sm90" and not os.environ.get("NO_HOPPER"):
+        ht = ssd_hopper.tiles
+        _hopper_scan(
+            (lanes * segments * (call.head_dim // block), 1, 1),
+            (
+                *(ht(x, chunk, block), ht(B, chunk, n), ht(C, chunk, n), x if D is None else D),
+                *(steps.sums, steps.columns, steps.spans, steps.weight, steps.through),
+                *(last if state is None else state, adds, decays, ht(y, chunk, block), last),
+                *(heads, call.share, *counts),
+            ),
+            {"SKIP": D is not None, "FIRST": state is not None, "N": n, "P": call.head_dim, "BLOCK_P": block, "Q": chunk, "STAGES": 2},
+            {"warps": 4, "stages": 2},
+            call.key,
+        )
+        return y, last, before
     y_tiles = _tiles(y, chunk, block)
     _scan(
         (lanes * segments * (call.head_dim // block), 1, 1),
