@@ -1027,7 +1027,7 @@ _steps = _Launcher(_steps_kernel)
 _segments = _Launcher(_segments_kernel)
 _states = _Launcher(_states_kernel)
 _scan = _Launcher(_scan_kernel)
-_hopper_scan = _Launcher(ssd_hopper._scan_kernel)
+_hopper_scan = _Launcher(ssd_hopper.scan_kernel)
 _ungate = _Launcher(_ungate_kernel)
 _grads = _Launcher(_grads_kernel)
 _sums = _Launcher(_sums_kernel)
@@ -1087,6 +1087,12 @@ class Call:
             "DOT": tl.float32 if self.wide or interpreted else tl.bfloat16,
             "PRECISION": precision if self.wide and not interpreted else "ieee",
         }
+
+    @property
+    def hopper(self) -> bool:
+        """Whether what is written for Hopper cards takes these."""
+        dtypes = {t.dtype for t in (self.x, self.B, self.C, self.z) if t is not None}
+        return dtypes == {torch.bfloat16} and architecture(self.device) == "sm90"
 
     def sizes(self, operation: str, *cases: str) -> Tile:
         kind = "wide" if self.wide else "half"
@@ -1241,43 +1247,33 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = call.new(*x.shape, dtype=x.dtype)
     before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
     last = call.new(call.batch, heads, call.head_dim, n)
-    import os
-    if z is None and not call.wide and block == 64 and n in (64, 128) and chunk == 64 and architecture(call.device) == "sm90" and not os.environ.get("NO_HOPPER"):
-        ht = ssd_hopper.tiles
-        _hopper_scan(
-            (lanes * segments * (call.head_dim // block), 1, 1),
-            (
-                *(ht(x, chunk, block), ht(B, chunk, n), ht(C, chunk, n), x if D is None else D),
-                *(steps.sums, steps.columns, steps.spans, steps.weight, steps.through),
-                *(last if state is None else state, adds, decays, ht(y, chunk, block), last),
-                *(heads, call.share, *counts),
-            ),
-            {"SKIP": D is not None, "FIRST": state is not None, "N": n, "P": call.head_dim, "BLOCK_P": block, "Q": chunk, "STAGES": 2},
-            {"warps": 4, "stages": 2},
-            call.key,
-        )
-        return y, last, before
-    y_tiles = _tiles(y, chunk, block)
-    _scan(
+    hopper = block == 64 and n >= 64 and chunk == 64 and call.hopper
+    run, make = (_hopper_scan, ssd_hopper.tiles) if hopper else (_scan, _tiles)
+    x_tiles, y_tiles = make(x, chunk, block), make(y, chunk, block)
+    constants: dict[str, object] = {
+        "SKIP": D is not None,
+        "GATE": z is not None,
+        "KEEP": keep,
+        "FIRST": state is not None,
+        "BLOCK_P": block,
+        "Q": chunk,
+    }
+    if hopper:
+        constants |= {"N": n, "P": call.head_dim, "STAGES": sizes["stages"]}
+        numbers = steps.sums, steps.columns, steps.spans, steps.weight, steps.through
+    else:
+        constants |= {**call.constants, "FOLDED": not call.wide}
+        numbers = steps.sums, steps.low, steps.columns, steps.spans
+    run(
         (lanes * segments * (call.head_dim // block), 1, 1),
         (
-            *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
-            x_tiles if z is None else _tiles(z, chunk, block),
-            *(steps.sums, steps.low, steps.columns, steps.spans),
+            *(x_tiles, make(B, chunk, n), make(C, chunk, n), x if D is None else D),
+            *(x_tiles if z is None else make(z, chunk, block), *numbers),
             *(last if state is None else state, adds, decays, y_tiles),
-            *(_tiles(before, chunk, block) if keep else y_tiles, last),
+            *(make(before, chunk, block) if keep else y_tiles, last),
             *(heads, call.share, *counts),
         ),
-        {
-            **call.constants,
-            "SKIP": D is not None,
-            "GATE": z is not None,
-            "KEEP": keep,
-            "FIRST": state is not None,
-            "BLOCK_P": block,
-            "Q": chunk,
-            "FOLDED": not call.wide,
-        },
+        constants,
         sizes,
         call.key,
     )

@@ -1,14 +1,24 @@
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 """SSD's outputs on a Hopper card, in Gluon: what Triton's own pipelining does not overlap.
 
-A program walks the chunks of a segment of one head, as in `ssd`, and says itself when tiles are
-asked for, when products begin and when they are waited for.
+As in `ssd` a program walks the chunks of one head in a segment of the sequence, the state in
+registers. Here it says itself when tiles are asked for, when products begin, and when either is
+waited for (in Triton, `docs/performance-ssd.md`, a chunk is a chain of waits):
+
+- Tiles of two chunks are held; those of the next but one are asked for as soon as a chunk is done.
+- C Bᵀ and C times the state run while decays are computed, and the state's product while y is
+  written. What each adds to the state is a product of its own, added in registers that no product
+  writes: ptxas would wait for all products before such registers are touched.
+- Three barriers a chunk.
+
+Gluon is a part of Triton, which its interpreter does not know; `tests/gluon_interpreter.py` does.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,7 +29,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from torch import Tensor
 
 
 @gluon.jit
@@ -33,21 +42,54 @@ def _expect(tiles, bar, pred):
         *("heads", "share", "chunks", "segments", "span_chunks", "pieces"),
     ]
 )
-def _scan_kernel(
-    x_tiles, B_tiles, C_tiles, D_ptr,
-    sum_ptr, column_ptr, origin_ptr, weight_ptr, through_ptr,
-    first_ptr, local_ptr, local_decay_ptr, y_tiles, last_ptr,
-    heads, share, chunks, segments, span_chunks, pieces,
-    SKIP: gl.constexpr, FIRST: gl.constexpr, N: gl.constexpr, P: gl.constexpr,
-    BLOCK_P: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+def scan_kernel(
+    x_tiles,
+    B_tiles,
+    C_tiles,
+    D_ptr,
+    z_tiles,
+    sum_ptr,
+    column_ptr,
+    origin_ptr,
+    weight_ptr,
+    through_ptr,
+    first_ptr,
+    local_ptr,
+    local_decay_ptr,
+    y_tiles,
+    before_tiles,
+    last_ptr,
+    heads,
+    share,
+    chunks,
+    segments,
+    span_chunks,
+    pieces,
+    SKIP: gl.constexpr,
+    GATE: gl.constexpr,
+    KEEP: gl.constexpr,
+    FIRST: gl.constexpr,
+    N: gl.constexpr,
+    P: gl.constexpr,
+    BLOCK_P: gl.constexpr,
+    Q: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
+    """Outputs of one head (or part of its channels) in one segment, chunk after chunk; bfloat16.
+
+    As `ssd._scan_kernel`. Names that end in `_` are products under way.
+    """
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q, 16])
     of_y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_P, 16])
     of_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     left_y: gl.constexpr = gl.DotOperandLayout(0, of_y, 2)
     left_state: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
+    rows: gl.constexpr = gl.SliceLayout(1, of_scores)
+    columns: gl.constexpr = gl.SliceLayout(0, of_scores)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    of_barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    of_kept: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_P, N], gl.bfloat16)
 
     blocks: gl.constexpr = P // BLOCK_P
     pid = gl.program_id(0)
@@ -66,49 +108,63 @@ def _scan_kernel(
     Bs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, N], B_tiles.layout)
     Cs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, N], C_tiles.layout)
     ys = gl.allocate_shared_memory(gl.bfloat16, [1, Q, BLOCK_P], y_tiles.layout)
-    kept_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_P, N], gl.bfloat16)
-    kept = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_P, N], kept_layout)
+    kept = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_P, N], of_kept)
+    # Of one allocation each: of views of one it is not known that they do not overlap.
     sums_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
-    columns_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
+    begins_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
     weights_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
     origins_at = gl.allocate_shared_memory(gl.int32, [Q], flat)
-    x_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    B_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    C_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
+    B_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
+    C_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
+    z_bar = gl.allocate_shared_memory(gl.int64, [1], of_barrier)
     for i in gl.static_range(STAGES):
         mbarrier.init(x_bars.index(i), count=1)
         mbarrier.init(B_bars.index(i), count=1)
         mbarrier.init(C_bars.index(i), count=1)
+    mbarrier.init(z_bar, count=1)
     fence_async_shared()
     gl.thread_barrier()
     for i in gl.static_range(STAGES):
         _expect(x_tiles, x_bars.index(i), i < count)
         _expect(B_tiles, B_bars.index(i), i < count)
         _expect(C_tiles, C_bars.index(i), i < count)
+    if GATE:
+        _expect(z_tiles, z_bar, count > 0)
     gl.thread_barrier()
     for i in gl.static_range(STAGES):
         start = (begin + i) * Q
-        tma.async_copy_global_to_shared(C_tiles, [row, start, group], C_bars.index(i), Cs.index(i), pred=i < count)
-        tma.async_copy_global_to_shared(B_tiles, [row, start, group], B_bars.index(i), Bs.index(i), pred=i < count)
-        tma.async_copy_global_to_shared(x_tiles, [row, start, column], x_bars.index(i), xs.index(i), pred=i < count)
+        there = i < count
+        tma.async_copy_global_to_shared(
+            C_tiles, [row, start, group], C_bars.index(i), Cs.index(i), pred=there
+        )
+        tma.async_copy_global_to_shared(
+            B_tiles, [row, start, group], B_bars.index(i), Bs.index(i), pred=there
+        )
+        tma.async_copy_global_to_shared(
+            x_tiles, [row, start, column], x_bars.index(i), xs.index(i), pred=there
+        )
+    if GATE:  # z lies where y will
+        tma.async_copy_global_to_shared(
+            z_tiles, [row, begin * Q, column], z_bar, ys, pred=count > 0
+        )
 
-    # The state before this segment.
     p = block * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, of_state))
     n = gl.arange(0, N, gl.SliceLayout(0, of_state))
     inner = p[:, None] * N + n[None, :]
     state = gl.zeros([BLOCK_P, N], gl.float32, of_state)
     if FIRST:
         state += gl.load(first_ptr + lane * (N * P) + inner)
-    j = lane * (segments - 1) * pieces
+    added_at = lane * (segments - 1) * pieces
     for i in range(0, segment * pieces):
-        added = gl.load(local_ptr + (j + i) * (N * P) + inner).to(gl.float32)
-        state = state * gl.load(local_decay_ptr + j + i) + added
+        added = gl.load(local_ptr + (added_at + i) * (N * P) + inner)
+        state = state * gl.load(local_decay_ptr + added_at + i) + added
 
     q = gl.arange(0, Q, line)
     steps = lane * (chunks * Q)
     at = steps + begin * Q + q
     sums_at.store(gl.load(sum_ptr + at))
-    columns_at.store(gl.load(column_ptr + at))
+    begins_at.store(gl.load(column_ptr + at))
     weights_at.store(gl.load(weight_ptr + at))
     origins_at.store(gl.load(origin_ptr + at))
     through = gl.load(through_ptr + lane * chunks + begin)
@@ -118,10 +174,8 @@ def _scan_kernel(
     fence_async_shared()
     gl.thread_barrier()
 
-    rows: gl.constexpr = gl.SliceLayout(1, of_scores)
-    columns_: gl.constexpr = gl.SliceLayout(0, of_scores)
-    u = gl.arange(0, Q, rows)
-    s = gl.arange(0, Q, columns_)[None, :]
+    u = gl.arange(0, Q, rows)[:, None]
+    s = gl.arange(0, Q, columns)[None, :]
     for i in range(0, count):
         stage = i % STAGES
         phase = (i // STAGES) & 1
@@ -129,7 +183,7 @@ def _scan_kernel(
         following = gl.minimum(begin + i + 1, chunks - 1)
         at = steps + following * Q + q
         next_sums = gl.load(sum_ptr + at)
-        next_columns = gl.load(column_ptr + at)
+        next_begins = gl.load(column_ptr + at)
         next_weights = gl.load(weight_ptr + at)
         next_origins = gl.load(origin_ptr + at)
         next_through = gl.load(through_ptr + lane * chunks + following)
@@ -137,68 +191,101 @@ def _scan_kernel(
         x = xs.index(stage).reshape([Q, BLOCK_P])
         B = Bs.index(stage).reshape([Q, N])
         C = Cs.index(stage).reshape([Q, N])
+        # All waits before the first product: between products no branch may be.
         mbarrier.wait(C_bars.index(stage), phase)
         mbarrier.wait(B_bars.index(stage), phase)
         mbarrier.wait(x_bars.index(stage), phase)
-        scores_ = warpgroup_mma(C, B.permute((1, 0)), gl.zeros([Q, Q], gl.float32, of_scores), use_acc=False, is_async=True)
-        y_ = warpgroup_mma(C, kept.permute((1, 0)), gl.zeros([Q, BLOCK_P], gl.float32, of_y), use_acc=False, is_async=True)
+        if GATE:
+            mbarrier.wait(z_bar, i & 1)
+        nothing = gl.zeros([Q, Q], gl.float32, of_scores)
+        scores_ = warpgroup_mma(C, B.permute((1, 0)), nothing, use_acc=False, is_async=True)
+        nothing = gl.zeros([Q, BLOCK_P], gl.float32, of_y)
+        y_ = warpgroup_mma(C, kept.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
         sums = sums_at.load(rows)
         origins = origins_at.load(rows)
-        begins = columns_at.load(columns_)
-        # Paths begin at `origin` or later, and at `u` or earlier.
-        live = (s - origins[:, None]).to(gl.uint32, bitcast=True) <= (u - origins).to(gl.uint32, bitcast=True)[:, None]
-        decays = gl.exp2(gl.where(live, sums[:, None] - begins[None, :], float("-inf")))
+        live = (s >= origins[:, None]) & (s <= u)
+        between = sums[:, None] - begins_at.load(columns)[None, :]
+        decays = gl.exp2(gl.where(live, between, float("-inf")))
         since = gl.where(origins < 0, gl.exp2(sums), 0.0)
         weights = weights_at.load(gl.SliceLayout(0, left_state))
         weighted = x.permute((1, 0)).load(left_state).to(gl.float32) * weights[None, :]
         weighted = weighted.to(gl.bfloat16)
 
-        scores = warpgroup_mma_wait(1, [scores_])
-        scores = scores * decays
+        scores = warpgroup_mma_wait(1, [scores_]) * decays
         if SKIP:
-            scores = gl.where(u[:, None] == s, scores + D, scores)
+            scores = gl.where(u == s, scores + D, scores)
         scores = gl.convert_layout(scores.to(gl.bfloat16), left_y)
         y = warpgroup_mma_wait(0, [y_])
         y = y * gl.convert_layout(since, gl.SliceLayout(1, of_y))[:, None]
         y_ = warpgroup_mma(scores, x, y, is_async=True)
-        added_ = warpgroup_mma(weighted, B, gl.zeros([BLOCK_P, N], gl.float32, of_state), use_acc=False, is_async=True)
+        nothing = gl.zeros([BLOCK_P, N], gl.float32, of_state)
+        added_ = warpgroup_mma(weighted, B, nothing, use_acc=False, is_async=True)
         y = warpgroup_mma_wait(1, [y_])
-        ys.reshape([Q, BLOCK_P]).store(y.to(gl.bfloat16))
+        start = (begin + i) * Q
+        staged = ys.reshape([Q, BLOCK_P])
+        if GATE:
+            z = staged.load(of_y).to(gl.float32)
+            gl.thread_barrier()
+            if KEEP:
+                staged.store(y.to(gl.bfloat16))
+                fence_async_shared()
+                gl.thread_barrier()
+                tma.async_copy_shared_to_global(before_tiles, [row, start, column], ys)
+                tma.store_wait(0)
+                gl.thread_barrier()
+            y = y * (z / (1.0 + gl.exp2(-1.4426950408889634 * z)))
+        staged.store(y.to(gl.bfloat16))
         fence_async_shared()
         gl.thread_barrier()
-        tma.async_copy_shared_to_global(y_tiles, [row, (begin + i) * Q, column], ys)
+        tma.async_copy_shared_to_global(y_tiles, [row, start, column], ys)
         state = state * through + warpgroup_mma_wait(0, [added_])
-        kept.store(state.to(gl.bfloat16))
         through = next_through
+        kept.store(state.to(gl.bfloat16))
         sums_at.store(next_sums)
-        columns_at.store(next_columns)
+        begins_at.store(next_begins)
         weights_at.store(next_weights)
         origins_at.store(next_origins)
         more = i + STAGES < count
         _expect(C_tiles, C_bars.index(stage), more)
         _expect(B_tiles, B_bars.index(stage), more)
         _expect(x_tiles, x_bars.index(stage), more)
+        if GATE:
+            _expect(z_tiles, z_bar, i + 1 < count)
         tma.store_wait(0)
         fence_async_shared()
         gl.thread_barrier()
         start = (begin + i + STAGES) * Q
-        tma.async_copy_global_to_shared(C_tiles, [row, start, group], C_bars.index(stage), Cs.index(stage), pred=more)
-        tma.async_copy_global_to_shared(B_tiles, [row, start, group], B_bars.index(stage), Bs.index(stage), pred=more)
-        tma.async_copy_global_to_shared(x_tiles, [row, start, column], x_bars.index(stage), xs.index(stage), pred=more)
+        tma.async_copy_global_to_shared(
+            C_tiles, [row, start, group], C_bars.index(stage), Cs.index(stage), pred=more
+        )
+        tma.async_copy_global_to_shared(
+            B_tiles, [row, start, group], B_bars.index(stage), Bs.index(stage), pred=more
+        )
+        tma.async_copy_global_to_shared(
+            x_tiles, [row, start, column], x_bars.index(stage), xs.index(stage), pred=more
+        )
+        if GATE:
+            tma.async_copy_global_to_shared(
+                z_tiles, [row, (begin + i + 1) * Q, column], z_bar, ys, pred=i + 1 < count
+            )
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(x_bars.index(i))
         mbarrier.invalidate(B_bars.index(i))
         mbarrier.invalidate(C_bars.index(i))
+    mbarrier.invalidate(z_bar)
     if segment == segments - 1:
         gl.store(last_ptr + lane * (N * P) + inner, state)
 
 
 def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """A [B, T, I, J] tensor in bfloat16 as [B, T, I J], to be read in tiles of one sequence."""
+    """A [B, T, I, J] tensor in bfloat16 as [B, T, I J], to be read in tiles of one sequence.
+
+    Made without the checks of its class, as `ssd._tiles`.
+    """
     batch, length, heads, width = tensor.shape
     strides = tensor.stride()
-    made = object.__new__(TensorDescriptor)
+    made: TensorDescriptor = object.__new__(TensorDescriptor)
     made.base = tensor
     made.shape = [batch, length, heads * width]
     made.strides = [strides[0], strides[1], 1]
@@ -209,5 +296,5 @@ def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @cache
-def _layout(rows, columns):
+def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, rows, columns], gl.bfloat16)

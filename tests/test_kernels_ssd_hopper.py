@@ -1,0 +1,107 @@
+"""SSD's kernels for Hopper cards: their Python against the recurrence in float64, and what they
+become on such a card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gluon_interpreter
+import interpreter
+from compare import assert_same
+from ops_cases import Arguments
+from tamba.ops import ssd
+from tamba.ops.kernels import ssd as module
+from tamba.ops.kernels import ssd_hopper, tiles
+from test_kernels_ssd import arguments, truth
+
+kernels = interpreter.kernels
+pytestmark = [
+    pytest.mark.usefixtures("kernels"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernels themselves run"),
+]
+
+
+class _Run:
+    """In place of a launcher."""
+
+    def __init__(self, kernel: Any, late: bool) -> None:
+        self.kernel, self.late, self.programs = kernel, late, 0
+
+    def __call__(
+        self, grid: tuple[int, int, int], given: Any, constants: Any, sizes: Any, key: Any
+    ) -> None:
+        self.programs += grid[0]
+        gluon_interpreter.launch(
+            self.kernel, grid[0], *map(_given, given), late=self.late, **constants
+        )
+
+
+def _given(value: Any) -> Any:
+    if hasattr(value, "block_shape"):
+        base = value.base.detach()
+        whole = torch.as_strided(base, value.shape, value.strides, base.storage_offset())
+        return gluon_interpreter.Tiles(whole, value.block_shape)
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+@pytest.fixture(params=[True, False], ids=["late", "early"])
+def scans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Run]:
+    """A card of four multiprocessors, so that sequences are cut."""
+    run = _Run(ssd_hopper.scan_kernel, request.param)
+    monkeypatch.setattr(module, "_hopper_scan", run)
+    monkeypatch.setattr(module, "architecture", lambda device: "sm90")
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
+    sizes = {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2}
+    with tiles.using({"ssd_scan": sizes, "ssd_segments": {**sizes, "per_sm": 3}}):
+        yield run
+    assert run.programs
+
+
+def agree(made: Arguments) -> None:
+    exact = made.to(torch.float64)
+    with torch.no_grad():
+        found, want = made.call(ssd), exact.call(truth)
+    for name, a, b in zip(("y", "last"), found, want, strict=True):
+        assert_same(a, b, "half", name)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"length": 450},
+        {"length": 450, "gate": False, "starts": True},
+        {"length": 64, "padding": True, "batch": 2},
+        {"length": 130, "head_dim": 128, "d_state": 64, "heads": 4, "groups": 2, "starts": True},
+        {"length": 1, "batch": 3, "state": False},
+    ],
+    ids=lambda given: ", ".join(f"{k} {v}" for k, v in given.items()),
+)
+def test_agrees_with_float64(given: dict[str, Any], scans: _Run) -> None:
+    agree(arguments(**{"head_dim": 64, "d_state": 128, "dtype": torch.bfloat16} | given))
+
+
+def test_large_and_tiny_steps(scans: _Run) -> None:
+    made = arguments(200, head_dim=64, d_state=128, dtype=torch.bfloat16)
+    for low, high in ((-9.0, -4.0), (0.0, 8.0)):
+        made.tensors["dt"] = torch.linspace(low, high, 400).view(1, 200, 2)
+        agree(made)
+
+
+def test_what_a_backward_pass_needs_is_kept(scans: _Run) -> None:
+    """With a gate y before it is written too."""
+    made = arguments(150, head_dim=64, d_state=64, dtype=torch.bfloat16)
+    exact = made.to(torch.float64)
+    y, _ = made.call(ssd)
+    want, _ = exact.call(truth)
+    assert_same(y, want, "half", "y")
+    before = y.grad_fn.saved_tensors[-1]  # type: ignore[union-attr]
+    ungated = {**exact.tensors, "z": None}
+    with torch.no_grad():
+        want, _ = truth(**ungated, **exact.masks, **exact.options)
+    assert_same(before, want, "half", "before the gate")
