@@ -10,14 +10,15 @@ missing fence or barrier between threads, and whatever a compiler does.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon.language import constexpr
 from triton.experimental.gluon._runtime import GluonJITFunction
 
 _TYPES = {
@@ -106,6 +107,9 @@ class Memory:
         assert self.values.dtype == values.dtype, (self.values.dtype, values.dtype)
         self.values.copy_(values)
 
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Memory:
+        return Memory(self.values.view(dtype).view(list(shape)))
+
     @property
     def place(self) -> int:
         return self.values.data_ptr()
@@ -113,11 +117,23 @@ class Memory:
 
 @dataclass
 class _Barrier:
-    expected: int = 0
-    arrived: int = 0
+    """Complete when all have arrived and all bytes that were announced are there."""
+
+    count: int
+    waited: int = 0
+    nbytes: int = 0
     phases: int = 0
     copies: list[Callable[[], None]] = field(default_factory=list)
-    armed: bool = False
+
+    def settle(self, late: bool) -> bool:
+        """Whether a phase is complete now; at a wait `late` copies come to their end."""
+        if self.waited == self.count and self.nbytes == 0:
+            for copy in self.copies if late else ():
+                copy()
+            self.copies.clear()
+            self.phases, self.waited = self.phases + 1, 0
+            return True
+        return False
 
 
 class _Product:
@@ -135,35 +151,41 @@ class _Product:
 
 
 class _Program:
-    """One program: its number, and what it has under way."""
+    """One program: its number, its barriers, and the parts of it that take turns."""
 
     def __init__(self, number: int, count: int, late: bool) -> None:
         self.number, self.count, self.late = number, count, late
         self.barriers: dict[int, _Barrier] = {}
-        self.products: list[_Product] = []
-        self.writes: list[Callable[[], None]] = []
         self.kept: list[Tensor] = []
-
-    # --- tma, mbarrier
+        self.turns = _Turns()
 
     def init(self, bar: Memory, count: int) -> None:
-        self.barriers[bar.place] = _Barrier()
+        self.barriers[bar.place] = _Barrier(count)
 
     def invalidate(self, bar: Memory) -> None:
         assert not self.barriers.pop(bar.place).copies, "copies that nobody waited for"
 
     def expect(self, bar: Memory, nbytes: int, pred: Any = True) -> None:
         if pred:
-            barrier = self.barriers[bar.place]
-            assert not barrier.armed, "a barrier is used again before it was waited for"
-            barrier.expected, barrier.arrived, barrier.armed = int(nbytes), 0, True
+            self.arrive(bar)
+            self.barriers[bar.place].nbytes += int(nbytes)
 
-    def fill(self, tiles: Tiles, at: Sequence[Any], bar: Memory, to: Memory, pred: Any = True) -> None:
+    def arrive(self, bar: Memory, *, count: int = 1, pred: Any = True) -> None:
+        if pred:
+            barrier = self.barriers[bar.place]
+            if barrier.waited == barrier.count:
+                barrier.settle(self.late)
+            barrier.waited += count
+            assert barrier.waited <= barrier.count, "more arrive than are waited for"
+
+    def fill(
+        self, tiles: Tiles, at: Sequence[Any], bar: Memory, to: Memory, pred: Any = True
+    ) -> None:
         if not pred:
             return
         barrier = self.barriers[bar.place]
-        assert barrier.armed
-        barrier.arrived += tiles.block_type.nbytes
+        barrier.nbytes -= tiles.block_type.nbytes
+        assert barrier.nbytes >= 0, "more bytes than were announced"
         values, place = tiles.read(at), to.values
         assert place.shape == values.shape and place.dtype == values.dtype
         if self.late:
@@ -176,14 +198,105 @@ class _Program:
         if not pred:
             return
         barrier = self.barriers[bar.place]
-        if barrier.armed and barrier.phases % 2 == int(phase):
-            assert barrier.arrived == barrier.expected, "waits for bytes that nobody sends"
-            for copy in barrier.copies:
-                copy()
-            barrier.copies.clear()
-            barrier.armed = False
-            barrier.phases += 1
-        assert barrier.phases % 2 != int(phase), "waits for ever"
+
+        def over() -> bool:
+            # Passes when the phase of that parity is over: the one before, as it were, at first.
+            return barrier.phases % 2 != int(phase) or (
+                barrier.settle(self.late) and barrier.phases % 2 != int(phase)
+            )
+
+        self.turns.until(over)
+
+    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Memory:
+        values = torch.empty(tuple(shape), dtype=dtype)
+        values.fill_(float("nan") if dtype.is_floating_point else -12345)
+        self.kept.append(values)  # so that addresses tell barriers apart
+        return Memory(values)
+
+    def parts(
+        self, run: Callable[[_Part, Any, Any], None], functions: Sequence[Any]
+    ) -> list[_Part]:
+        """Run functions side by side, the last of them first in every round."""
+        made = [_Part(self) for _ in functions]
+        jobs = [
+            lambda part=part, f=f, given=given: run(part, f, given)
+            for part, (f, given) in zip(made, functions, strict=True)
+        ]
+        self.turns.run(jobs[::-1])
+        return made
+
+
+class _Turns:
+    """Threads of which one runs at a time, until it has to wait for another."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._order: list[int] = []
+        self._waiting: dict[int, Callable[[], bool]] = {}
+        self._error: BaseException | None = None
+
+    def until(self, over: Callable[[], bool]) -> None:
+        if over():
+            return
+        if not self._order:
+            raise AssertionError("waits for ever")
+        me = self._order[0]
+        with self._condition:
+            self._waiting[me] = over
+            self._next()
+            while self._order[0] != me or me in self._waiting:
+                if self._error is not None:
+                    raise RuntimeError("another part failed")
+                self._condition.wait()
+
+    def _next(self) -> None:
+        """The next part whose wait is over has its turn; all wait: they do so for ever."""
+        for _ in range(len(self._order)):
+            self._order.append(self._order.pop(0))
+            over = self._waiting.get(self._order[0])
+            if over is None or over():
+                self._waiting.pop(self._order[0], None)
+                self._condition.notify_all()
+                return
+        self._error = self._error or AssertionError("all parts wait for ever")
+        self._condition.notify_all()
+
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        def begin(me: int) -> None:
+            with self._condition:
+                while self._order[0] != me:
+                    if self._error is not None:
+                        return
+                    self._condition.wait()
+                self._waiting.pop(me, None)
+            try:
+                jobs[me]()
+            except BaseException as error:
+                self._error = self._error or error
+            with self._condition:
+                self._order.remove(me)
+                if self._order:
+                    self._order.insert(0, self._order.pop())
+                    self._next()
+                self._condition.notify_all()
+
+        self._order = list(range(len(jobs)))
+        threads = [threading.Thread(target=begin, args=(i,)) for i in range(len(jobs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+class _Part:
+    """Warps that run one function: what they have under way."""
+
+    def __init__(self, program: _Program) -> None:
+        self.late = program.late
+        self.products: list[_Product] = []
+        self.writes: list[Callable[[], None]] = []
 
     def spill(self, tiles: Tiles, at: Sequence[Any], source: Memory) -> None:
         at = [int(a) for a in at]
@@ -195,8 +308,6 @@ class _Program:
     def store_wait(self, pendings: int) -> None:
         while len(self.writes) > pendings:
             self.writes.pop(0)()
-
-    # --- products
 
     def product(
         self, a: Any, b: Memory, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any
@@ -228,17 +339,8 @@ class _Program:
             found.append(dep.finish() if isinstance(dep, _Product) else dep)
         return found[0] if len(found) == 1 else tuple(found)
 
-    # --- memory
-
-    def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Memory:
-        values = torch.empty(tuple(shape), dtype=dtype)
-        values.fill_(float("nan") if dtype.is_floating_point else -12345)
-        self.kept.append(values)  # so that addresses tell barriers apart
-        return Memory(values)
-
     def finish(self) -> None:
-        assert not self.products
-        assert all(not b.copies for b in self.barriers.values()), "copies that nobody waited for"
+        assert not self.products, "products that nobody waited for"
         self.store_wait(0)
 
 
@@ -279,69 +381,75 @@ class _Nothing:
         return self
 
 
-def _language(program: _Program) -> dict[str, Any]:
-    nothing = _Nothing()
+_NOTHING = _Nothing()
+_LAYOUTS = (
+    *("NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "SliceLayout"),
+    *("NVMMASharedLayout", "SwizzledSharedLayout"),
+)
+
+
+def _run(program: _Program, part: _Part, function: Any, given: Any, named: Any = None) -> None:
+    """A function's Python, in which names of Gluon mean those of this module."""
+
+    def split(functions: Any, warps: Sequence[int], registers: Sequence[int]) -> None:
+        assert len(functions) == len(warps) + 1 == len(registers) + 1
+        kernels = [(compiled[id(f)], arguments) for f, arguments in functions]
+        program.parts(lambda part, f, given: _run(program, part, f, given), kernels)
+
     gl = types.SimpleNamespace(
         **_TYPES,
+        **dict.fromkeys(_LAYOUTS, _NOTHING),
         constexpr=lambda x: x,
         program_id=lambda axis: torch.tensor(program.number, dtype=torch.int32),
-        num_programs=lambda axis: torch.tensor(program.count, dtype=torch.int32),
         arange=lambda a, b, layout=None: torch.arange(a, b, dtype=torch.int32),
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-        full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
         minimum=lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
-        maximum=lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
         where=_where,
         exp2=torch.exp2,
         sum=lambda x, axis: x.sum(axis),
         load=_load,
         store=_store,
         static_range=range,
-        static_assert=lambda *_: None,
         thread_barrier=lambda: None,
         allocate_shared_memory=program.allocate,
         convert_layout=lambda x, layout, **_: x,
-        join=lambda a, b: torch.stack([a, b], -1),
-        **dict.fromkeys(
-            ("NVMMADistributedLayout", "DotOperandLayout", "BlockedLayout", "SliceLayout"), nothing
-        ),
-        NVMMASharedLayout=nothing,
-        SwizzledSharedLayout=nothing,
-        DistributedLinearLayout=nothing,
+        warp_specialize=split,
     )
-    return {
+    names = {
+        **function.fn.__globals__,
         "gl": gl,
         "tma": types.SimpleNamespace(
             async_copy_global_to_shared=program.fill,
-            async_copy_shared_to_global=program.spill,
-            store_wait=program.store_wait,
+            async_copy_shared_to_global=part.spill,
+            store_wait=part.store_wait,
         ),
         "mbarrier": types.SimpleNamespace(
             init=program.init,
             invalidate=program.invalidate,
             expect=program.expect,
+            arrive=program.arrive,
             wait=program.wait,
-            MBarrierLayout=nothing,
+            MBarrierLayout=_NOTHING,
         ),
         "fence_async_shared": lambda *_, **__: None,
-        "warpgroup_mma": program.product,
-        "warpgroup_mma_wait": program.product_wait,
+        "warpgroup_mma": part.product,
+        "warpgroup_mma_wait": part.product_wait,
     }
+    compiled: dict[int, Any] = {}
 
-
-def _bound(kernel: Any, replaced: dict[str, Any]) -> Callable[..., Any]:
-    """A kernel's Python, in which names of Gluon mean those of this module."""
-    names = {**kernel.fn.__globals__, **replaced}
-
-    def python(function: Any) -> Callable[..., Any]:
-        made = types.FunctionType(function.fn.__code__, names, None, function.fn.__defaults__)
-        made.__kwdefaults__ = function.fn.__kwdefaults__
+    def python(kernel: Any) -> Callable[..., Any]:
+        made = types.FunctionType(kernel.fn.__code__, names, None, kernel.fn.__defaults__)
+        made.__kwdefaults__ = kernel.fn.__kwdefaults__
+        compiled[id(made)] = kernel
         return made
 
     for name, value in list(names.items()):
         if isinstance(value, GluonJITFunction):
             names[name] = python(value)
-    return python(kernel)
+        elif isinstance(value, constexpr):
+            names[name] = value.value
+    python(function)(*given, **(named or {}))
+    part.finish()
 
 
 def launch(kernel: Any, programs: int, *args: Any, late: bool, **constants: Any) -> None:
@@ -350,8 +458,6 @@ def launch(kernel: Any, programs: int, *args: Any, late: bool, **constants: Any)
     given = [torch.tensor(a, dtype=torch.int32) if type(a) is int else a for a in given]
     for number in range(programs):
         program = _Program(number, programs, late)
-        _bound(kernel, _language(program))(*given, **constants)
-        program.finish()
-
-
-__all__ = ["Tiles", "inf", "launch", "pointer"]
+        _run(program, _Part(program), kernel, given, constants)
+        left = [b for b in program.barriers.values() if b.copies]
+        assert not left, "copies that nobody waited for"

@@ -98,9 +98,9 @@ def _decay(end, begin, low_ptr, end_at, begin_at):
 
 
 @triton.jit
-def _decays(ends, begins, low_ptr, end_at, begin_at, end_spans, begin_spans, live):
-    """`_decay` where `live` and in one span, else 0."""
-    live = live & (end_spans == begin_spans)
+def _decays(ends, begins, low_ptr, end_at, begin_at, u, s, origins):
+    """`_decay` where paths from `s` to `u` end where they begin or later, in one span; else 0."""
+    live = (s <= u) & (s >= origins)
     return tl.where(live, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
 
 
@@ -144,7 +144,7 @@ def _steps_kernel(
     to_end_ptr,
     since_ptr,
     through_ptr,
-    span_ptr,
+    origin_ptr,
     length,
     heads,
     chunks,
@@ -167,8 +167,8 @@ def _steps_kernel(
     """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
     With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
-    `since` and no `columns`. What lies at `span_ptr` is the number of a token's span there, and for
-    a forward pass the token of the chunk at which its span begins, or -1 where that is before it.
+    `since` and no `columns`. An origin is the token of the chunk at which a span begins, or -1
+    where that is before the chunk.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -198,31 +198,29 @@ def _steps_kernel(
     if low_ptr is not None:
         sums = sums.to(tl.float64)
     sums = tl.cumsum(sums, axis=0)
-    spans = tl.cumsum(opens.to(tl.int32), axis=0)
     out = (row * heads + h)[None, :] * (chunks * Q) + t[:, None]
     stored = (h < heads)[None, :]
-    tl.store(step_ptr + out, dt, mask=stored)
     tl.store(sum_ptr + out, sums, mask=stored)
     if low_ptr is not None:
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
     if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
-    if GRADIENT:
-        tl.store(span_ptr + out, spans, mask=stored)
     else:
-        at = tl.where(opens, tl.arange(0, Q)[:, None], -1)
-        tl.store(span_ptr + out, tl.associative_scan(at, 0, _later), mask=stored)
+        tl.store(step_ptr + out, dt, mask=stored)
+    origins = tl.where(opens, tl.arange(0, Q)[:, None], -1)
+    origins = tl.associative_scan(origins.to(tl.float32), 0, _later)
+    tl.store(origin_ptr + out, origins, mask=stored)
     last = (tl.arange(0, Q) == Q - 1)[:, None]
     sum_end = tl.sum(tl.where(last, sums, 0.0), axis=0)
-    span_end = tl.sum(tl.where(last, spans, 0), axis=0)
+    origin_end = tl.sum(tl.where(last, origins, 0.0), axis=0)
     to_end = tl.exp2((sum_end[None, :] - sums).to(tl.float32))
-    to_end = tl.where(spans == span_end[None, :], to_end, 0.0)
+    to_end = tl.where(tl.arange(0, Q)[:, None] >= origin_end[None, :], to_end, 0.0)
     tl.store(weight_ptr + out, dt * to_end, mask=stored)
     if GRADIENT:
         tl.store(to_end_ptr + out, to_end, mask=stored)
-        since = tl.where(spans == 0, tl.exp2(sums.to(tl.float32)), 0.0)
+        since = tl.where(origins < 0, tl.exp2(sums.to(tl.float32)), 0.0)
         tl.store(since_ptr + out, since, mask=stored)
-    through = tl.where(span_end == 0, tl.exp2(sum_end.to(tl.float32)), 0.0)
+    through = tl.where(origin_end < 0, tl.exp2(sum_end.to(tl.float32)), 0.0)
     tl.store(through_ptr + (row * heads + h) * chunks + chunk, through, mask=h < heads)
 
 
@@ -574,9 +572,10 @@ def _scan_kernel(
         if not FOLDED:
             scores *= columns[None, :]
         begins = columns if FOLDED else sums
-        live = (q[:, None] >= q[None, :]) & (q[None, :] >= origins[:, None])
-        decays = _decay(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :])
-        scores *= tl.where(live, decays, 0.0)
+        scores *= _decays(
+            *(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
+            *(q[:, None], q[None, :], origins[:, None]),
+        )
         if SKIP:
             scores = tl.where(q[:, None] == q[None, :], scores + D, scores)
         y = _dot(C, state, DOT, PRECISION)
@@ -644,7 +643,7 @@ def _grads_kernel(
     step_ptr,
     sum_ptr,
     low_ptr,
-    span_ptr,
+    origin_ptr,
     weight_ptr,
     to_end_ptr,
     since_ptr,
@@ -749,13 +748,13 @@ def _grads_kernel(
             tl.store(passing_ptr + lane * chunks + chunk, passing)
 
             sums = tl.load(sum_ptr + steps + q)
-            spans = tl.load(span_ptr + steps + q)
+            origins = tl.load(origin_ptr + steps + q)
             dt = tl.load(step_ptr + steps + q)
             if not SHARED:
                 scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)
             decays = _decays(
                 *(sums[None, :], sums[:, None], low_ptr, steps + q[None, :], steps + q[:, None]),
-                *(spans[None, :], spans[:, None], q[:, None] <= q[None, :]),
+                *(q[None, :], q[:, None], origins[None, :]),
             )
             if not SHARED:
                 mixed = tl.zeros([Q, Q], tl.float32)
@@ -804,7 +803,7 @@ def _grads_kernel(
             lane = (row * heads + head).to(tl.int64)
             steps = lane * (chunks * Q) + start
             sums = tl.load(sum_ptr + steps + q)
-            spans = tl.load(span_ptr + steps + q)
+            origins = tl.load(origin_ptr + steps + q)
             since = tl.load(since_ptr + steps + q)
             mixed = tl.zeros([Q, Q], tl.float32)
             skip = tl.zeros([Q], tl.float32)
@@ -817,7 +816,7 @@ def _grads_kernel(
             mixed *= tl.load(step_ptr + steps + q)[None, :]
             mixed *= _decays(
                 *(sums[:, None], sums[None, :], low_ptr, steps + q[:, None], steps + q[None, :]),
-                *(spans[:, None], spans[None, :], q[:, None] >= q[None, :]),
+                *(q[:, None], q[None, :], origins[:, None]),
             )
             if SHARED:
                 d_scores += mixed
@@ -1130,29 +1129,26 @@ class Call:
     def steps(self, chunk: int, gradient: bool) -> Steps:
         """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`)."""
         chunks = -(-self.length // chunk)
-        shape = self.batch, self.heads, chunks * chunk
-        wanted = 3 + self.wide + (2 if gradient else not self.wide)
-        step, sums, weight, *rest = self.new(wanted, *shape).unbind()
-        low = rest.pop() if self.wide else None
+        numbers = self.new(6 if gradient else 4, self.batch, self.heads, chunks * chunk)
+        sums, origins, step, weight, *rest = numbers.unbind()
+        low = torch.empty_like(sums) if self.wide else None
+        columns = None if gradient or self.wide else step
         to_end, since = rest if gradient else (weight, weight)
-        columns = None if gradient or self.wide else rest[0]
-        spans = self.new(*shape, dtype=torch.int32)
         through = self.new(self.batch, self.heads, chunks)
         pointers, strides, constants = self.step_arguments()
         constants |= {"GRADIENT": gradient, "Q": chunk}
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
-                *(*pointers, step, sums, low, columns, weight, to_end, since, through, spans),
+                *(*pointers, step, sums, low, columns, weight, to_end, since, through, origins),
                 *(self.length, self.heads, chunks, *strides, self.low, self.high),
             ),
             constants,
             _STEP_SIZES,
             self.key,
         )
-        columns = step if columns is None else columns
         return Steps(
-            *(step, sums, low, columns, spans, weight, to_end, since, through, chunk, chunks)
+            *(numbers, sums, low, origins, step, weight, to_end, since, through, chunk, chunks)
         )
 
     def slices(self, chunk: int, percent: int) -> tuple[int, int]:
@@ -1187,24 +1183,25 @@ class Steps:
     """Of `chunks` chunks of `chunk` tokens, [B, H, K·Q].
 
     Attributes:
-        step: step sizes.
+        numbers: [4, B, H, K·Q] or, for a backward pass, [6, ...]: sums, origins, columns, weight,
+            to_end and since.
         sums: running sums of log2 decays.
         low: what rounding took off the sums; None for bfloat16, which has no use for it.
-        columns: sums less log2 of the step sizes, so that one exponential has both factors. Good
-            for bfloat16 (`FOLDED`); where sums are in the thousands it costs float32 digits, and
-            there, as in a backward pass, the step sizes are in its place.
-        spans: numbers of spans, from 0 in every chunk.
+        origins: tokens of the chunk at which spans begin, -1 for before the chunk.
+        columns: step sizes. In a forward pass of bfloat16 (`FOLDED`) sums less their log2, so that
+            one exponential has both factors; where sums are in the thousands that would cost
+            float32 digits.
         weight: step size times the decay from a token to the end of its chunk.
         to_end: that decay alone, and
         since: the decay from the start of the chunk to a token, both for a backward pass only.
         through: that of the whole chunk [B, H, K].
     """
 
-    step: Tensor
+    numbers: Tensor
     sums: Tensor
     low: Tensor | None
+    origins: Tensor
     columns: Tensor
-    spans: Tensor
     weight: Tensor
     to_end: Tensor
     since: Tensor
@@ -1259,11 +1256,11 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         "Q": chunk,
     }
     if hopper:
-        constants |= {"N": n, "P": call.head_dim, "STAGES": sizes["stages"]}
-        numbers = steps.sums, steps.columns, steps.spans, steps.weight, steps.through
+        constants |= {"N": n, "P": call.head_dim, "LINES": 4, "STAGES": sizes["stages"]}
+        numbers: tuple[object, ...] = ssd_hopper.lines(steps.numbers, chunk), steps.through
     else:
         constants |= {**call.constants, "FOLDED": not call.wide}
-        numbers = steps.sums, steps.low, steps.columns, steps.spans
+        numbers = steps.sums, steps.low, steps.columns, steps.origins
     run(
         (lanes * segments * (call.head_dim // block), 1, 1),
         (
@@ -1320,8 +1317,8 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     dx = call.new(*x.shape, dtype=x.dtype)
     d_first = call.new(0) if call.state is None else call.new(batch, heads, p, n)
-    begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
-    inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
+    begins, passing = torch.empty_like(steps.sums), torch.empty_like(steps.through)
+    inputs, outputs = call.new(2, *steps.sums.shape, 2).unbind()
 
     # Heads of a program: so many programs that they fill the card.
     programs = 2 * batch * chunks * groups_each
@@ -1346,7 +1343,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     products = (
         *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
-        *(steps.step, steps.sums, steps.low, steps.spans),
+        *(steps.columns, steps.sums, steps.low, steps.origins),
         *(steps.weight, steps.to_end, steps.since, entering),
         *(_tiles(entering, block, n), _tiles(leaving, block, n), _tiles(dx, chunk, block)),
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
@@ -1419,7 +1416,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     _grad_steps(
         (batch * chunks, -(-heads // _STEP_HEADS), 1),
         (
-            *(*pointers, steps.step, steps.through, inputs, outputs, begins, passing),
+            *(*pointers, steps.columns, steps.through, inputs, outputs, begins, passing),
             *(ddt, shares),
             *(call.length, heads, chunks, *strides, *ddt.stride()[:2]),
             *(call.low, call.high),

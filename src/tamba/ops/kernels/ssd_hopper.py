@@ -31,6 +31,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
+# Lines of `ssd.Steps.numbers`.
+SUMS = gl.constexpr(0)
+ORIGINS = gl.constexpr(1)
+STEPS = gl.constexpr(2)
+WEIGHTS = gl.constexpr(3)
+TO_END = gl.constexpr(4)
+SINCE = gl.constexpr(5)
+
+
+@gluon.jit
+def _line(
+    numbers, stage, which: gl.constexpr, of: gl.constexpr, Q: gl.constexpr, LINES: gl.constexpr
+):
+    """[Q] of the numbers of a chunk."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    lines = numbers.index(stage)._reinterpret(gl.float32, [LINES, Q], flat)
+    return lines.index(which).load(of)
+
+
 @gluon.jit
 def _expect(tiles, bar, pred):
     mbarrier.expect(bar, tiles.block_type.nbytes, pred=pred)
@@ -48,10 +67,7 @@ def scan_kernel(
     C_tiles,
     D_ptr,
     z_tiles,
-    sum_ptr,
-    column_ptr,
-    origin_ptr,
-    weight_ptr,
+    number_tiles,
     through_ptr,
     first_ptr,
     local_ptr,
@@ -73,6 +89,7 @@ def scan_kernel(
     P: gl.constexpr,
     BLOCK_P: gl.constexpr,
     Q: gl.constexpr,
+    LINES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Outputs of one head (or part of its channels) in one segment, chunk after chunk; bfloat16.
@@ -86,8 +103,6 @@ def scan_kernel(
     left_state: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
     rows: gl.constexpr = gl.SliceLayout(1, of_scores)
     columns: gl.constexpr = gl.SliceLayout(0, of_scores)
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     of_barrier: gl.constexpr = mbarrier.MBarrierLayout()
     of_kept: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_P, N], gl.bfloat16)
 
@@ -98,7 +113,7 @@ def scan_kernel(
     rest = pid // blocks // heads
     segment = rest % segments
     row = rest // segments
-    lane = (row * heads + head).to(gl.int64)
+    lane = row * heads + head
     column = head * P + block * BLOCK_P
     group = head // share * N
     begin = segment * span_chunks
@@ -109,19 +124,17 @@ def scan_kernel(
     Cs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, N], C_tiles.layout)
     ys = gl.allocate_shared_memory(gl.bfloat16, [1, Q, BLOCK_P], y_tiles.layout)
     kept = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_P, N], of_kept)
-    # Of one allocation each: of views of one it is not known that they do not overlap.
-    sums_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
-    begins_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
-    weights_at = gl.allocate_shared_memory(gl.float32, [Q], flat)
-    origins_at = gl.allocate_shared_memory(gl.int32, [Q], flat)
+    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, LINES, 1, Q], number_tiles.layout)
     x_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
     B_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
     C_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
+    number_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
     z_bar = gl.allocate_shared_memory(gl.int64, [1], of_barrier)
     for i in gl.static_range(STAGES):
         mbarrier.init(x_bars.index(i), count=1)
         mbarrier.init(B_bars.index(i), count=1)
         mbarrier.init(C_bars.index(i), count=1)
+        mbarrier.init(number_bars.index(i), count=1)
     mbarrier.init(z_bar, count=1)
     fence_async_shared()
     gl.thread_barrier()
@@ -129,6 +142,7 @@ def scan_kernel(
         _expect(x_tiles, x_bars.index(i), i < count)
         _expect(B_tiles, B_bars.index(i), i < count)
         _expect(C_tiles, C_bars.index(i), i < count)
+        _expect(number_tiles, number_bars.index(i), i < count)
     if GATE:
         _expect(z_tiles, z_bar, count > 0)
     gl.thread_barrier()
@@ -144,6 +158,9 @@ def scan_kernel(
         tma.async_copy_global_to_shared(
             x_tiles, [row, start, column], x_bars.index(i), xs.index(i), pred=there
         )
+        tma.async_copy_global_to_shared(
+            number_tiles, [0, lane, start], number_bars.index(i), numbers.index(i), pred=there
+        )
     if GATE:  # z lies where y will
         tma.async_copy_global_to_shared(
             z_tiles, [row, begin * Q, column], z_bar, ys, pred=count > 0
@@ -154,20 +171,13 @@ def scan_kernel(
     inner = p[:, None] * N + n[None, :]
     state = gl.zeros([BLOCK_P, N], gl.float32, of_state)
     if FIRST:
-        state += gl.load(first_ptr + lane * (N * P) + inner)
-    added_at = lane * (segments - 1) * pieces
+        state += gl.load(first_ptr + lane.to(gl.int64) * (N * P) + inner)
+    added_at = lane.to(gl.int64) * (segments - 1) * pieces
     for i in range(0, segment * pieces):
         added = gl.load(local_ptr + (added_at + i) * (N * P) + inner)
         state = state * gl.load(local_decay_ptr + added_at + i) + added
 
-    q = gl.arange(0, Q, line)
-    steps = lane * (chunks * Q)
-    at = steps + begin * Q + q
-    sums_at.store(gl.load(sum_ptr + at))
-    begins_at.store(gl.load(column_ptr + at))
-    weights_at.store(gl.load(weight_ptr + at))
-    origins_at.store(gl.load(origin_ptr + at))
-    through = gl.load(through_ptr + lane * chunks + begin)
+    through_ptr += lane * chunks + begin
     if SKIP:
         D = gl.load(D_ptr + head).to(gl.float32)
     kept.store(state.to(gl.bfloat16))
@@ -179,15 +189,7 @@ def scan_kernel(
     for i in range(0, count):
         stage = i % STAGES
         phase = (i // STAGES) & 1
-        # What the next chunk needs besides its tiles, on its way while this one is worked on.
-        following = gl.minimum(begin + i + 1, chunks - 1)
-        at = steps + following * Q + q
-        next_sums = gl.load(sum_ptr + at)
-        next_begins = gl.load(column_ptr + at)
-        next_weights = gl.load(weight_ptr + at)
-        next_origins = gl.load(origin_ptr + at)
-        next_through = gl.load(through_ptr + lane * chunks + following)
-
+        through = gl.load(through_ptr + i)
         x = xs.index(stage).reshape([Q, BLOCK_P])
         B = Bs.index(stage).reshape([Q, N])
         C = Cs.index(stage).reshape([Q, N])
@@ -195,6 +197,7 @@ def scan_kernel(
         mbarrier.wait(C_bars.index(stage), phase)
         mbarrier.wait(B_bars.index(stage), phase)
         mbarrier.wait(x_bars.index(stage), phase)
+        mbarrier.wait(number_bars.index(stage), phase)
         if GATE:
             mbarrier.wait(z_bar, i & 1)
         nothing = gl.zeros([Q, Q], gl.float32, of_scores)
@@ -202,13 +205,13 @@ def scan_kernel(
         nothing = gl.zeros([Q, BLOCK_P], gl.float32, of_y)
         y_ = warpgroup_mma(C, kept.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
-        sums = sums_at.load(rows)
-        origins = origins_at.load(rows)
+        sums = _line(numbers, stage, SUMS, rows, Q, LINES)
+        origins = _line(numbers, stage, ORIGINS, rows, Q, LINES)
         live = (s >= origins[:, None]) & (s <= u)
-        between = sums[:, None] - begins_at.load(columns)[None, :]
+        between = sums[:, None] - _line(numbers, stage, STEPS, columns, Q, LINES)[None, :]
         decays = gl.exp2(gl.where(live, between, float("-inf")))
         since = gl.where(origins < 0, gl.exp2(sums), 0.0)
-        weights = weights_at.load(gl.SliceLayout(0, left_state))
+        weights = _line(numbers, stage, WEIGHTS, gl.SliceLayout(0, left_state), Q, LINES)
         weighted = x.permute((1, 0)).load(left_state).to(gl.float32) * weights[None, :]
         weighted = weighted.to(gl.bfloat16)
 
@@ -240,16 +243,12 @@ def scan_kernel(
         gl.thread_barrier()
         tma.async_copy_shared_to_global(y_tiles, [row, start, column], ys)
         state = state * through + warpgroup_mma_wait(0, [added_])
-        through = next_through
         kept.store(state.to(gl.bfloat16))
-        sums_at.store(next_sums)
-        begins_at.store(next_begins)
-        weights_at.store(next_weights)
-        origins_at.store(next_origins)
         more = i + STAGES < count
         _expect(C_tiles, C_bars.index(stage), more)
         _expect(B_tiles, B_bars.index(stage), more)
         _expect(x_tiles, x_bars.index(stage), more)
+        _expect(number_tiles, number_bars.index(stage), more)
         if GATE:
             _expect(z_tiles, z_bar, i + 1 < count)
         tma.store_wait(0)
@@ -265,6 +264,9 @@ def scan_kernel(
         tma.async_copy_global_to_shared(
             x_tiles, [row, start, column], x_bars.index(stage), xs.index(stage), pred=more
         )
+        tma.async_copy_global_to_shared(
+            number_tiles, [0, lane, start], number_bars.index(stage), numbers.index(stage), pred=more
+        )
         if GATE:
             tma.async_copy_global_to_shared(
                 z_tiles, [row, (begin + i + 1) * Q, column], z_bar, ys, pred=i + 1 < count
@@ -273,9 +275,10 @@ def scan_kernel(
         mbarrier.invalidate(x_bars.index(i))
         mbarrier.invalidate(B_bars.index(i))
         mbarrier.invalidate(C_bars.index(i))
+        mbarrier.invalidate(number_bars.index(i))
     mbarrier.invalidate(z_bar)
     if segment == segments - 1:
-        gl.store(last_ptr + lane * (N * P) + inner, state)
+        gl.store(last_ptr + lane.to(gl.int64) * (N * P) + inner, state)
 
 
 def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
@@ -285,14 +288,32 @@ def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """
     batch, length, heads, width = tensor.shape
     strides = tensor.stride()
+    shape, strides = [batch, length, heads * width], [strides[0], strides[1], 1]
+    return _described(tensor, shape, strides, [1, rows, columns], _layout(rows, columns))
+
+
+def lines(numbers: Tensor, chunk: int) -> TensorDescriptor:
+    """[L, B, H, T] in float32 as [L, B H, T]: all lines of a chunk of one head are a tile."""
+    count, batch, heads, length = numbers.shape
+    shape, strides = [count, batch * heads, length], [batch * heads * length, length, 1]
+    block = [1 << (count - 1).bit_length(), 1, chunk]
+    return _described(numbers, shape, strides, block, _LINES_LAYOUT)
+
+
+def _described(
+    tensor: Tensor,
+    shape: list[int],
+    strides: list[int],
+    block: list[int],
+    layout: gl.NVMMASharedLayout,
+) -> TensorDescriptor:
     made: TensorDescriptor = object.__new__(TensorDescriptor)
-    made.base = tensor
-    made.shape = [batch, length, heads * width]
-    made.strides = [strides[0], strides[1], 1]
-    made.block_shape = [1, rows, columns]
-    made.padding = "zero"
-    made.layout = _layout(rows, columns)
+    made.base, made.shape, made.strides = tensor, shape, strides
+    made.block_shape, made.layout, made.padding = block, layout, "zero"
     return made
+
+
+_LINES_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
 
 
 @cache
