@@ -13,11 +13,11 @@ from torch import Tensor
 import gluon_interpreter
 import interpreter
 from compare import assert_same
-from ops_cases import Arguments
+from ops_cases import Arguments, assert_agree
 from tamba.ops import ssd
 from tamba.ops.kernels import ssd as module
 from tamba.ops.kernels import ssd_hopper, tiles
-from test_kernels_ssd import arguments, truth
+from test_kernels_ssd import SUMS, arguments, truth
 
 kernels = interpreter.kernels
 pytestmark = [
@@ -51,49 +51,56 @@ def _given(value: Any) -> Any:
 
 
 @pytest.fixture(params=[True, False], ids=["late", "early"])
-def scans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Run]:
-    """A card of four multiprocessors, so that sequences are cut."""
-    run = _Run(ssd_hopper.scan_kernel, request.param)
-    monkeypatch.setattr(module, "_hopper_scan", run)
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[_Run]:
+    """A card of four multiprocessors, so that sequences are cut; what ran the gradients."""
+    scan = _Run(ssd_hopper.scan_kernel, request.param)
+    grads = _Run(ssd_hopper.grads_kernel, request.param)
+    monkeypatch.setattr(module, "_hopper_scan", scan)
+    monkeypatch.setattr(module, "_hopper_grads", grads)
     monkeypatch.setattr(module, "architecture", lambda device: "sm90")
     monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
     sizes = {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2}
-    with tiles.using({"ssd_scan": sizes, "ssd_segments": {**sizes, "per_sm": 3}}):
-        yield run
-    assert run.programs
+    table = {
+        name: {**size, "per_sm": 1, "states": 100}
+        for name, size in tiles.TILES["sm90"].items()
+        if "hopper" in name
+    }
+    names = ("ssd_scan", "ssd_segments", "ssd_states")
+    with tiles.using({**dict.fromkeys(names, sizes), **table}):
+        yield grads
+    assert scan.programs
 
 
 def agree(made: Arguments) -> None:
-    exact = made.to(torch.float64)
-    with torch.no_grad():
-        found, want = made.call(ssd), exact.call(truth)
-    for name, a, b in zip(("y", "last"), found, want, strict=True):
-        assert_same(a, b, "half", name)
+    assert_agree(ssd, truth, made, "half", "half_gradient", without=SUMS)
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"length": 450},
-        {"length": 450, "gate": False, "starts": True},
-        {"length": 64, "padding": True, "batch": 2},
+        {"length": 300, "heads": 6, "groups": 2, "gate": False, "starts": True},  # in slices
+        {"length": 64, "heads": 5, "padding": True, "batch": 2},  # several programs a chunk
+        {"length": 150, "heads": 3, "groups": 3, "d_state": 64, "starts": True},  # no sums
+        {"length": 100, "heads": 4, "groups": 4, "padding": True},
         {"length": 130, "head_dim": 128, "d_state": 64, "heads": 4, "groups": 2, "starts": True},
         {"length": 1, "batch": 3, "state": False},
     ],
     ids=lambda given: ", ".join(f"{k} {v}" for k, v in given.items()),
 )
-def test_agrees_with_float64(given: dict[str, Any], scans: _Run) -> None:
+def test_agrees_with_float64(given: dict[str, Any], hopper: _Run) -> None:
     agree(arguments(**{"head_dim": 64, "d_state": 128, "dtype": torch.bfloat16} | given))
+    assert bool(hopper.programs) == (given.get("head_dim", 64) == 64)
 
 
-def test_large_and_tiny_steps(scans: _Run) -> None:
+def test_large_and_tiny_steps(hopper: _Run) -> None:
     made = arguments(200, head_dim=64, d_state=128, dtype=torch.bfloat16)
     for low, high in ((-9.0, -4.0), (0.0, 8.0)):
-        made.tensors["dt"] = torch.linspace(low, high, 400).view(1, 200, 2)
+        made.tensors["dt"] = torch.linspace(low, high, 400).view(1, 200, 2).requires_grad_()
         agree(made)
 
 
-def test_what_a_backward_pass_needs_is_kept(scans: _Run) -> None:
+def test_what_a_backward_pass_needs_is_kept(hopper: _Run) -> None:
     """With a gate y before it is written too."""
     made = arguments(150, head_dim=64, d_state=64, dtype=torch.bfloat16)
     exact = made.to(torch.float64)

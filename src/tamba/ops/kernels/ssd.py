@@ -1029,6 +1029,7 @@ _scan = _Launcher(_scan_kernel)
 _hopper_scan = _Launcher(ssd_hopper.scan_kernel)
 _ungate = _Launcher(_ungate_kernel)
 _grads = _Launcher(_grads_kernel)
+_hopper_grads = _Launcher(ssd_hopper.grads_kernel)
 _sums = _Launcher(_sums_kernel)
 _grad_steps = _Launcher(_grad_steps_kernel)
 
@@ -1295,7 +1296,9 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             key,
         )
     shared = share > 1
-    sizes = call.sizes("ssd_grads", *(() if shared else ("alone",)))
+    hopper = call.hopper and dy.dtype == torch.bfloat16 and p == 64 and n in (64, 128)
+    case = "shared" if shared else "alone"
+    sizes = call.sizes("ssd_grads", f"hopper {case} N{n}" if hopper else case)
     chunk = sizes["chunk"]
     steps = call.steps(chunk, True)
     chunks = steps.chunks
@@ -1321,17 +1324,19 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     inputs, outputs = call.new(2, *steps.sums.shape, 2).unbind()
 
     # Heads of a program: so many programs that they fill the card.
-    programs = 2 * batch * chunks * groups_each
+    looped = heads_each if shared or not hopper else groups_each
+    programs = batch * chunks * most // looped * (1 if hopper else 2)
     wanted = sizes["per_sm"] * multiprocessors(call.device) // programs
-    part_heads = -(-heads_each // max(1, min(wanted, heads_each)))
-    parts = -(-heads_each // part_heads)
+    part_heads = -(-looped // max(1, min(wanted, looped)))
+    parts = -(-looped // part_heads)
     dB, dC = call.new(*B.shape, dtype=B.dtype), call.new(*C.shape, dtype=C.dtype)
     block = min(sizes["head_dim"], p)
     x_chunks, dy_chunks = _tiles(x, chunk, block), _tiles(dy, chunk, block)
     B_chunks, C_chunks = _tiles(B, chunk, n), _tiles(C, chunk, n)
     dB_parts, dC_parts, d_scores = dB, dC, x_chunks
     if shared:
-        d_scores = _tiles(call.new(parts * tiles, chunk, 1, chunk), chunk, chunk)
+        d_scores_parts = call.new(parts * tiles, chunk, 1, chunk)
+        d_scores = _tiles(d_scores_parts, chunk, chunk)
         dB_parts, dC_parts = (call.new(parts * batch, *B.shape[1:]) for _ in range(2))
     # One kernel walks both ways, so that what it reads must be of one type.
     sides = (B, C) if B.dtype == C.dtype else (B.float(), C.float())
@@ -1349,6 +1354,22 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
         *(inputs, outputs, begins, passing),
     )
+
+    if hopper:
+        make = ssd_hopper.tiles
+        hopper_products = (
+            *(make(x, chunk, p), make(dy, chunk, p), make(B, chunk, n), make(C, chunk, n)),
+            *(make(entering, p, n), make(leaving, p, n), ssd_hopper.lines(steps.numbers, chunk)),
+            *(make(dx, chunk, p), make(dB, chunk, n), make(dC, chunk, n), x if D is None else D),
+            *(dB_parts, dC_parts, d_scores_parts if shared else dB),
+            *(inputs, outputs, begins, passing),
+        )
+        hopper_constants: dict[str, object] = {
+            "SKIP": D is not None,
+            "SHARED": shared,
+            **{"N": n, "P": p, "Q": chunk, "LINES": 8, "STAGES": sizes["stages"]},
+            **{"REGISTERS": sizes["worker"], "FEEDER": sizes["feeder"]},
+        }
 
     def run_walks(count: int, counts: tuple[int, ...], local: bool, sizes: Tile) -> None:
         """`count` segments of the heads that `counts` says, from the front and from the back."""
@@ -1383,9 +1404,23 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             if kept != heads:
                 run_walks(segments - 1, counts, True, local)
             run_walks(segments, counts, False, walk)
+            fresh = int(first_head == 0)
+            if hopper:
+                each_group = 1 if not shared else here[0]
+                _hopper_grads(
+                    (batch * chunks * each_group * parts, 1, 1),
+                    (
+                        *(*hopper_products, *counts, part_heads, parts, chunks, call.length),
+                        *(groups * n, batch, fresh),
+                    ),
+                    hopper_constants,
+                    sizes,
+                    key,
+                )
+                continue
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
-                (*products, *counts, most, part_heads, parts, chunks, batch, int(first_head == 0)),
+                (*products, *counts, most, part_heads, parts, chunks, batch, fresh),
                 {
                     **call.constants,
                     "BLOCK_P": block,
