@@ -1,11 +1,11 @@
 """Gluon kernels on a CPU: their Python, run program by program on torch's tensors.
 
-Triton's interpreter does not know Gluon. Here layouts mean nothing and numbers are torch's, but what
-is asynchronous is done as late as it may be (`late`), or at once: a copy fills its place, which holds
-no number until then, when its barrier is waited for; a product reads shared memory when it is waited
-for; a copy to memory reads its place when that is waited for. So a place that is written too early,
-or read before anybody waited, gives other numbers in one of the two ways. What cannot show here: a
-missing fence or barrier between threads, and whatever a compiler does.
+Triton's interpreter does not know Gluon. Here layouts mean nothing and numbers are torch's, but
+what is asynchronous is done as late as it may be (`late`), or at once. Late, a copy fills its
+place, which holds no number until then, when its barrier is waited for; a product reads shared
+memory, and a copy to memory its place, when they are waited for. So what is written too early, or
+read before anybody waited, gives other numbers in one of the two ways. What cannot show here: a
+missing fence or barrier between threads of one group of warps, and whatever a compiler does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.experimental.gluon.language import constexpr
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.language import constexpr
 
 _TYPES = {
     "float32": torch.float32,

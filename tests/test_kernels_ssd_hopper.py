@@ -3,7 +3,12 @@ become on such a card."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +62,7 @@ def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     grads = _Run(ssd_hopper.grads_kernel, request.param)
     monkeypatch.setattr(module, "_hopper_scan", scan)
     monkeypatch.setattr(module, "_hopper_grads", grads)
+    monkeypatch.setenv("TAMBA_KERNELS", "gluon")
     monkeypatch.setattr(module, "architecture", lambda device: "sm90")
     monkeypatch.setattr(module, "multiprocessors", lambda device: 4)
     sizes = {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2}
@@ -112,3 +118,20 @@ def test_what_a_backward_pass_needs_is_kept(hopper: _Run) -> None:
     with torch.no_grad():
         want, _ = truth(**ungated, **exact.masks, **exact.options)
     assert_same(before, want, "half", "before the gate")
+
+
+def test_products_overlap_on_a_hopper_card() -> None:
+    """Compiled where there is none: ptxas makes no product wait for another, and little that does
+    not fit the registers goes to memory."""
+    tests = Path(__file__).parent
+    program = [sys.executable, str(tests / "hopper_code.py"), "gluon"]
+    paths = [str(tests), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert {name.split()[0] for name in seen} == {"scan_kernel", "grads_kernel"}
+    for name, found in seen.items():
+        assert found["waits"] == 0, name
+        assert found["stack"] <= 64, (name, found)

@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tamba.ops.backend import gluon_runs
 from tamba.ops.kernels import ssd_hopper
 from tamba.ops.kernels.tiles import Tile, architecture, multiprocessors, tile
 
@@ -98,9 +99,9 @@ def _decay(end, begin, low_ptr, end_at, begin_at):
 
 
 @triton.jit
-def _decays(ends, begins, low_ptr, end_at, begin_at, u, s, origins):
-    """`_decay` where paths from `s` to `u` end where they begin or later, in one span; else 0."""
-    live = (s <= u) & (s >= origins)
+def _decays(ends, begins, low_ptr, end_at, begin_at, end_spans, begin_spans, live):
+    """`_decay` where `live` and in one span, else 0."""
+    live = live & (end_spans == begin_spans)
     return tl.where(live, _decay(ends, begins, low_ptr, end_at, begin_at), 0.0)
 
 
@@ -144,7 +145,7 @@ def _steps_kernel(
     to_end_ptr,
     since_ptr,
     through_ptr,
-    origin_ptr,
+    span_ptr,
     length,
     heads,
     chunks,
@@ -161,14 +162,15 @@ def _steps_kernel(
     STARTS: tl.constexpr,
     PADDING: tl.constexpr,
     GRADIENT: tl.constexpr,
+    ORIGINS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
     With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
-    `since` and no `columns`. An origin is the token of the chunk at which a span begins, or -1
-    where that is before the chunk.
+    `since` and no `columns`. `ORIGINS`: what lies at `span_ptr` is not the number of a token's span
+    but where in the chunk it begins, -1 for before the chunk.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -198,29 +200,31 @@ def _steps_kernel(
     if low_ptr is not None:
         sums = sums.to(tl.float64)
     sums = tl.cumsum(sums, axis=0)
+    spans = tl.cumsum(opens.to(tl.int32), axis=0)
     out = (row * heads + h)[None, :] * (chunks * Q) + t[:, None]
     stored = (h < heads)[None, :]
+    tl.store(step_ptr + out, dt, mask=stored)
     tl.store(sum_ptr + out, sums, mask=stored)
     if low_ptr is not None:
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
     if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
+    if ORIGINS:
+        origins = tl.where(opens, tl.arange(0, Q)[:, None], -1).to(tl.float32)
+        tl.store(span_ptr + out, tl.associative_scan(origins, 0, _later), mask=stored)
     else:
-        tl.store(step_ptr + out, dt, mask=stored)
-    origins = tl.where(opens, tl.arange(0, Q)[:, None], -1)
-    origins = tl.associative_scan(origins.to(tl.float32), 0, _later)
-    tl.store(origin_ptr + out, origins, mask=stored)
+        tl.store(span_ptr + out, spans, mask=stored)
     last = (tl.arange(0, Q) == Q - 1)[:, None]
     sum_end = tl.sum(tl.where(last, sums, 0.0), axis=0)
-    origin_end = tl.sum(tl.where(last, origins, 0.0), axis=0)
+    span_end = tl.sum(tl.where(last, spans, 0), axis=0)
     to_end = tl.exp2((sum_end[None, :] - sums).to(tl.float32))
-    to_end = tl.where(tl.arange(0, Q)[:, None] >= origin_end[None, :], to_end, 0.0)
+    to_end = tl.where(spans == span_end[None, :], to_end, 0.0)
     tl.store(weight_ptr + out, dt * to_end, mask=stored)
     if GRADIENT:
         tl.store(to_end_ptr + out, to_end, mask=stored)
-        since = tl.where(origins < 0, tl.exp2(sums.to(tl.float32)), 0.0)
+        since = tl.where(spans == 0, tl.exp2(sums.to(tl.float32)), 0.0)
         tl.store(since_ptr + out, since, mask=stored)
-    through = tl.where(origin_end < 0, tl.exp2(sum_end.to(tl.float32)), 0.0)
+    through = tl.where(span_end == 0, tl.exp2(sum_end.to(tl.float32)), 0.0)
     tl.store(through_ptr + (row * heads + h) * chunks + chunk, through, mask=h < heads)
 
 
@@ -503,7 +507,7 @@ def _scan_kernel(
     sum_ptr,
     low_ptr,
     column_ptr,
-    origin_ptr,
+    span_ptr,
     first_ptr,
     local_ptr,
     local_decay_ptr,
@@ -564,22 +568,31 @@ def _scan_kernel(
         x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
         sums = tl.load(sum_ptr + at)
         columns = tl.load(column_ptr + at)
-        origins = tl.load(origin_ptr + at)
+        spans = tl.load(span_ptr + at)
         sum_end = tl.load(sum_ptr + steps + start + Q - 1)
-        origin_end = tl.load(origin_ptr + steps + start + Q - 1)
+        span_end = tl.load(span_ptr + steps + start + Q - 1)
 
         scores = _dot(C, tl.trans(B), DOT, PRECISION)
         if not FOLDED:
             scores *= columns[None, :]
+        causal = q[:, None] >= q[None, :]
         begins = columns if FOLDED else sums
-        scores *= _decays(
-            *(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
-            *(q[:, None], q[None, :], origins[:, None]),
-        )
+        if span_end == 0:  # one span only, as in most chunks
+            decays = tl.where(
+                causal,
+                _decay(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
+                0.0,
+            )
+        else:
+            decays = _decays(
+                *(sums[:, None], begins[None, :], low_ptr, at[:, None], at[None, :]),
+                *(tl.load(span_ptr + at[:, None]), tl.load(span_ptr + at[None, :]), causal),
+            )
+        scores *= decays
         if SKIP:
             scores = tl.where(q[:, None] == q[None, :], scores + D, scores)
         y = _dot(C, state, DOT, PRECISION)
-        y *= tl.where(origins < 0, tl.exp2(sums), 0.0)[:, None]
+        y *= tl.where(spans == 0, tl.exp2(sums), 0.0)[:, None]
         y = tl.dot(scores.to(DOT), x.to(DOT), y, input_precision=PRECISION)
         if KEEP:
             _put(before_tiles, row, start, column, y, Q, BLOCK_P)
@@ -591,8 +604,8 @@ def _scan_kernel(
             weight = tl.exp2(sum_end - columns)
         else:
             weight = _decay(sum_end, sums, low_ptr, steps + start + Q - 1, at) * columns
-        weight = tl.where(q >= origin_end, weight, 0.0)
-        through = tl.where(origin_end < 0, tl.exp2(sum_end), 0.0)
+        weight = tl.where(spans == span_end, weight, 0.0)
+        through = tl.where(span_end == 0, tl.exp2(sum_end), 0.0)
         state = tl.dot(
             tl.trans(B).to(DOT),
             (x.to(tl.float32) * weight[:, None]).to(DOT),
@@ -643,7 +656,7 @@ def _grads_kernel(
     step_ptr,
     sum_ptr,
     low_ptr,
-    origin_ptr,
+    span_ptr,
     weight_ptr,
     to_end_ptr,
     since_ptr,
@@ -748,13 +761,13 @@ def _grads_kernel(
             tl.store(passing_ptr + lane * chunks + chunk, passing)
 
             sums = tl.load(sum_ptr + steps + q)
-            origins = tl.load(origin_ptr + steps + q)
+            spans = tl.load(span_ptr + steps + q)
             dt = tl.load(step_ptr + steps + q)
             if not SHARED:
                 scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)
             decays = _decays(
                 *(sums[None, :], sums[:, None], low_ptr, steps + q[None, :], steps + q[:, None]),
-                *(q[None, :], q[:, None], origins[None, :]),
+                *(spans[None, :], spans[:, None], q[:, None] <= q[None, :]),
             )
             if not SHARED:
                 mixed = tl.zeros([Q, Q], tl.float32)
@@ -803,7 +816,7 @@ def _grads_kernel(
             lane = (row * heads + head).to(tl.int64)
             steps = lane * (chunks * Q) + start
             sums = tl.load(sum_ptr + steps + q)
-            origins = tl.load(origin_ptr + steps + q)
+            spans = tl.load(span_ptr + steps + q)
             since = tl.load(since_ptr + steps + q)
             mixed = tl.zeros([Q, Q], tl.float32)
             skip = tl.zeros([Q], tl.float32)
@@ -816,7 +829,7 @@ def _grads_kernel(
             mixed *= tl.load(step_ptr + steps + q)[None, :]
             mixed *= _decays(
                 *(sums[:, None], sums[None, :], low_ptr, steps + q[:, None], steps + q[None, :]),
-                *(q[:, None], q[None, :], origins[:, None]),
+                *(spans[:, None], spans[None, :], q[:, None] >= q[None, :]),
             )
             if SHARED:
                 d_scores += mixed
@@ -1088,11 +1101,16 @@ class Call:
             "PRECISION": precision if self.wide and not interpreted else "ieee",
         }
 
-    @property
-    def hopper(self) -> bool:
-        """Whether what is written for Hopper cards takes these."""
+    def hopper(self, chunk: int, block: int) -> bool:
+        """Whether `ssd_hopper` takes this, for a chunk and channels of a program."""
         dtypes = {t.dtype for t in (self.x, self.B, self.C, self.z) if t is not None}
-        return dtypes == {torch.bfloat16} and architecture(self.device) == "sm90"
+        return (
+            gluon_runs()
+            and (chunk, block) == (64, 64)
+            and self.d_state in (64, 128)
+            and dtypes == {torch.bfloat16}
+            and architecture(self.device) == "sm90"
+        )
 
     def sizes(self, operation: str, *cases: str) -> Tile:
         kind = "wide" if self.wide else "half"
@@ -1127,29 +1145,49 @@ class Call:
         }
         return pointers, strides, constants
 
-    def steps(self, chunk: int, gradient: bool) -> Steps:
-        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`)."""
+    def steps(self, chunk: int, gradient: bool, hopper: bool) -> Steps:
+        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`).
+
+        For `hopper` kernels all numbers but sums over chunks lie in `Steps.numbers`.
+        """
         chunks = -(-self.length // chunk)
-        numbers = self.new(6 if gradient else 4, self.batch, self.heads, chunks * chunk)
-        sums, origins, step, weight, *rest = numbers.unbind()
-        low = torch.empty_like(sums) if self.wide else None
-        columns = None if gradient or self.wide else step
+        shape = self.batch, self.heads, chunks * chunk
+        wanted = 3 + self.wide + (2 if gradient else not self.wide) + hopper
+        numbers = self.new(wanted, *shape)
+        step, sums, weight, *rest = numbers.unbind()
+        spans = rest.pop() if hopper else self.new(*shape, dtype=torch.int32)
+        low = rest.pop() if self.wide else None
         to_end, since = rest if gradient else (weight, weight)
+        columns = None if gradient or self.wide else rest[0]
         through = self.new(self.batch, self.heads, chunks)
         pointers, strides, constants = self.step_arguments()
-        constants |= {"GRADIENT": gradient, "Q": chunk}
+        constants |= {"GRADIENT": gradient, "ORIGINS": hopper, "Q": chunk}
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
-                *(*pointers, step, sums, low, columns, weight, to_end, since, through, origins),
+                *(*pointers, step, sums, low, columns, weight, to_end, since, through, spans),
                 *(self.length, self.heads, chunks, *strides, self.low, self.high),
             ),
             constants,
             _STEP_SIZES,
             self.key,
         )
+        columns = step if columns is None else columns
         return Steps(
-            *(numbers, sums, low, origins, step, weight, to_end, since, through, chunk, chunks)
+            *(
+                numbers,
+                step,
+                sums,
+                low,
+                columns,
+                spans,
+                weight,
+                to_end,
+                since,
+                through,
+                chunk,
+                chunks,
+            )
         )
 
     def slices(self, chunk: int, percent: int) -> tuple[int, int]:
@@ -1184,14 +1222,16 @@ class Steps:
     """Of `chunks` chunks of `chunk` tokens, [B, H, K·Q].
 
     Attributes:
-        numbers: [4, B, H, K·Q] or, for a backward pass, [6, ...]: sums, origins, columns, weight,
-            to_end and since.
+        numbers: the first of those below beside one another. For kernels for Hopper cards: step,
+            sums, weight, columns and origins, or for a backward pass step, sums, weight, to_end,
+            since and origins (`_steps_kernel`).
+        step: step sizes.
         sums: running sums of log2 decays.
         low: what rounding took off the sums; None for bfloat16, which has no use for it.
-        origins: tokens of the chunk at which spans begin, -1 for before the chunk.
-        columns: step sizes. In a forward pass of bfloat16 (`FOLDED`) sums less their log2, so that
-            one exponential has both factors; where sums are in the thousands that would cost
-            float32 digits.
+        columns: sums less log2 of the step sizes, so that one exponential has both factors. Good
+            for bfloat16 (`FOLDED`); where sums are in the thousands it costs float32 digits, and
+            there, as in a backward pass, the step sizes are in its place.
+        spans: numbers of spans, from 0 in every chunk.
         weight: step size times the decay from a token to the end of its chunk.
         to_end: that decay alone, and
         since: the decay from the start of the chunk to a token, both for a backward pass only.
@@ -1199,10 +1239,11 @@ class Steps:
     """
 
     numbers: Tensor
+    step: Tensor
     sums: Tensor
     low: Tensor | None
-    origins: Tensor
     columns: Tensor
+    spans: Tensor
     weight: Tensor
     to_end: Tensor
     since: Tensor
@@ -1217,7 +1258,8 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, heads = call.d_state, call.heads
     sizes = call.sizes("ssd_scan")
     block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
-    steps = call.steps(chunk, False)
+    hopper = call.hopper(chunk, block)
+    steps = call.steps(chunk, False, hopper)
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
     walk = call.sizes("ssd_segments")
     width = min(walk["head_dim"], call.head_dim)
@@ -1245,7 +1287,6 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = call.new(*x.shape, dtype=x.dtype)
     before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
     last = call.new(call.batch, heads, call.head_dim, n)
-    hopper = block == 64 and n >= 64 and chunk == 64 and call.hopper
     run, make = (_hopper_scan, ssd_hopper.tiles) if hopper else (_scan, _tiles)
     x_tiles, y_tiles = make(x, chunk, block), make(y, chunk, block)
     constants: dict[str, object] = {
@@ -1256,12 +1297,13 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
         "BLOCK_P": block,
         "Q": chunk,
     }
+    numbers: tuple[object, ...]
     if hopper:
-        constants |= {"N": n, "P": call.head_dim, "LINES": 4, "STAGES": sizes["stages"]}
-        numbers: tuple[object, ...] = ssd_hopper.lines(steps.numbers, chunk), steps.through
+        constants |= {"N": n, "P": call.head_dim, "STAGES": sizes["stages"]}
+        numbers = ssd_hopper.lines(steps.numbers, chunk), steps.through
     else:
         constants |= {**call.constants, "FOLDED": not call.wide}
-        numbers = steps.sums, steps.low, steps.columns, steps.origins
+        numbers = steps.sums, steps.low, steps.columns, steps.spans
     run(
         (lanes * segments * (call.head_dim // block), 1, 1),
         (
@@ -1296,11 +1338,11 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             key,
         )
     shared = share > 1
-    hopper = call.hopper and dy.dtype == torch.bfloat16 and p == 64 and n in (64, 128)
     case = "shared" if shared else "alone"
+    hopper = call.hopper(64, p) and dy.dtype == torch.bfloat16
     sizes = call.sizes("ssd_grads", f"hopper {case} N{n}" if hopper else case)
     chunk = sizes["chunk"]
-    steps = call.steps(chunk, True)
+    steps = call.steps(chunk, True, hopper)
     chunks = steps.chunks
     walk, local = call.sizes("ssd_states"), call.sizes("ssd_segments")
     tiles = batch * chunks * groups
@@ -1320,12 +1362,12 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     dx = call.new(*x.shape, dtype=x.dtype)
     d_first = call.new(0) if call.state is None else call.new(batch, heads, p, n)
-    begins, passing = torch.empty_like(steps.sums), torch.empty_like(steps.through)
-    inputs, outputs = call.new(2, *steps.sums.shape, 2).unbind()
+    begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
+    inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
 
     # Heads of a program: so many programs that they fill the card.
-    looped = heads_each if shared or not hopper else groups_each
-    programs = batch * chunks * most // looped * (1 if hopper else 2)
+    looped = groups_each if hopper and not shared else heads_each
+    programs = (1 if hopper else 2) * batch * chunks * most // looped
     wanted = sizes["per_sm"] * multiprocessors(call.device) // programs
     part_heads = -(-looped // max(1, min(wanted, looped)))
     parts = -(-looped // part_heads)
@@ -1333,7 +1375,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     block = min(sizes["head_dim"], p)
     x_chunks, dy_chunks = _tiles(x, chunk, block), _tiles(dy, chunk, block)
     B_chunks, C_chunks = _tiles(B, chunk, n), _tiles(C, chunk, n)
-    dB_parts, dC_parts, d_scores = dB, dC, x_chunks
+    dB_parts, dC_parts, d_scores_parts, d_scores = dB, dC, dB, x_chunks
     if shared:
         d_scores_parts = call.new(parts * tiles, chunk, 1, chunk)
         d_scores = _tiles(d_scores_parts, chunk, chunk)
@@ -1348,7 +1390,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     )
     products = (
         *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
-        *(steps.columns, steps.sums, steps.low, steps.origins),
+        *(steps.step, steps.sums, steps.low, steps.spans),
         *(steps.weight, steps.to_end, steps.since, entering),
         *(_tiles(entering, block, n), _tiles(leaving, block, n), _tiles(dx, chunk, block)),
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
@@ -1361,13 +1403,13 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             *(make(x, chunk, p), make(dy, chunk, p), make(B, chunk, n), make(C, chunk, n)),
             *(make(entering, p, n), make(leaving, p, n), ssd_hopper.lines(steps.numbers, chunk)),
             *(make(dx, chunk, p), make(dB, chunk, n), make(dC, chunk, n), x if D is None else D),
-            *(dB_parts, dC_parts, d_scores_parts if shared else dB),
+            *(dB_parts, dC_parts, d_scores_parts),
             *(inputs, outputs, begins, passing),
         )
         hopper_constants: dict[str, object] = {
             "SKIP": D is not None,
             "SHARED": shared,
-            **{"N": n, "P": p, "Q": chunk, "LINES": 8, "STAGES": sizes["stages"]},
+            **{"N": n, "P": p, "Q": chunk, "STAGES": sizes["stages"]},
             **{"REGISTERS": sizes["worker"], "FEEDER": sizes["feeder"]},
         }
 
@@ -1406,9 +1448,8 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             run_walks(segments, counts, False, walk)
             fresh = int(first_head == 0)
             if hopper:
-                each_group = 1 if not shared else here[0]
                 _hopper_grads(
-                    (batch * chunks * each_group * parts, 1, 1),
+                    (batch * chunks * (here[0] if shared else 1) * parts, 1, 1),
                     (
                         *(*hopper_products, *counts, part_heads, parts, chunks, call.length),
                         *(groups * n, batch, fresh),
@@ -1451,7 +1492,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     _grad_steps(
         (batch * chunks, -(-heads // _STEP_HEADS), 1),
         (
-            *(*pointers, steps.columns, steps.through, inputs, outputs, begins, passing),
+            *(*pointers, steps.step, steps.through, inputs, outputs, begins, passing),
             *(ddt, shares),
             *(call.length, heads, chunks, *strides, *ddt.stride()[:2]),
             *(call.low, call.high),

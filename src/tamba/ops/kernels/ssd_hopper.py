@@ -31,21 +31,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Lines of `ssd.Steps.numbers`.
-SUMS = gl.constexpr(0)
-ORIGINS = gl.constexpr(1)
-STEPS = gl.constexpr(2)
-WEIGHTS = gl.constexpr(3)
-TO_END = gl.constexpr(4)
-SINCE = gl.constexpr(5)
+STEPS = gl.constexpr(0)
+SUMS = gl.constexpr(1)
+WEIGHTS = gl.constexpr(2)
+COLUMNS = gl.constexpr(3)  # of a forward pass
+ORIGINS_FORWARD = gl.constexpr(4)
+TO_END = gl.constexpr(3)
+SINCE = gl.constexpr(4)
+ORIGINS = gl.constexpr(5)
 
 
 @gluon.jit
-def _line(
-    numbers, stage, which: gl.constexpr, of: gl.constexpr, Q: gl.constexpr, LINES: gl.constexpr
-):
+def _line(numbers, stage, which: gl.constexpr, of: gl.constexpr, Q: gl.constexpr):
     """[Q] of the numbers of a chunk."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    lines = numbers.index(stage)._reinterpret(gl.float32, [LINES, Q], flat)
+    lines = numbers.index(stage)._reinterpret(gl.float32, [8, Q], flat)
     return lines.index(which).load(of)
 
 
@@ -88,7 +88,6 @@ def scan_kernel(
     P: gl.constexpr,
     BLOCK_P: gl.constexpr,
     Q: gl.constexpr,
-    LINES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Outputs of one head (or part of its channels) in one segment, chunk after chunk; bfloat16.
@@ -123,7 +122,7 @@ def scan_kernel(
     Cs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, N], C_tiles.layout)
     ys = gl.allocate_shared_memory(gl.bfloat16, [1, Q, BLOCK_P], y_tiles.layout)
     kept = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_P, N], of_kept)
-    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, LINES, 1, Q], number_tiles.layout)
+    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 1, Q], number_tiles.layout)
     x_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
     B_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
     C_bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
@@ -204,13 +203,13 @@ def scan_kernel(
         nothing = gl.zeros([Q, BLOCK_P], gl.float32, of_y)
         y_ = warpgroup_mma(C, kept.permute((1, 0)), nothing, use_acc=False, is_async=True)
 
-        sums = _line(numbers, stage, SUMS, rows, Q, LINES)
-        origins = _line(numbers, stage, ORIGINS, rows, Q, LINES)
+        sums = _line(numbers, stage, SUMS, rows, Q)
+        origins = _line(numbers, stage, ORIGINS_FORWARD, rows, Q)
         live = (s >= origins[:, None]) & (s <= u)
-        between = sums[:, None] - _line(numbers, stage, STEPS, columns, Q, LINES)[None, :]
+        between = sums[:, None] - _line(numbers, stage, COLUMNS, columns, Q)[None, :]
         decays = gl.exp2(gl.where(live, between, float("-inf")))
         since = gl.where(origins < 0, gl.exp2(sums), 0.0)
-        weights = _line(numbers, stage, WEIGHTS, gl.SliceLayout(0, left_state), Q, LINES)
+        weights = _line(numbers, stage, WEIGHTS, gl.SliceLayout(0, left_state), Q)
         weighted = x.permute((1, 0)).load(left_state).to(gl.float32) * weights[None, :]
         weighted = weighted.to(gl.bfloat16)
 
@@ -318,23 +317,19 @@ def _feed(
     Q: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Asks for tiles, and adds up the product of the state before and the gradient of that behind."""
+    """Asks for tiles; sums products of the state before and the gradient of that behind."""
     whole: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // N, N // 8], [4, 1], [1, 0])
     LAG: gl.constexpr = STAGES - 1
     PART: gl.constexpr = 16  # rows of a state at a time: there are few registers
     at_chunk = row * chunks + chunk
     start = chunk * Q
-    if SHARED:
-        OWN: gl.constexpr = 0
-    else:
-        OWN: gl.constexpr = B_tiles.block_type.nbytes + C_tiles.block_type.nbytes
     BYTES: gl.constexpr = (
         x_tiles.block_type.nbytes
         + dy_tiles.block_type.nbytes
         + entering_tiles.block_type.nbytes
         + leaving_tiles.block_type.nbytes
         + number_tiles.block_type.nbytes
-        + OWN
+        + (0 if SHARED else B_tiles.block_type.nbytes + C_tiles.block_type.nbytes)
     )
     for i in range(0, count + LAG):
         stage = i % STAGES
@@ -414,19 +409,17 @@ def _keep(
 
 
 @gluon.jit
-def _decays(
-    numbers, stage, u, s, of: gl.constexpr, ENDS: gl.constexpr, Q: gl.constexpr, LINES: gl.constexpr
-):
+def _decays(numbers, stage, u, s, of: gl.constexpr, ENDS: gl.constexpr, Q: gl.constexpr):
     """Decays of paths; rows where they end (`ENDS`) or where they begin."""
     rows: gl.constexpr = gl.SliceLayout(1, of)
     columns: gl.constexpr = gl.SliceLayout(0, of)
-    r = _line(numbers, stage, SUMS, rows, Q, LINES)[:, None]
-    c = _line(numbers, stage, SUMS, columns, Q, LINES)[None, :]
+    r = _line(numbers, stage, SUMS, rows, Q)[:, None]
+    c = _line(numbers, stage, SUMS, columns, Q)[None, :]
     if ENDS:
-        live = (s <= u) & (s >= _line(numbers, stage, ORIGINS, rows, Q, LINES)[:, None])
+        live = (s <= u) & (s >= _line(numbers, stage, ORIGINS, rows, Q)[:, None])
         between = r - c
     else:
-        live = (s <= u) & (s >= _line(numbers, stage, ORIGINS, columns, Q, LINES)[None, :])
+        live = (s <= u) & (s >= _line(numbers, stage, ORIGINS, columns, Q)[None, :])
         between = c - r
     return gl.exp2(gl.where(live, between, float("-inf")))
 
@@ -446,6 +439,7 @@ def _from_begins(
     numbers,
     full,
     empty,
+    once,
     dxs,
     dBs,
     row,
@@ -466,7 +460,6 @@ def _from_begins(
     P: gl.constexpr,
     Q: gl.constexpr,
     STAGES: gl.constexpr,
-    LINES: gl.constexpr,
 ):
     """Gradients of x and B, by the tokens where paths begin: rows `s`."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q, 16])
@@ -484,6 +477,7 @@ def _from_begins(
     if SHARED:
         if fresh == 0:
             total = _total(dB_ptr, at_row, start, length, groups * N, group, of_total, Q, N)
+        mbarrier.wait(once, 0)
         B = Bs.index(0).reshape([Q, N])
         C = Cs.index(0).reshape([Q, N])
         scores = warpgroup_mma(
@@ -513,7 +507,7 @@ def _from_begins(
                 use_acc=False,
                 is_async=True,
             )
-        weight = _line(numbers, stage, WEIGHTS, gl.SliceLayout(1, left_total), Q, LINES)
+        weight = _line(numbers, stage, WEIGHTS, gl.SliceLayout(1, left_total), Q)
         weighted = (x.load(left_total).to(gl.float32) * weight[:, None]).to(gl.bfloat16)
         outside_ = warpgroup_mma(
             B,
@@ -532,8 +526,8 @@ def _from_begins(
                 use_acc=False,
                 is_async=True,
             )
-        decays = _decays(numbers, stage, u, s, of_scores, False, Q, LINES)
-        step_rows = _line(numbers, stage, STEPS, rows, Q, LINES)
+        decays = _decays(numbers, stage, u, s, of_scores, False, Q)
+        step_rows = _line(numbers, stage, STEPS, rows, Q)
         if SHARED:
             decayed = scores.to(gl.float32) * decays
         else:
@@ -550,9 +544,9 @@ def _from_begins(
         else:
             outside = warpgroup_mma_wait(2, [outside_])
         values = x.load(of_x).to(gl.float32)
-        outside = outside * _line(numbers, stage, TO_END, rows_x, Q, LINES)[:, None]
+        outside = outside * _line(numbers, stage, TO_END, rows_x, Q)[:, None]
         behind = gl.sum(values * outside, 1)
-        step = _line(numbers, stage, STEPS, rows_x, Q, LINES)[:, None]
+        step = _line(numbers, stage, STEPS, rows_x, Q)[:, None]
         inside, total = warpgroup_mma_wait(0, [inside_, total_])
         direct = gl.sum(values * inside, 1)
         dx = (inside + outside) * step
@@ -592,6 +586,7 @@ def _from_ends(
     numbers,
     full,
     empty,
+    once,
     dCs,
     row,
     at_row,
@@ -611,7 +606,6 @@ def _from_ends(
     P: gl.constexpr,
     Q: gl.constexpr,
     STAGES: gl.constexpr,
-    LINES: gl.constexpr,
 ):
     """The gradient of C, by the tokens where paths end: rows `u`."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q, 16])
@@ -629,6 +623,7 @@ def _from_ends(
         if fresh == 0:
             total = _total(dC_ptr, at_row, start, length, groups * N, group, of_total, Q, N)
             d_scores = gl.load(d_scores_ptr + at_tile * (Q * Q) + u * Q + s)
+        mbarrier.wait(once, 0)
         B = Bs.index(0).reshape([Q, N])
         C = Cs.index(0).reshape([Q, N])
         scores = warpgroup_mma(
@@ -658,17 +653,15 @@ def _from_ends(
                 use_acc=False,
                 is_async=True,
             )
-        decays = _decays(numbers, stage, u, s, of_scores, True, Q, LINES)
-        step = _line(numbers, stage, STEPS, columns, Q, LINES)
-        if SHARED:
-            mixed = warpgroup_mma_wait(0, [mixed_])
-        else:
-            mixed = warpgroup_mma_wait(1, [mixed_])
+        decays = _decays(numbers, stage, u, s, of_scores, True, Q)
+        step = _line(numbers, stage, STEPS, columns, Q)
+        # Of `scores_` none is under way where groups are shared.
+        mixed = warpgroup_mma_wait(0 if SHARED else 1, [mixed_])
         skip = gl.sum(gl.where(u == s, mixed, 0.0), 1)
         mixed = mixed * decays * step[None, :]
         if not SHARED:
             scores_found = warpgroup_mma_wait(0, [scores_])
-        since = _line(numbers, stage, SINCE, gl.SliceLayout(1, left_total), Q, LINES)
+        since = _line(numbers, stage, SINCE, gl.SliceLayout(1, left_total), Q)
         weighted = (dy.load(left_total).to(gl.float32) * since[:, None]).to(gl.bfloat16)
         before_ = warpgroup_mma(
             C,
@@ -694,12 +687,9 @@ def _from_ends(
             paths = gl.where(u > s, mixed * scores_found, 0.0)
         flows = gl.sum(paths, 1)
         begins = gl.sum(paths, 0)
-        if SHARED:
-            before = warpgroup_mma_wait(1, [before_])
-        else:
-            before = warpgroup_mma_wait(2, [before_])
+        before = warpgroup_mma_wait(1 if SHARED else 2, [before_])
         met = gl.sum(before * dy.load(of_x).to(gl.float32), 1)
-        flows += _line(numbers, stage, SINCE, rows, Q, LINES) * gl.convert_layout(met, rows)
+        flows += _line(numbers, stage, SINCE, rows, Q) * gl.convert_layout(met, rows)
         total = warpgroup_mma_wait(0, [total_])
         if not SHARED:
             tma.store_wait(0)
@@ -764,11 +754,17 @@ def grads_kernel(
     N: gl.constexpr,
     P: gl.constexpr,
     Q: gl.constexpr,
-    LINES: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     FEEDER: gl.constexpr,
 ):
+    """Gradients of x, B and C in one chunk: of some heads of one group, or of some groups of one.
+
+    As `ssd._grads_kernel`, whose two halves are here two groups of warps of one program: what both
+    read is read once. A third asks for tiles, `STAGES` of them held, and has a sum of its own.
+    `heads_each` heads (or groups) a program; `stride`: of tokens in sums of B, given apart from
+    `groups` so that no addresses are held from the start to the end.
+    """
     pid = gl.program_id(0)
     part = pid % parts
     groups = heads // share
@@ -799,7 +795,7 @@ def grads_kernel(
     Cs = gl.allocate_shared_memory(gl.bfloat16, [BC, 1, Q, N], C_tiles.layout)
     enterings = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, P, N], entering_tiles.layout)
     leavings = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, P, N], leaving_tiles.layout)
-    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, LINES, 1, Q], number_tiles.layout)
+    numbers = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 1, Q], number_tiles.layout)
     dxs = gl.allocate_shared_memory(gl.bfloat16, [1, Q, P], dx_tiles.layout)
     if SHARED:
         dBs = dxs
@@ -820,7 +816,6 @@ def grads_kernel(
         mbarrier.expect(once, B_tiles.block_type.nbytes + C_tiles.block_type.nbytes)
         tma.async_copy_global_to_shared(B_tiles, [row, chunk * Q, group * N], once, Bs.index(0))
         tma.async_copy_global_to_shared(C_tiles, [row, chunk * Q, group * N], once, Cs.index(0))
-        mbarrier.wait(once, 0)
     gl.warp_specialize(
         [
             (
@@ -839,6 +834,7 @@ def grads_kernel(
                     numbers,
                     full,
                     empty,
+                    once,
                     dxs,
                     dBs,
                     row,
@@ -859,7 +855,6 @@ def grads_kernel(
                     P,
                     Q,
                     STAGES,
-                    LINES,
                 ),
             ),
             (
@@ -878,6 +873,7 @@ def grads_kernel(
                     numbers,
                     full,
                     empty,
+                    once,
                     dCs,
                     row,
                     at_row,
@@ -897,7 +893,6 @@ def grads_kernel(
                     P,
                     Q,
                     STAGES,
-                    LINES,
                 ),
             ),
             (
@@ -949,8 +944,8 @@ def tiles(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """
     batch, length, heads, width = tensor.shape
     strides = tensor.stride()
-    shape, strides = [batch, length, heads * width], [strides[0], strides[1], 1]
-    return _described(tensor, shape, strides, [1, rows, columns], _layout(rows, columns))
+    shape, steps = [batch, length, heads * width], [strides[0], strides[1], 1]
+    return _described(tensor, shape, steps, [1, rows, columns], _layout(rows, columns))
 
 
 def lines(numbers: Tensor, chunk: int) -> TensorDescriptor:
