@@ -47,8 +47,10 @@ def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) ->
     if asked == "torch":
         return False
     on_gpu = given[0].is_cuda
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked in ("triton", "gluon")
-    if not on_gpu and not interpreted:
+    wanted = asked in ("triton", "gluon")
+    if not on_gpu and not (wanted and os.environ.get("TRITON_INTERPRET") == "1"):
+        if wanted and not torch.compiler.is_compiling():
+            _say_once(op, f"TAMBA_KERNELS is {asked}, and its arguments lie on no GPU")
         return False
     why = unusual or _why_not(given)
     if why and not torch.compiler.is_compiling():
