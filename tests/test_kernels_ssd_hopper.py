@@ -135,4 +135,5 @@ def test_products_overlap_on_a_hopper_card() -> None:
     assert {name.split()[0] for name in seen} == {"scan_kernel", "grads_kernel"}
     for name, found in seen.items():
         assert found["waits"] == 0, name
-        assert found["stack"] <= 64, (name, found)
+        # In bytes; of heads of 128 channels more sums are held.
+        assert found["stack"] <= (336 if "P128" in name else 64), (name, found)

@@ -495,7 +495,6 @@ def _from_begins(
         direct = gl.zeros([Q], gl.float32, rows_x)
         behind = gl.zeros([Q], gl.float32, rows_x)
         for block in gl.static_range(BLOCKS):
-            LAST: gl.constexpr = block == BLOCKS - 1
             k = i * BLOCKS + block
             stage = k % STAGES
             mbarrier.wait(full.index(stage), (k // STAGES) & 1)
@@ -525,7 +524,7 @@ def _from_begins(
             total_ = warpgroup_mma(
                 weighted, leaving, total, use_acc=SHARED or block > 0, is_async=True
             )
-            if block == 0 or (LAST and not SHARED):
+            if block == 0 or ((block == BLOCKS - 1) and not SHARED):
                 decays = _decays(numbers, stage, u, s, of_scores, False, Q)
             if block == 0:
                 if SHARED:
@@ -533,12 +532,12 @@ def _from_begins(
                 else:
                     decayed = warpgroup_mma_wait(3, [scores_]) * decays
                 decayed = gl.convert_layout(decayed.to(gl.bfloat16), left_x)
-            if LAST and not SHARED:
+            if (block == BLOCKS - 1) and not SHARED:
                 step_rows = _line(numbers, stage, STEPS, rows, Q)
                 mixed = warpgroup_mma_wait(2, [mixed_]) * decays * step_rows[:, None]
                 short = gl.convert_layout(mixed.to(gl.bfloat16), left_total)
             inside_ = warpgroup_mma(decayed, dy, nothing, use_acc=False, is_async=True)
-            if LAST and not SHARED:
+            if (block == BLOCKS - 1) and not SHARED:
                 total_ = warpgroup_mma(short, C, total_, is_async=True)
                 outside = warpgroup_mma_wait(3, [outside_])
             else:
@@ -547,7 +546,7 @@ def _from_begins(
             outside = outside * _line(numbers, stage, TO_END, rows_x, Q)[:, None]
             behind += gl.sum(values * outside, 1)
             step = _line(numbers, stage, STEPS, rows_x, Q)[:, None]
-            if LAST or SHARED:
+            if (block == BLOCKS - 1) or SHARED:
                 inside, total = warpgroup_mma_wait(0, [inside_, total_])
             else:
                 inside, total, mixed = warpgroup_mma_wait(0, [inside_, total_, mixed_])
@@ -559,13 +558,13 @@ def _from_begins(
             gl.thread_barrier()
             mbarrier.arrive(empty.index(stage), count=1)
             dxs.reshape([Q, WIDTH]).store(dx.to(gl.bfloat16))
-            if LAST and not SHARED:
+            if (block == BLOCKS - 1) and not SHARED:
                 dBs.reshape([Q, N]).store(total.to(gl.bfloat16))
             fence_async_shared()
             gl.thread_barrier()
             column = (head + i) * P + block * WIDTH
             tma.async_copy_shared_to_global(dx_tiles, [row, start, column], dxs)
-            if LAST and not SHARED:
+            if (block == BLOCKS - 1) and not SHARED:
                 tma.async_copy_shared_to_global(dB_tiles, [row, start, (group + i) * N], dBs)
         steps = (row * heads + head + i).to(gl.int64) * (chunks * Q) + start
         at = inputs_ptr + (steps + q) * 2
@@ -638,7 +637,6 @@ def _from_ends(
     for i in range(0, count):
         met = gl.zeros([Q], gl.float32, gl.SliceLayout(1, of_x))
         for block in gl.static_range(BLOCKS):
-            LAST: gl.constexpr = block == BLOCKS - 1
             k = i * BLOCKS + block
             stage = k % STAGES
             mbarrier.wait(full.index(stage), (k // STAGES) & 1)
@@ -654,11 +652,11 @@ def _from_ends(
                 C = Cs.index(stage).reshape([Q, N])
                 if block == 0:
                     total = gl.zeros([Q, N], gl.float32, of_total)
-                if LAST:
+                if block == BLOCKS - 1:
                     scores_ = warpgroup_mma(
                         C, B.permute((1, 0)), nothing, use_acc=False, is_async=True
                     )
-            if LAST:
+            if block == BLOCKS - 1:
                 decays = _decays(numbers, stage, u, s, of_scores, True, Q)
                 step = _line(numbers, stage, STEPS, columns, Q)
                 # Of `scores_` none is under way where groups are shared.
@@ -676,7 +674,7 @@ def _from_ends(
             total_ = warpgroup_mma(
                 weighted, entering, total, use_acc=SHARED or block > 0, is_async=True
             )
-            if LAST:
+            if block == BLOCKS - 1:
                 if SHARED:
                     d_scores += mixed
                 else:
@@ -685,9 +683,9 @@ def _from_ends(
                 paths = gl.where(u > s, mixed * scores.to(gl.float32), 0.0)
                 flows = gl.sum(paths, 1)
                 begins = gl.sum(paths, 0)
-            before = warpgroup_mma_wait(2 if LAST and not SHARED else 1, [before_])
+            before = warpgroup_mma_wait(2 if (block == BLOCKS - 1) and not SHARED else 1, [before_])
             met += gl.sum(before * dy.load(of_x).to(gl.float32), 1)
-            if LAST:
+            if block == BLOCKS - 1:
                 flows += _line(numbers, stage, SINCE, rows, Q) * gl.convert_layout(met, rows)
                 total = warpgroup_mma_wait(0, [total_])
                 if not SHARED:
