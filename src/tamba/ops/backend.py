@@ -52,8 +52,9 @@ def kernels_run(
     if asked == "torch" or not (forced or proven):
         return False
     on_gpu = given[0].is_cuda
-    interpreted = not on_gpu and os.environ.get("TRITON_INTERPRET") == "1" and forced
-    if not on_gpu and not interpreted:
+    if not on_gpu and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
+        if forced and not torch.compiler.is_compiling():
+            _say_once(op, f"TAMBA_KERNELS is {asked}, and its arguments lie on no GPU")
         return False
     why = unusual or _why_not(given)
     if why and not torch.compiler.is_compiling():
