@@ -43,7 +43,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tamba.ops.kernels.tiles import Tile, multiprocessors, tile
+from tamba.ops.backend import gluon_runs
+from tamba.ops.kernels import ssd_hopper
+from tamba.ops.kernels.tiles import Tile, architecture, multiprocessors, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below this a decay is 0 in float32, subnormal numbers aside.
@@ -116,6 +118,11 @@ def _put(tiles, row, start, column, values, ROWS: tl.constexpr, COLUMNS: tl.cons
 # --- step sizes
 
 
+@triton.jit
+def _later(a, b):
+    return tl.maximum(a, b)
+
+
 _STEP_ARGUMENTS = [
     *("dt_ptr", "A_ptr", "bias_ptr", "starts_ptr", "padding_ptr", "out_ptr"),
     *("length", "heads", "chunks"),
@@ -155,13 +162,15 @@ def _steps_kernel(
     STARTS: tl.constexpr,
     PADDING: tl.constexpr,
     GRADIENT: tl.constexpr,
+    ORIGINS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
     With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
-    `since` and no `columns`.
+    `since` and no `columns`. `ORIGINS`: what lies at `span_ptr` is not the number of a token's span
+    but where in the chunk it begins, -1 for before the chunk.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -200,7 +209,11 @@ def _steps_kernel(
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
     if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
-    tl.store(span_ptr + out, spans, mask=stored)
+    if ORIGINS:
+        origins = tl.where(opens, tl.arange(0, Q)[:, None], -1).to(tl.float32)
+        tl.store(span_ptr + out, tl.associative_scan(origins, 0, _later), mask=stored)
+    else:
+        tl.store(span_ptr + out, spans, mask=stored)
     last = (tl.arange(0, Q) == Q - 1)[:, None]
     sum_end = tl.sum(tl.where(last, sums, 0.0), axis=0)
     span_end = tl.sum(tl.where(last, spans, 0), axis=0)
@@ -1026,8 +1039,10 @@ _steps = _Launcher(_steps_kernel)
 _segments = _Launcher(_segments_kernel)
 _states = _Launcher(_states_kernel)
 _scan = _Launcher(_scan_kernel)
+_hopper_scan = _Launcher(ssd_hopper.scan_kernel)
 _ungate = _Launcher(_ungate_kernel)
 _grads = _Launcher(_grads_kernel)
+_hopper_grads = _Launcher(ssd_hopper.grads_kernel)
 _sums = _Launcher(_sums_kernel)
 _grad_steps = _Launcher(_grad_steps_kernel)
 
@@ -1086,6 +1101,17 @@ class Call:
             "PRECISION": precision if self.wide and not interpreted else "ieee",
         }
 
+    def hopper(self, chunk: int, block: int) -> bool:
+        """Whether `ssd_hopper` takes this, for a chunk and channels of a program."""
+        dtypes = {t.dtype for t in (self.x, self.B, self.C, self.z) if t is not None}
+        return (
+            gluon_runs()
+            and (chunk, block) == (64, 64)
+            and self.d_state in (64, 128)
+            and dtypes == {torch.bfloat16}
+            and architecture(self.device) == "sm90"
+        )
+
     def sizes(self, operation: str, *cases: str) -> Tile:
         kind = "wide" if self.wide else "half"
         special = f"{kind} N{self.d_state} P{self.head_dim}"
@@ -1119,19 +1145,23 @@ class Call:
         }
         return pointers, strides, constants
 
-    def steps(self, chunk: int, gradient: bool) -> Steps:
-        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`)."""
+    def steps(self, chunk: int, gradient: bool, hopper: bool) -> Steps:
+        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`).
+
+        For `hopper` kernels all numbers but sums over chunks lie in `Steps.numbers`.
+        """
         chunks = -(-self.length // chunk)
         shape = self.batch, self.heads, chunks * chunk
-        wanted = 3 + self.wide + (2 if gradient else not self.wide)
-        step, sums, weight, *rest = self.new(wanted, *shape).unbind()
+        wanted = 3 + self.wide + (2 if gradient else not self.wide) + hopper
+        numbers = self.new(wanted, *shape)
+        step, sums, weight, *rest = numbers.unbind()
+        spans = rest.pop() if hopper else self.new(*shape, dtype=torch.int32)
         low = rest.pop() if self.wide else None
         to_end, since = rest if gradient else (weight, weight)
         columns = None if gradient or self.wide else rest[0]
-        spans = self.new(*shape, dtype=torch.int32)
         through = self.new(self.batch, self.heads, chunks)
         pointers, strides, constants = self.step_arguments()
-        constants |= {"GRADIENT": gradient, "Q": chunk}
+        constants |= {"GRADIENT": gradient, "ORIGINS": hopper, "Q": chunk}
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
@@ -1144,7 +1174,20 @@ class Call:
         )
         columns = step if columns is None else columns
         return Steps(
-            *(step, sums, low, columns, spans, weight, to_end, since, through, chunk, chunks)
+            *(
+                numbers,
+                step,
+                sums,
+                low,
+                columns,
+                spans,
+                weight,
+                to_end,
+                since,
+                through,
+                chunk,
+                chunks,
+            )
         )
 
     def slices(self, chunk: int, percent: int) -> tuple[int, int]:
@@ -1179,6 +1222,9 @@ class Steps:
     """Of `chunks` chunks of `chunk` tokens, [B, H, K·Q].
 
     Attributes:
+        numbers: the first of those below beside one another. For kernels for Hopper cards: step,
+            sums, weight, columns and origins, or for a backward pass step, sums, weight, to_end,
+            since and origins (`_steps_kernel`).
         step: step sizes.
         sums: running sums of log2 decays.
         low: what rounding took off the sums; None for bfloat16, which has no use for it.
@@ -1192,6 +1238,7 @@ class Steps:
         through: that of the whole chunk [B, H, K].
     """
 
+    numbers: Tensor
     step: Tensor
     sums: Tensor
     low: Tensor | None
@@ -1211,7 +1258,8 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, heads = call.d_state, call.heads
     sizes = call.sizes("ssd_scan")
     block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
-    steps = call.steps(chunk, False)
+    hopper = call.hopper(chunk, block)
+    steps = call.steps(chunk, False, hopper)
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
     walk = call.sizes("ssd_segments")
     width = min(walk["head_dim"], call.head_dim)
@@ -1239,27 +1287,33 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = call.new(*x.shape, dtype=x.dtype)
     before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
     last = call.new(call.batch, heads, call.head_dim, n)
-    y_tiles = _tiles(y, chunk, block)
-    _scan(
+    run, make = (_hopper_scan, ssd_hopper.tiles) if hopper else (_scan, _tiles)
+    x_tiles, y_tiles = make(x, chunk, block), make(y, chunk, block)
+    constants: dict[str, object] = {
+        "SKIP": D is not None,
+        "GATE": z is not None,
+        "KEEP": keep,
+        "FIRST": state is not None,
+        "BLOCK_P": block,
+        "Q": chunk,
+    }
+    numbers: tuple[object, ...]
+    if hopper:
+        constants |= {"N": n, "P": call.head_dim, "STAGES": sizes["stages"]}
+        numbers = ssd_hopper.lines(steps.numbers, chunk), steps.through
+    else:
+        constants |= {**call.constants, "FOLDED": not call.wide}
+        numbers = steps.sums, steps.low, steps.columns, steps.spans
+    run(
         (lanes * segments * (call.head_dim // block), 1, 1),
         (
-            *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
-            x_tiles if z is None else _tiles(z, chunk, block),
-            *(steps.sums, steps.low, steps.columns, steps.spans),
+            *(x_tiles, make(B, chunk, n), make(C, chunk, n), x if D is None else D),
+            *(x_tiles if z is None else make(z, chunk, block), *numbers),
             *(last if state is None else state, adds, decays, y_tiles),
-            *(_tiles(before, chunk, block) if keep else y_tiles, last),
+            *(make(before, chunk, block) if keep else y_tiles, last),
             *(heads, call.share, *counts),
         ),
-        {
-            **call.constants,
-            "SKIP": D is not None,
-            "GATE": z is not None,
-            "KEEP": keep,
-            "FIRST": state is not None,
-            "BLOCK_P": block,
-            "Q": chunk,
-            "FOLDED": not call.wide,
-        },
+        constants,
         sizes,
         call.key,
     )
@@ -1284,9 +1338,11 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             key,
         )
     shared = share > 1
-    sizes = call.sizes("ssd_grads", *(() if shared else ("alone",)))
+    case = "shared" if shared else "alone"
+    hopper = p in (64, 128) and call.hopper(64, 64) and dy.dtype == torch.bfloat16
+    sizes = call.sizes("ssd_grads", f"hopper {case} N{n}" if hopper else case)
     chunk = sizes["chunk"]
-    steps = call.steps(chunk, True)
+    steps = call.steps(chunk, True, hopper)
     chunks = steps.chunks
     walk, local = call.sizes("ssd_states"), call.sizes("ssd_segments")
     tiles = batch * chunks * groups
@@ -1310,17 +1366,19 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
 
     # Heads of a program: so many programs that they fill the card.
-    programs = 2 * batch * chunks * groups_each
+    looped = groups_each if hopper and not shared else heads_each
+    programs = (1 if hopper else 2) * batch * chunks * most // looped
     wanted = sizes["per_sm"] * multiprocessors(call.device) // programs
-    part_heads = -(-heads_each // max(1, min(wanted, heads_each)))
-    parts = -(-heads_each // part_heads)
+    part_heads = -(-looped // max(1, min(wanted, looped)))
+    parts = -(-looped // part_heads)
     dB, dC = call.new(*B.shape, dtype=B.dtype), call.new(*C.shape, dtype=C.dtype)
     block = min(sizes["head_dim"], p)
     x_chunks, dy_chunks = _tiles(x, chunk, block), _tiles(dy, chunk, block)
     B_chunks, C_chunks = _tiles(B, chunk, n), _tiles(C, chunk, n)
-    dB_parts, dC_parts, d_scores = dB, dC, x_chunks
+    dB_parts, dC_parts, d_scores_parts, d_scores = dB, dC, dB, x_chunks
     if shared:
-        d_scores = _tiles(call.new(parts * tiles, chunk, 1, chunk), chunk, chunk)
+        d_scores_parts = call.new(parts * tiles, chunk, 1, chunk)
+        d_scores = _tiles(d_scores_parts, chunk, chunk)
         dB_parts, dC_parts = (call.new(parts * batch, *B.shape[1:]) for _ in range(2))
     # One kernel walks both ways, so that what it reads must be of one type.
     sides = (B, C) if B.dtype == C.dtype else (B.float(), C.float())
@@ -1338,6 +1396,22 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
         *(inputs, outputs, begins, passing),
     )
+
+    if hopper:
+        make = ssd_hopper.tiles
+        hopper_products = (
+            *(make(x, chunk, 64), make(dy, chunk, 64), make(B, chunk, n), make(C, chunk, n)),
+            *(make(entering, 64, n), make(leaving, 64, n), ssd_hopper.lines(steps.numbers, chunk)),
+            *(make(dx, chunk, 64), make(dB, chunk, n), make(dC, chunk, n), x if D is None else D),
+            *(dB_parts, dC_parts, d_scores_parts),
+            *(inputs, outputs, begins, passing),
+        )
+        hopper_constants: dict[str, object] = {
+            "SKIP": D is not None,
+            "SHARED": shared,
+            **{"N": n, "P": p, "Q": chunk, "STAGES": sizes["stages"]},
+            **{"REGISTERS": sizes["worker"], "FEEDER": sizes["feeder"]},
+        }
 
     def run_walks(count: int, counts: tuple[int, ...], local: bool, sizes: Tile) -> None:
         """`count` segments of the heads that `counts` says, from the front and from the back."""
@@ -1372,9 +1446,22 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             if kept != heads:
                 run_walks(segments - 1, counts, True, local)
             run_walks(segments, counts, False, walk)
+            fresh = int(first_head == 0)
+            if hopper:
+                _hopper_grads(
+                    (batch * chunks * (here[0] if shared else 1) * parts, 1, 1),
+                    (
+                        *(*hopper_products, *counts, part_heads, parts, chunks, call.length),
+                        *(groups * n, batch, fresh),
+                    ),
+                    hopper_constants,
+                    sizes,
+                    key,
+                )
+                continue
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
-                (*products, *counts, most, part_heads, parts, chunks, batch, int(first_head == 0)),
+                (*products, *counts, most, part_heads, parts, chunks, batch, fresh),
                 {
                     **call.constants,
                     "BLOCK_P": block,
