@@ -20,7 +20,16 @@ from models import tiny_config, tiny_model
 from tamba import cli
 from tamba.evaluate import SETS, SUITES
 from tamba.model.modeling import TambaForCausalLM
-from tamba.report import Chat, Layers, Perplexity, Record, write_report
+from tamba.report import (
+    Chat,
+    Layers,
+    Measured,
+    Paired,
+    Perplexity,
+    Record,
+    Score,
+    write_report,
+)
 from tokens import character_tokenizer
 
 RECIPE = """
@@ -495,6 +504,33 @@ def test_a_run_says_what_came_of_it(
         "  teacher: Paris.",
         "  student: In Paris, France.",
     ]
+
+
+def test_both_models_stand_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {
+        "student": {
+            "acc_norm": Score(value=0.25, n=30, error=0.08),
+            "kl": Score(value=0.1, n=4),
+        },
+        "teacher": {"acc_norm": Score(value=0.5, n=30, error=0.09)},
+    }
+    paired = Paired(
+        difference=-0.25, n=30, low=-0.4, high=-0.1, p=0.02, test="mcnemar",
+        student_higher=1, teacher_higher=9,
+    )  # fmt: skip
+    known = Measured(about="", scores=scores, paired={"acc_norm": paired})
+    record = Record.begin("x", suites={"kl": known})
+    monkeypatch.setattr("tamba.evaluate.evaluate", lambda *_, **__: record)
+    assert call(monkeypatch, "evaluate", "model", "--out", "there") == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "kl acc norm: student 0.25 ± 0.08, teacher 0.5 ± 0.09, "
+        "difference -0.25 [-0.4, -0.1] p 0.02 (mcnemar) (n 30)",
+        "kl: student 0.1 (n 4)",
+    ]
+    assert said.err == "wrote there\n"
 
 
 def test_suites_are_listed_without_a_model(

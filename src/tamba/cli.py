@@ -390,9 +390,11 @@ def evaluate(
         )
     if as_json:
         print(record.model_dump_json(indent=2))
-        return
-    for line in _evaluation_lines(record):
-        stdout.print(line, markup=False)
+    else:
+        for line in _evaluation_lines(record):
+            stdout.print(line, markup=False)
+    if out is not None:
+        stderr.print(f"wrote {out}")
 
 
 @app.command()
@@ -693,7 +695,7 @@ def _perplexity_line(found: Perplexity) -> str:
 
 
 def _evaluation_lines(record: Record) -> Iterator[str]:
-    """What was found, a line a score; perplexity in one of its own."""
+    """What was found, a line a metric with both models on it; perplexity in one of its own."""
     from tamba.report import cell
 
     if record.perplexity is not None:
@@ -701,19 +703,25 @@ def _evaluation_lines(record: Record) -> Iterator[str]:
     for name, measured in record.suites.items():
         if name == "ppl":
             continue
-        for curve_name, curve in measured.curves.items():
+        for metric, curve in measured.curves.items():
             for role, points in curve.points.items():
                 values = "  ".join(f"{p.x:g}: {p.value:.3g}" for p in points)
-                yield f"{name} {curve_name}, {role}, by {curve.axis}: {values}"
-        for role, scores in measured.scores.items():
-            for metric, score in scores.items():
+                yield f"{_metric(name, metric)} by {curve.axis}, {role}: {values}"
+        scored = (metric for scores in measured.scores.values() for metric in scores)
+        for metric in dict.fromkeys((*scored, *measured.paired)):
+            known = {r: scores[metric] for r, scores in measured.scores.items() if metric in scores}
+            parts = []
+            for role, score in known.items():
                 error = f" ± {score.error:.2g}" if score.error is not None else ""
-                yield f"{name} {metric}, {role}: {score.value:.4g}{error} (n {score.n:,})"
-        for metric, paired in measured.paired.items():
-            yield (
-                f"{name} {metric}, student - teacher: {paired.difference:+.4g} "
-                f"[{paired.low:+.3g}, {paired.high:+.3g}], p {paired.p:.3g} ({paired.test})"
-            )
+                parts.append(f"{role} {score.value:.4g}{error}")
+            if (paired := measured.paired.get(metric)) is not None:
+                parts.append(
+                    f"difference {paired.difference:+.4g} [{paired.low:+.3g}, {paired.high:+.3g}] "
+                    f"p {paired.p:.3g} ({paired.test})"
+                )
+            counts = sorted({score.n for score in (*known.values(), paired) if score is not None})
+            n = " and ".join(f"{count:,}" for count in counts)
+            yield f"{_metric(name, metric)}: {', '.join(parts)} (n {n})"
         if bill := measured.settings.get("judge_usage"):
             told = ", ".join(f"{k.replace('_', ' ')} {v:,.6g}" for k, v in bill.items())
             yield f"{name} judge: {told}"
@@ -721,6 +729,10 @@ def _evaluation_lines(record: Record) -> Iterator[str]:
             yield f"{name}: " + ", ".join(
                 f"{k.replace('_', ' ')} {cell(k, v)}" for k, v in row.items()
             )
+
+
+def _metric(suite: str, metric: str) -> str:
+    return suite if metric == suite else f"{suite} {metric.replace('_', ' ')}"
 
 
 @contextlib.contextmanager
