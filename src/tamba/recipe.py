@@ -582,7 +582,6 @@ class Recipe(Section):
         found = self._file.parent / Path(path).expanduser()
         if not found.exists():
             hint = nearest_file(found) or "paths count from the recipe's folder"
-            # Typed after --set, perhaps, where a shell would have meant this folder.
             if (here := Path(path).expanduser().absolute()).exists():
                 hint = f"paths count from the recipe's folder; write '{here}'"
             raise UserError(self.where(key), f"no such file or folder: '{path}'", hint)
@@ -717,7 +716,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: the TOML file; paths in it count from its folder.
         overrides: ``section.key=value`` with a TOML value (plain words need no quotes); stages are
-            counted from 0, as in ``train.0.lr=1e-4``.
+            counted from 0, as in ``train.0.lr=1e-4``. A path that is not in the recipe's folder
+            counts from the working folder, where it was typed.
 
     Raises:
         UserError: a missing file, wrong TOML, an unknown key, a value that cannot be, or an input
@@ -727,7 +727,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     text, data = read_toml(path)
     overrides = tuple(overrides)
     for override in overrides:
-        _override(data, override)
+        _override(data, override, path.parent)
     recipe = validate(Recipe, data, str(path))
     recipe._file = path
     if overrides:
@@ -744,7 +744,25 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+_PATHS = re.compile(
+    r"(teacher|donor)\.path|data\.(train|heldout|written_openings)|evaluate\.texts|build\.plan"
+    r"|train\.\d+\.data"
+)
+"""Keys that name files, besides other things."""
+
+
+def _from_here(value: Any, folder: Path) -> Any:
+    """A file's name as typed, as an absolute path where it is here and not in the folder."""
+    if isinstance(value, list):
+        return [_from_here(item, folder) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    given = Path(value).expanduser()
+    here = not (folder / given).exists() and given.exists()
+    return str(given.absolute()) if here else value
+
+
+def _override(data: dict[str, Any], override: str, folder: Path) -> None:
     key, sign, value = override.partition("=")
     where = f"--set {override}"
     if not sign or not key.strip():
@@ -753,6 +771,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    if _PATHS.fullmatch(key.strip()):
+        parsed = _from_here(parsed, folder)
     *path, last = key.strip().split(".")
     inside: Any = data
     for step in path:
