@@ -720,6 +720,51 @@ def test_text_of_another_tokenizer_is_refused_before_any_stage(tmp_path: Path) -
     assert not (tmp_path / ".student.stages").exists()
 
 
+@pytest.mark.parametrize(
+    "stages, problem",
+    [
+        (STAGES, r"train.0 \(align\): the teacher's layers are 64 wide and the student's 32"),
+        ('[[train]]\nstage = "least_squares"\ntokens = 64', r"train.0 \(least_squares\): the tea"),
+        (
+            '[[train]]\nstage = "distil"\ntokens = 64\nlr = 1e-3\nreplacement = "theseus"',
+            r"train.0 \(distil\): the teacher's layers are 64 wide",
+        ),
+    ],
+)
+def test_another_teacher_for_the_layers_is_refused_before_any_stage(
+    stages: str, problem: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path, stages)
+    shutil.rmtree(tmp_path / "teacher")
+    tiny_model(["attention"] * 3, hidden_size=64).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=problem):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
+def test_a_teacher_with_other_words_may_lend_its_layers() -> None:
+    """Where the loss does not ask it, its vocabulary does not matter."""
+    student, _ = pair()
+    teacher = tiny_model(["attention"] * 3, vocab_size=VOCAB + 7)
+    stage = distil_stage(kl=0.0, ce=1.0, replacement="theseus", tokens=64)
+    names = trained_parameters(parameters(student), [1], "mixers")
+    log = distil(student, teacher, names, rows(), stage, pairs=PAIRS)
+    assert log.skipped == 0
+    with pytest.raises(UserError, match="teacher and student have"):
+        distil(student, teacher, names, rows(), distil_stage(), pairs=PAIRS)
+
+
+def test_fewer_steps_than_phases_are_refused_before_any_stage(tmp_path: Path) -> None:
+    by_and_by = STAGES.replace("ce = 0.5", 'replacement = "one_by_one"')
+    path = prepare(tmp_path, by_and_by.replace("tokens = 384", "tokens = 64"))
+    path.write_text(path.read_text().replace("keep 0", "convert 0"))
+    shutil.rmtree(tmp_path / "built")
+    tamba.build(path, tmp_path / "built")
+    with pytest.raises(UserError, match=r"train.1 \(distil\): .* 2 phases, .* has 1 step"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
 def test_a_stage_alone_keeps_its_number_in_messages(tmp_path: Path) -> None:
     path = prepare(tmp_path, STAGES.replace("ce = 0.5", 'dtype = "float16"'))
     told = {"student": tmp_path / "built", "text": tmp_path / "text"}
