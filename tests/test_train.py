@@ -242,7 +242,8 @@ def check_micro_batches() -> None:
         # One step each: Adam's first steps are signs, which magnify the last bit of a small mean.
         stage = distil_stage(tokens=64, micro_batch=micro, lr=1e-3, clip=0.0)
         log = distil(student, teacher, names, blocks, stage)
-        fit = align(student, teacher, PAIRS, blocks, align_stage(tokens=64, micro_batch=micro))
+        told = {"tokens": 64, "micro_batch": micro, "mixing": 0.5}
+        fit = align(student, teacher, PAIRS, blocks, align_stage(**told))
         got.append((log.losses[0][1], fit.losses[0][1]))
     for one in got[1:]:
         assert one == pytest.approx(got[0], rel=1e-4)
@@ -270,6 +271,27 @@ def test_losses_that_are_no_numbers_stop_the_stage() -> None:
     assert all(p.requires_grad for p in student.parameters())
     with pytest.raises(UserError, match=f"train: align: {message}"):
         align(student, teacher, PAIRS, rows(), align_stage())
+
+
+@pytest.mark.parametrize("kind", ["align", "distil"])
+def test_a_layer_that_is_not_kept_is_computed_again(kind: str) -> None:
+    found = []
+    for again in (False, True):
+        student, teacher = pair()
+        passes: list[int] = []
+        student.model.layers[1].mixer.register_forward_hook(lambda *_, to=passes: to.append(1))
+        if kind == "align":
+            stage = align_stage(tokens=192, mixing=0.5, micro_batch=2, checkpointing=again)
+            log = align(student, teacher, PAIRS, rows(), stage)
+        else:
+            names = trained_parameters(parameters(student), [1], "mixers")
+            stage = distil_stage(tokens=192, micro_batch=2, checkpointing=again)
+            log = distil(student, teacher, names, rows(), stage)
+        found.append((len(passes), log.losses, parameters(student)))
+    (once, losses, first), (twice, others, second) = found
+    assert twice == 2 * once and others == losses
+    for name, parameter in first.items():
+        assert_same(second[name], parameter, "exact", name)
 
 
 # Folders.

@@ -232,8 +232,8 @@ class Align(_GradientStage):
     Args:
         mixing: weight of the distance between the attention's matrix and the one that the mixer
             applies to its values (Bick et al. 2024, arXiv 2408.10189, section 4.1), relative to the
-            former's size. Takes Mamba-2 mixers with the attention's heads, and memory for a matrix
-            a head.
+            former's size, row by row. Takes Mamba-2 mixers with the attention's heads, and memory
+            for a matrix a head.
     """
 
     stage: Literal["align"]
