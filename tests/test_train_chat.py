@@ -422,7 +422,8 @@ def test_budgets() -> None:
     ("run", "stage", "given", "said"),
     [
         (sft, sft_stage(), [], "there are no rows"),
-        (sft, sft_stage(length=16), rows(), r"row \d: the prompt leaves no room"),
+        (sft, sft_stage(length=16), rows(), "row 0: the prompt leaves no room"),
+        (sft, sft_stage(length=33), rows(9), "row 2: the prompt leaves no room"),
         (sft, sft_stage(), [Row("row 3", {"txet": "a"})], "row 3: .*'txet'"),
         (sft, sft_stage(length=8, too_long="skip"), rows(), "all 6 prompts are too long"),
         (dpo, dpo_stage(reference="student"), [], "there are no rows"),
@@ -439,7 +440,7 @@ def test_budgets() -> None:
             [Row("row 2", {"prompt": "abc", "chosen": "b" * 40, "rejected": "b" * 50})],
             "row 2: .*do not differ within length = 32",
         ),
-        (dpo, dpo_stage(reference="student", length=16), pairs(), r"row \d: the prompt leaves"),
+        (dpo, dpo_stage(reference="student", length=16), pairs(), "row 0: the prompt leaves"),
         (sft, sft_stage(batch=6, micro_batch=3), [Row("row 1", {"prompt": "a"})], "row 1: holds"),
     ],
 )

@@ -267,7 +267,7 @@ def test_matrices_are_not_compared_where_mixers_are_shared_out(monkeypatch) -> N
     """Two processes under FSDP2 ended in a traceback of torch's at the first step."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     trainer.check_launch(align_stage(), "here")
-    with pytest.raises(UserError, match="here: mixing reads .*FSDP2.*; launch without FSDP2"):
+    with pytest.raises(UserError, match=r"here: mixing reads .*FSDP2.*; launch without FSDP2"):
         trainer.check_launch(align_stage(mixing=0.5), "here")
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     trainer.check_launch(align_stage(mixing=0.5), "here")

@@ -355,7 +355,12 @@ def _picked(
     tokens = skipped = 0
     with progress.task(f"{kind_of(stage)}: frame rows", len(order)) as advance:
         for i in order:
-            row = encode(items[i])
+            try:
+                row = encode(items[i])
+            except UserError:
+                for item in items[:i]:  # whoever mends rows goes through them in their order
+                    encode(item)
+                raise
             if row is None:
                 skipped += 1
                 advance(1, note=f"{skipped} too long, left out")
