@@ -468,6 +468,27 @@ def test_models_that_do_not_fit(monkeypatch) -> None:
         sft(student(), tokenizer(), sft_stage(), rows())
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo", "on_policy"])
+def test_words_that_the_model_lacks(kind, monkeypatch) -> None:
+    """A row with one is named; padding, which nothing reads, is another token then."""
+    run, told, given = {
+        "sft": (sft, sft_stage(), rows()),
+        "dpo": (dpo, dpo_stage(), pairs()),
+        "on_policy": (on_policy, on_policy_stage(), rows()),
+    }[kind]
+    models = [tiny_model(["attention"] * 2, seed=seed, vocab_size=257) for seed in (0, 5)]
+    models[0].generation_config.eos_token_id = END
+    padded = tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 257
+    log = run(models[0], padded, told, given, teacher=models[1])
+    assert log.losses == run(models[0], tokenizer(), told, given, teacher=models[1]).losses
+    monkeypatch.setattr(chat_steps.Run, "log", lambda *_: pytest.fail("a step was taken"))
+    given[2].fields["prompt"] += "<pad>"  # type: ignore[index]
+    with pytest.raises(UserError, match=r"row 2: holds token number 257, .* model has 257 words"):
+        run(models[0], padded, told, given, teacher=models[1])
+
+
 # Reliability.
 
 

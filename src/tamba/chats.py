@@ -318,6 +318,16 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         raise UserError(where, "the tokenizer has no chat template", "use an instruct model's")
 
 
+def check_words(largest: int, words: int, where: str) -> None:
+    """Raise UserError where a row has a token that a model of so many words does not have."""
+    if largest >= words:
+        raise UserError(
+            where,
+            f"holds token number {largest}, and the model has {words} words",
+            "use the model's own tokenizer",
+        )
+
+
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:
     """A conversation as the template frames it, up to where the assistant speaks.
 

@@ -235,7 +235,8 @@ def frame_all(
                 )
             rows = read_rows(recipe.chat_sources(stage), limit=stage.rows)
             ends = end_tokens(student, tokenizer)
-            framed[index] = frame(stage, tokenizer, rows, ends, recipe.seed)
+            words = student.config.vocab_size
+            framed[index] = frame(stage, tokenizer, rows, ends, words, recipe.seed)
     return framed
 
 
