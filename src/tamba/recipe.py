@@ -43,6 +43,13 @@ def _takes_effect(section: Section, key: str, unless: str, value: bool) -> None:
         raise ValueError(f"{key} is without effect unless {unless}; leave it out")
 
 
+def _check_rates(section: Section, schedule: str, warmup: float, cooldown: float) -> None:
+    """Raise ValueError where a cooldown is not asked for, or begins while the rate still rises."""
+    _takes_effect(section, "cooldown", 'schedule = "wsd"', schedule == "wsd")
+    if schedule == "wsd" and warmup + cooldown > 1:
+        raise ValueError(f"warmup = {warmup:g} and cooldown = {cooldown:g} are more than all steps")
+
+
 class ModelSource(Section):
     """A pretrained model.
 
@@ -181,7 +188,7 @@ class _GradientStage(_Stage):
             at once; gradients add up to the same step. None for all.
         lr: highest learning rate.
         lr_pretrained: the same of parameters that the teacher gave and no one converted; None for
-            `lr`.
+            `lr`. Of ``distil``, where more than mixers move.
         schedule: of the learning rate after warm-up; ``wsd`` stays and then falls to 0 (Hu et al.
             2024, arXiv 2404.06395, section 4).
         warmup: share of the steps over which it rises.
@@ -192,10 +199,10 @@ class _GradientStage(_Stage):
         ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
             for the parameters themselves.
         checkpointing: keep a layer's input alone and compute the layer again for its gradient.
-        compile: compile layers one by one; ``auto`` does on a GPU. Without effect where layers are
+        compile: compile layers one by one; ``auto`` does on a GPU, but not where layers are
             replaced by and by.
         graphs: launch the passes of a step as CUDA graphs; ``auto`` does on a GPU where one process
-            trains, without `checkpointing`.
+            trains, without `checkpointing`, and the teacher is in process.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
@@ -222,7 +229,7 @@ class _GradientStage(_Stage):
 
     @model_validator(mode="after")
     def _cools_down(self) -> Self:
-        _takes_effect(self, "cooldown", 'schedule = "wsd"', self.schedule == "wsd")
+        _check_rates(self, self.schedule, self.warmup, self.cooldown)
         return self
 
 
@@ -238,6 +245,11 @@ class Align(_GradientStage):
 
     stage: Literal["align"]
     mixing: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _moves_what_was_made(self) -> Align:
+        _takes_effect(self, "lr_pretrained", "a stage moves what the teacher gave", False)
+        return self
 
 
 class Distil(_GradientStage):
@@ -302,6 +314,18 @@ class Distil(_GradientStage):
         _takes_effect(self, "order", "layers are replaced by and by", by_and_by)
         _takes_effect(self, "chance", 'replacement = "theseus"', chance)
         _takes_effect(self, "beta", 'divergence = "js"', self.divergence == "js")
+        for key in ("temperature", "divergence", "top_k"):
+            _takes_effect(self, key, "kl has weight", self.kl > 0)
+        asks = self.kl > 0 or self.replacement != "at_once"
+        _takes_effect(self, "teacher", "the teacher is asked", asks)
+        moves = self.train != "mixers"
+        _takes_effect(self, "lr_pretrained", "more than mixers move (train)", moves)
+        if self.compile is True:
+            at_once = self.replacement == "at_once"
+            _takes_effect(self, "compile", "all layers are replaced at once", at_once)
+        if self.graphs is True:
+            live = self.stored is None or self.kl == 0
+            _takes_effect(self, "graphs", "the teacher is in process", live)
         return self
 
     @model_validator(mode="after")
@@ -370,7 +394,7 @@ class ChatStage(Section):
 
     @model_validator(mode="after")
     def _cools_down(self) -> Self:
-        _takes_effect(self, "cooldown", 'schedule = "wsd"', self.schedule == "wsd")
+        _check_rates(self, self.schedule, self.warmup, self.cooldown)
         return self
 
     @model_validator(mode="after")
@@ -408,6 +432,7 @@ class Sft(ChatStage):
     def _has_a_loss(self) -> Sft:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
+        _takes_effect(self, "temperature", "kl has weight", self.kl > 0)
         return self
 
     @property
