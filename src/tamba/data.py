@@ -534,7 +534,7 @@ class TokenBlocks:
         max_tokens: int | None = None,
         bytes_per_token: float | None = None,
     ) -> TokenBlocks:
-        """Pack documents that are tokens already, each with its closing token. See `from_texts`."""
+        """Pack documents that are tokens already, with their closing tokens. See `from_texts`."""
         if length < 2:
             raise UserError("length", f"{length} tokens leave nothing to predict", "use 2 or more")
         parts = [torch.tensor(d, dtype=torch.int32) for d in documents if len(d)]
