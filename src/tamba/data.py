@@ -45,7 +45,8 @@ WORDS = ("python-docs", "teacher-written")
 _PACKAGE = "package-docs:"
 _OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 _ENDINGS = (".txt", ".jsonl", ".json")
-_KINDS = tuple(kind + packed for kind in _ENDINGS for packed in _OPENERS)
+_TABLE = ".parquet"
+_KINDS = (*(kind + packed for kind in _ENDINGS for packed in _OPENERS), _TABLE)
 
 
 def read_texts(
@@ -57,6 +58,7 @@ def read_texts(
     - a `.txt` file, one document;
     - a `.jsonl` or `.json` file, one JSON object a line with a document under `key`;
     - either packed as `.gz` or `.xz`;
+    - a `.parquet` file with documents in the column `key`;
     - a folder: all such files in it, sorted by path;
     - ``python-docs``: prose of the Python manual's topics and of the standard library's docstrings;
     - ``package-docs:NAME``: prose of the docstrings of an installed package, which is not imported;
@@ -66,7 +68,8 @@ def read_texts(
         max_bytes: stop after the document that reaches this many UTF-8 bytes in all.
 
     Raises:
-        UserError: a missing, empty, undecodable or damaged file, or a line without text, by number.
+        UserError: a missing, empty, undecodable or damaged file, a line without text, by number, or
+            a `.parquet` file without the package that reads it.
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
@@ -158,6 +161,8 @@ def _kind(path: Path) -> tuple[str, str] | None:
     """(ending, how it is packed) by the end of the name; None for files that are not text."""
     if path.name.startswith("."):
         return None
+    if path.name.endswith(_TABLE):
+        return _TABLE, ""
     for packed in sorted(_OPENERS, key=len, reverse=True):
         stem = path.name.removesuffix(packed)
         for kind in _ENDINGS:
@@ -174,22 +179,46 @@ def _file(path: Path, key: str) -> Iterator[str]:
             raise UserError(str(path), "the file is empty")
         yield text
         return
-    for where, row in json_rows(path):
+    for where, row in file_rows(path):
         yield _json_text(row, where, key)
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line of a `.jsonl` file stands, plain or packed, and its object.
+def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a `.parquet` file stands, or line of a `.jsonl` file, plain or packed, and
+    its columns.
 
     Raises:
         UserError: an empty or damaged file, or a line that is no JSON object, by number.
     """
     empty = True
+    if path.name.endswith(_TABLE):
+        yield from streamed(str(path), "parquet", data_files=str(path), split="train")
+        return
     for where, line in text_lines(path):
         empty = False
         yield where, _json_object(line, where)
     if empty:
         raise UserError(str(path), "the file is empty")
+
+
+def streamed(name: str, *place: str, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of what `datasets.load_dataset` finds at a place stands, and its columns.
+
+    Raises:
+        UserError: that package is not installed, or finds nothing; its message begins with `name`.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(name, "needs the package 'datasets'", "pip install 'tamba[chat]'") from None
+    try:
+        for number, row in enumerate(load_dataset(*place, streaming=True, **options)):
+            yield f"{name}, row {number}", row
+    except UserError:
+        raise
+    except Exception as error:  # the network, the hub's client and readers raise many kinds
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(name, problem, "check the name and the network") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:

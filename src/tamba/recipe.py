@@ -37,6 +37,16 @@ asked to.
 """
 
 
+_DATA_SET = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.\[\]%:-]+))?")
+_FILE = re.compile(r".*\.(txt|jsonl?|parquet)(\.gz|\.xz)?")
+
+
+def data_set(name: str) -> tuple[str, str] | None:
+    """Name and split of a data set on the hub, ``OWNER/NAME[:SPLIT]``; None for a file's name."""
+    found = None if _FILE.fullmatch(name) else _DATA_SET.fullmatch(name)
+    return found and (found[1], found[2] or "train")
+
+
 def _takes_effect(section: Section, key: str, unless: str, value: bool) -> None:
     """Raise ValueError where `key` is given though what it is for is not asked for."""
     if key in section.model_fields_set and not value:
@@ -651,10 +661,7 @@ class Recipe(Section):
         return tuple(
             name
             if name.startswith("hf://")
-            or (
-                re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%:-]+)?", name)
-                and not (self._file.parent / name).exists()
-            )
+            or (data_set(name) and not (self._file.parent / name).exists())
             else str(self.locate(name, f"{key}[{i}]").resolve())
             for i, name in enumerate(stage.data)
         )
