@@ -252,7 +252,7 @@ class Bench:
     # --- what rows share
 
     def text(self, recipe: Recipe, side: Literal["train", "heldout"]) -> Made:
-        keys = ["teacher", f"data.{side}", "data.length", "data.heldout_share"]
+        keys = ["teacher", f"data.{side}", "data.rows", "data.length", "data.heldout_share"]
         keys += ["data.lookup_share"] if side == "train" else []
         return self.shared.once(
             side,

@@ -242,8 +242,10 @@ def test_a_missing_file_is_no_data_set(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"{name}: no such file or folder"):
             check_chats([name])
         assert data_set(name) is None
-    assert data_set("owner/name.v2") == ("owner/name.v2", "train")
-    assert data_set("owner/name:test") == ("owner/name", "test")
+    assert data_set("owner/name.v2") == (("owner/name.v2",), "train")
+    assert data_set("owner/name:test") == (("owner/name",), "test")
+    assert data_set("owner/name/part:test") == (("owner/name", "part"), "test")
+    assert data_set("a/b/c/d") is data_set("../a") is data_set("a") is None
 
 
 def test_the_hub_is_streamed(monkeypatch):

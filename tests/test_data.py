@@ -126,6 +126,25 @@ def test_tables(tmp_path, monkeypatch):
         read_texts(path)
 
 
+def test_data_sets_of_the_hub_are_streamed(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*place, **options):
+        asked.append((place, options))
+        yield from ({"text": f"{i} of many"} for i in range(10**9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_texts(["owner/name/part:some", "owner/other"], limit=2)
+    assert found == ["0 of many", "1 of many"] * 2
+    assert asked == [
+        (("owner/name", "part"), {"streaming": True, "split": "some"}),
+        (("owner/other",), {"streaming": True, "split": "train"}),
+    ]
+    with pytest.raises(UserError, match="owner/name: no such file or folder"):
+        read_texts("owner/name")  # there may be no end of it
+
+
 def test_a_file_of_the_hub(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "shard.json.gz", [{"text": "hello"}], gzip.open)
     asked = {}

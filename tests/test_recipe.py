@@ -205,6 +205,11 @@ WRONG = {
     ),
     "nearest file": ('["text.txt"]', '["test.txt"]', "did you mean 'text.txt'?"),
     "unknown text": ('["text.txt"]', '["python-doc"]', "did you mean 'python-docs'?"),
+    "endless text": (
+        '["text.txt"]',
+        '["owner/name"]',
+        "data.train[0]: no such file or folder: 'owner/name'; if it is a data set of the hub, say",
+    ),
     "odd address": ('["text.txt"]', '["hf://c4"]', "write hf://datasets/OWNER/NAME/FILE"),
     "missing model": ('path = "teacher"', 'path = "techer"', "did you mean 'teacher'?"),
     "missing package": (
@@ -247,6 +252,17 @@ def test_missing_recipe_names_its_neighbour(folder: Path) -> None:
         read_recipe(folder / "recpe.toml")
     with pytest.raises(UserError, match="is a folder"):
         read_recipe(folder)
+
+
+def test_data_sets_of_the_hub_stand_as_they_are(folder: Path) -> None:
+    told = "data.rows=100"
+    recipe = read(folder, '["text.txt"]', '["owner/name/part:test"]', told)
+    assert recipe.text_sources("train") == ("owner/name/part:test",)
+    assert recipe.data.rows == 100
+    (folder / "owner").mkdir()
+    (folder / "owner" / "name").mkdir()
+    recipe = read(folder, '["text.txt"]', '["owner/name"]', told)
+    assert recipe.text_sources("train") == (str(folder / "owner" / "name"),)
 
 
 def test_overrides(folder: Path) -> None:

@@ -118,6 +118,7 @@ CHANGES = {
     "output.shard_bytes=1000": ["build", "train", "evaluate"],
     "output.html=false": ["evaluate"],
     "data.length=32": ALL,
+    "data.rows=1": ALL,
     "data.heldout_share=0.4": ALL,
     "seed=1": ALL,
     # What is no longer divided is fitted to as a whole.

@@ -2,8 +2,8 @@
 
 A source is a file of JSON lines (plain, `.gz`, `.xz`), a `.txt` file with a prompt a line, a
 `.parquet` file, a folder of such, ``hf://datasets/OWNER/NAME/FILE``, or a data set of the hub,
-``OWNER/NAME`` or ``OWNER/NAME:SPLIT``, which is streamed. Rows come in the forms that data sets of
-chats have; see `prompt_of`, `conversation_of` and `preference_of`.
+``OWNER/NAME`` or ``OWNER/NAME/PART:SPLIT``, which is streamed. Rows come in the forms that data
+sets of chats have; see `prompt_of`, `conversation_of` and `preference_of`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def _file(path: Path) -> Iterator[Row]:
 def _data_set(name: str) -> Iterator[Row]:
     found = data_set(name)
     assert found is not None
-    for where, fields in streamed(name, found[0], split=found[1]):
+    place, split = found
+    for where, fields in streamed(name, *place, split=split):
         yield Row(where, fields, name)
 
 

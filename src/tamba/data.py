@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -37,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tamba.artefact import write_file
 from tamba.errors import UserError, nearest
+from tamba.recipe import data_set
 
 Source = str | os.PathLike[str]
 
@@ -50,7 +52,11 @@ _KINDS = (*(kind + packed for kind in _ENDINGS for packed in _OPENERS), _TABLE)
 
 
 def read_texts(
-    sources: Source | Sequence[Source], *, key: str = "text", max_bytes: int | None = None
+    sources: Source | Sequence[Source],
+    *,
+    key: str = "text",
+    max_bytes: int | None = None,
+    limit: int | None = None,
 ) -> list[str]:
     """Documents of one or several sources, in a fixed order.
 
@@ -62,9 +68,12 @@ def read_texts(
     - a folder: all such files in it, sorted by path;
     - ``python-docs``: prose of the Python manual's topics and of the standard library's docstrings;
     - ``package-docs:NAME``: prose of the docstrings of an installed package, which is not imported;
-    - ``hf://datasets/OWNER/NAME/FILE``: such a file of a data set on the hub (``NAME@REVISION``).
+    - ``hf://datasets/OWNER/NAME/FILE``: such a file of a data set on the hub (``NAME@REVISION``);
+    - ``OWNER/NAME``, ``OWNER/NAME/PART`` or either with ``:SPLIT``: a data set of the hub, which is
+      streamed, with documents under `key`; only with a `limit`, for there may be no end of it.
 
     Args:
+        limit: most documents of each source.
         max_bytes: stop after the document that reaches this many UTF-8 bytes in all.
 
     Raises:
@@ -73,12 +82,12 @@ def read_texts(
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
-    check_sources(sources)
+    check_sources(sources, limit)
     texts: list[str] = []
     size = 0
     for source in sources:
         before = len(texts)
-        for text in _documents(source, key):
+        for text in islice(_documents(source, key), limit):
             texts.append(text)
             size += len(text.encode())
             if max_bytes is not None and size >= max_bytes:
@@ -90,15 +99,18 @@ def read_texts(
     return texts
 
 
-def check_sources(sources: Iterable[Source]) -> None:
+def check_sources(sources: Iterable[Source], limit: int | None = None) -> None:
     """Refuse a source of this machine that is not there or of no kind that is read.
+
+    Args:
+        limit: most documents of each.
 
     Raises:
         UserError: as `read_texts`, before any text is read. What lies on the hub is not asked for.
     """
     for source in sources:
         name = os.fspath(source)
-        if name in WORDS or name.startswith("hf://"):
+        if name in WORDS or name.startswith("hf://") or (limit and _on_hub(name)):
             continue
         if name.startswith(_PACKAGE):
             _package_folder(name.removeprefix(_PACKAGE))
@@ -131,12 +143,22 @@ def _documents(source: Source, key: str) -> Iterator[str]:
     if name.startswith(_PACKAGE):
         yield from _modules(_package_folder(name.removeprefix(_PACKAGE)), set())
         return
+    if found := _on_hub(name):
+        place, split = found
+        for where, row in streamed(name, *place, split=split):
+            yield _json_text(row, where, key)
+        return
     path = from_hub(name) if name.startswith("hf://") else Path(name)
     if path.is_dir():
         for file in files_of(path):
             yield from _file(file, key)
         return
     yield from _file(path, key)
+
+
+def _on_hub(name: str) -> tuple[tuple[str, ...], str] | None:
+    """Place and split of a data set of the hub; None for a source of another kind."""
+    return None if name.startswith("hf://") or Path(name).exists() else data_set(name)
 
 
 def from_hub(address: str) -> Path:

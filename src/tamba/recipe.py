@@ -37,14 +37,18 @@ asked to.
 """
 
 
-_DATA_SET = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.\[\]%:-]+))?")
+_DATA_SET = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([\w.\[\]%:-]+))?")
 _FILE = re.compile(r".*\.(txt|jsonl?|parquet)(\.gz|\.xz)?")
 
 
-def data_set(name: str) -> tuple[str, str] | None:
-    """Name and split of a data set on the hub, ``OWNER/NAME[:SPLIT]``; None for a file's name."""
+def data_set(name: str) -> tuple[tuple[str, ...], str] | None:
+    """Where a data set of the hub lies, ``OWNER/NAME[/PART][:SPLIT]``, and its split; None for the
+    name of a file."""
     found = None if _FILE.fullmatch(name) else _DATA_SET.fullmatch(name)
-    return found and (found[1], found[2] or "train")
+    if found is None:
+        return None
+    place, part, split = found.groups()
+    return (place, part) if part else (place,), split or "train"
 
 
 def _takes_effect(section: Section, key: str, unless: str, value: bool) -> None:
@@ -76,13 +80,16 @@ class ModelSource(Section):
 
 
 class Data(Section):
-    """Text, as sources in order: `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files.
+    """Text, as sources in order: `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files, and
+    data sets of the hub, which are streamed: ``OWNER/NAME``, ``OWNER/NAME/PART:SPLIT``.
 
     Args:
         train: text to fit on.
         heldout: text to measure on; nothing is fitted to it or chosen by it. A source that stands
             under both is divided by document, so that none is on both sides.
         heldout_share: share of the documents of a divided source that is held out.
+        rows: most documents that are read of each source; None for all, which no data set of the
+            hub is read to.
         length: tokens of a row.
         lookup_share: share of the rows to fit on that are passages followed by their own pieces in
             another order (`tamba.lookup_text`), so that what looks back is kept and learned.
@@ -96,6 +103,7 @@ class Data(Section):
     train: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    rows: Count | None = None
     length: Count = 512
     lookup_share: float = Field(default=0.0, ge=0, le=1)
     written_tokens: Count = 65_536
@@ -678,6 +686,14 @@ class Recipe(Section):
         if "/" not in name and "." not in name and not (self._file.parent / name).exists():
             raise UserError(
                 self.where(key), f"no text called '{name}'", nearest(name, TEXT_SOURCES)
+            )
+        if data_set(name) and not (self._file.parent / name).exists():
+            if self.data.rows is not None:
+                return name
+            raise UserError(
+                self.where(key),
+                f"no such file or folder: '{name}'",
+                "if it is a data set of the hub, say with data.rows how many documents to read",
             )
         return str(self.locate(name, key).resolve())
 

@@ -138,7 +138,7 @@ def _check_models(recipe: Recipe) -> None:
     from tamba.train import check_stages
 
     for key in ("train", "texts"):
-        check_sources(recipe.text_sources(key))
+        check_sources(recipe.text_sources(key), recipe.data.rows)
     teacher, donor = open_models(recipe)
     config = teacher.tamba_config
     if recipe.build.plan == "analyze":
@@ -169,7 +169,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
     train, heldout = recipe.text_sources("train"), recipe.text_sources("texts")
     divided = [(train.index(s), heldout.index(s)) for s in train if s in heldout]
     share = recipe.data.heldout_share if divided else None
-    read = ("seed", "teacher", "data.length", "data.text_key")
+    read = ("seed", "teacher", "data.length", "data.text_key", "data.rows")
     if train:
         needs = written if WRITTEN in train else ()
         also: tuple[Any, ...] = ([i for i, _ in divided], share)

@@ -99,7 +99,7 @@ def prepare_text(
             blocks = [written] if len(homes) == 1 else _divided(written, data.heldout_share)
             pieces = dict(zip(homes, blocks, strict=True))
         else:
-            texts = read_texts(source, key=data.text_key)
+            texts = read_texts(source, key=data.text_key, limit=data.rows)
             halves = split_texts(texts, data.heldout_share) if len(homes) == 2 else (texts,)
             pieces = {
                 side: TokenBlocks.from_texts(half, tokenizer, data.length, fill=side == "heldout")
