@@ -214,8 +214,8 @@ class _GradientStage(_Stage):
         weight_decay: of AdamW, on matrices alone.
         betas: of AdamW.
         clip: largest gradient norm; 0 for no clipping.
-        ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
-            for the parameters themselves.
+        ema: decay a step of a running mean of the parameters after each, which is what the stage
+            leaves; 0 for the parameters themselves.
         checkpointing: keep a layer's input alone and compute the layer again for its gradient.
         compile: compile layers one by one; ``auto`` does on a GPU, but not where layers are
             replaced by and by.
