@@ -172,6 +172,15 @@ def test_a_record_keeps_one_row_of_a_name_and_seed(llama: ModuleType, tmp_path: 
     assert json.loads(record.read_text()) == [{"row": "a", "seed": 1}, {"row": "a", "seed": 0}]
 
 
+def test_rows_side_by_side_lose_no_other_of_the_record(llama: ModuleType, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    with ThreadPoolExecutor(8) as pool:
+        kept = [pool.submit(llama.keep, {"row": "a", "seed": i}, record) for i in range(32)]
+        for one in kept:
+            one.result()
+    assert sorted(row["seed"] for row in json.loads(record.read_text())) == [*range(32)]
+
+
 def test_the_picture_of_findings_shows_means(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     figures = importlib.import_module("mamba_in_llama_figures")

@@ -45,6 +45,7 @@ from tamba.train.chat_steps import shares
 from tamba.train.engine import Engine
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
+from tamba.train.teacher import check_room
 from tokens import character_tokenizer
 
 PAIRS = {1: 1}
@@ -870,6 +871,22 @@ def test_a_stored_teacher_teaches_as_the_live_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="words of a place: it was made for 9, not 8"):
         run_training(tmp_path, "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_store_without_room_is_refused_before_any_stage(tmp_path, monkeypatch):
+    prepare(tmp_path, STAGES + TOP + 'stored = "deep/down/top"\n')
+    # 8 rows of 16 tokens, 9 words of 6 bytes and the rest in 4.
+    needed, right = 8 * 16 * (6 * 9 + 4), shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        short = right._replace(free=needed - 1)
+        patch.setattr(shutil, "disk_usage", lambda path: short)
+        with pytest.raises(UserError, match="deep/down: not enough room on disk"):
+            run_training(tmp_path)
+        enough = right._replace(free=needed)
+        patch.setattr(shutil, "disk_usage", lambda path: enough)
+        check_room(tmp_path / "deep" / "down" / "top", rows(), 9)
+    assert not (tmp_path / ".student.stages").exists() and not (tmp_path / "deep").exists()
+    run_training(tmp_path)
 
 
 def test_a_teacher_in_8_bits(tmp_path):

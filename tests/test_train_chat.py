@@ -294,6 +294,52 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
 # What does not depend on how a step is divided, or cut off.
 
 
+def check_steps_by_hand(**options) -> None:
+    """Steps of all rows, written out with torch's plain AdamW."""
+    told = {"steps": 5, "batch": 4, "lr": 3e-3, "warmup": 0.2, "weight_decay": 0.3, "clip": 0.5}
+    told |= {"betas": (0.7, 0.8), "micro_batch": 2}
+    examples, ours, theirs = rows(4), student(), student()
+    log = sft(ours, tokenizer(), sft_stage(**(told | options)), examples)
+    groups = [
+        {
+            "params": [p],
+            "weight_decay": 0.3 * (p.dim() == 2 and not n.endswith(("A_log", "dt_bias", ".D"))),
+        }
+        for n, p in theirs.named_parameters()
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.7, 0.8))
+    losses = []
+    for step in range(5):
+        said = []
+        for row in examples:
+            ids, n = framed(row)
+            logits = theirs(ids, use_cache=False).logits[0, :-1]
+            said.append(F.cross_entropy(logits, ids[0, 1:], reduction="none")[n - 1 :])
+        loss = torch.cat(said).mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        factor = 1.0 if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 4))
+        for group in adam.param_groups:
+            group["lr"] = 3e-3 * factor
+        adam.step()
+        adam.zero_grad()
+    assert [loss for _, loss in log.losses] == pytest.approx(losses, rel=1e-4)
+    for (name, got), (_, p) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        # Adam divides by the size of a gradient, which magnifies the last bits of a small one.
+        torch.testing.assert_close(got, p, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_steps_equal_a_loop_written_by_hand() -> None:
+    check_steps_by_hand()
+
+
+@pytest.mark.parametrize("fault", [{"weight_decay": 0.0}, {"betas": (0.7, 0.99)}, {"clip": 0.0}])
+def test_steps_that_differ_are_seen(fault) -> None:
+    with pytest.raises(AssertionError):
+        check_steps_by_hand(**fault)
+
+
 def test_every_step_is_whole_and_every_row_has_its_turn() -> None:
     turns = [*chat_steps.Turns(7, 4, 5, seed=3)]
     assert len(turns) == len(chat_steps.Turns(7, 4, 5, seed=3)) == 20

@@ -17,7 +17,7 @@ from tamba.artefact import new_folder
 from tamba.checkpoint import load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks, read_texts, split_texts
 from tamba.errors import UserError
-from tamba.lookup_text import with_lookups
+from tamba.lookup_text import SHORTEST_ROW, with_lookups
 from tamba.recipe import WRITTEN, Recipe
 from tamba.teacher_text import write_blocks
 
@@ -79,9 +79,16 @@ def prepare_text(
         tokenizer: of the teacher; read from its checkpoint if None.
 
     Raises:
-        UserError: a source that cannot be read, or too little text to fill one row or to divide.
+        UserError: a source that cannot be read, too little text to fill one row or to divide, or
+            rows that are too short for `data.lookup_share`.
     """
     data = recipe.data
+    if "train" in sides and data.lookup_share and data.length < SHORTEST_ROW:
+        raise UserError(
+            recipe.where("data.lookup_share"),
+            f"takes rows of {SHORTEST_ROW} tokens or more, and these have {data.length}",
+            "lengthen data.length, or leave lookup_share out",
+        )
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
     parts: dict[Side, list[TokenBlocks]] = {"train": [], "heldout": []}
