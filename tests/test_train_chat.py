@@ -188,13 +188,14 @@ def test_packing_without_boundaries_is_seen(monkeypatch) -> None:
 
 def test_sft_beside_the_teacher() -> None:
     model, above = student(), teacher()
-    stage = sft_stage(ce=0.5, kl=2.0, micro_batch=2)
+    stage = sft_stage(ce=0.5, kl=2.0, temperature=3.0, micro_batch=2)
     got = first_loss(sft(model, tokenizer(), stage, rows(), teacher=above))
     apart = []
     for row in rows():
         ids, n = framed(row)
-        p, q = (log_probabilities(m, ids)[n - 1 :] for m in (above, model))
-        apart.append((p.exp() * (p - q)).sum(-1))
+        logits = (log_probabilities(m, ids)[n - 1 :] for m in (above, model))
+        p, q = ((one / 3.0).log_softmax(-1) for one in logits)
+        apart.append(9.0 * (p.exp() * (p - q)).sum(-1))
     want = 0.5 * cross_entropy(model, rows()) + 2.0 * float(torch.cat(apart).mean())
     assert got == pytest.approx(want, rel=1e-5)
 
@@ -270,7 +271,7 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
         return honest(self, one, inputs, count)
 
     monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", watched)
-    stage = on_policy_stage(divergence=divergence)
+    stage = on_policy_stage(divergence=divergence, temperature=2.0)
     got = first_loss(on_policy(model, tokenizer(), stage, rows(4), teacher=above))
     apart, asked = [], set()
     for batch in seen:
@@ -280,7 +281,8 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
             assert 1 <= len(answer) <= 8
             asked.add(tokenizer().decode(prompt))
             ids = torch.cat([prompt, answer])[None]
-            p, q = (log_probabilities(m, ids)[len(prompt) - 1 :] for m in (above, model))
+            logits = (log_probabilities(m, ids)[len(prompt) - 1 :] for m in (above, model))
+            p, q = ((one / 2.0).log_softmax(-1) for one in logits)
             m = ((p.exp() + q.exp()) / 2).log()
             forward = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
             reverse = F.kl_div(p, q, log_target=True, reduction="none").sum(-1)

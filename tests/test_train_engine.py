@@ -103,6 +103,48 @@ def test_steps_equal_a_loop_written_by_hand() -> None:
     check_by_hand(micro_batch=3, ema=0.9, checkpointing=True)
 
 
+@torch.no_grad()
+def loss_by_definition(student, teacher, *, tau=1.0, kind="forward", beta=0.5, ce=0.0) -> float:
+    """Of all rows, from whole logits in float64."""
+    tokens, starts = rows().tokens.long(), rows().starts
+    seq, here = starts.cumsum(1), ~starts[:, 1:]
+    z, y = (
+        model(tokens, seq_idx=seq, use_cache=False).logits[:, :-1][here].double()
+        for model in (student, teacher)
+    )
+    q, p = (z / tau).softmax(-1), (y / tau).softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1).mean()
+
+    m = beta * p + (1 - beta) * q
+    found = {
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "js": beta * kl(p, m) + (1 - beta) * kl(q, m),
+    }[kind]
+    return float(tau**2 * found + ce * F.cross_entropy(z, tokens[:, 1:][here]))
+
+
+@pytest.mark.parametrize(
+    ("told", "means"),
+    [
+        ({"temperature": 3.0}, {"tau": 3.0}),
+        ({"divergence": "reverse"}, {"kind": "reverse"}),
+        ({"divergence": "js", "beta": 0.2}, {"kind": "js", "beta": 0.2}),
+        ({"ce": 0.7}, {"ce": 0.7}),
+    ],
+    ids=str,
+)
+def test_a_stage_minimises_what_it_is_told(told, means) -> None:
+    student, teacher = pair()
+    want = loss_by_definition(student, teacher, **means)
+    assert want != pytest.approx(loss_by_definition(student, teacher), rel=1e-2)
+    stage = distil_stage(tokens=128, batch=8, **told)
+    log = distil(student, teacher, named(student, "mixers"), rows(), stage)
+    assert log.losses[0][1] == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["decay", "rate", "mean"])
 def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
