@@ -248,7 +248,7 @@ def test_compiled_for_hopper_nothing_leaves_registers() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     tests = Path(__file__).parent
     environment["PYTHONPATH"] = os.pathsep.join([str(tests), *sys.path])
-    program = [sys.executable, str(tests / "hopper_code.py")]
+    program = [sys.executable, str(tests / "hopper_code.py"), "directions"]
     told = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr[-2000:]
     found = json.loads(told.stdout)

@@ -34,7 +34,7 @@ gpu = [
 # Small tiles: several chunks, segments and parts at lengths that the interpreter gets through.
 SMALL = {
     "ssd_scan": {"chunk": 16, "head_dim": 16, "per_sm": 40, "warps": 4, "stages": 1},
-    "ssd_segments": {"head_dim": 16, "warps": 4, "stages": 1},
+    "ssd_segments": {"head_dim": 16, "per_sm": 30, "warps": 4, "stages": 1},
     "ssd_states": {"head_dim": 16, "per_sm": 80, "warps": 4, "stages": 1},
     "ssd_grads": {
         **{"chunk": 16, "head_dim": 16, "states": 1, "per_sm": 80},
@@ -108,19 +108,33 @@ def sliced(percent: int) -> dict[str, Any]:
     return {**SMALL, "ssd_grads": {**SMALL["ssd_grads"], "states": percent}}
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize(
-    "heads, groups, percent, slices",
-    [(5, 1, 100, (1, 2)), (6, 2, 200, (2, 2)), (3, 3, 160, (2, 1))],
+    "heads, groups, percent, starts, slices",
+    [
+        (5, 1, 100, False, (1, 2)),
+        (5, 1, 100, True, (1, 2)),
+        (6, 2, 200, True, (2, 2)),
+        (3, 3, 160, False, (2, 1)),
+    ],
 )
 def test_slices_of_heads_add_up(
-    heads: int, groups: int, percent: int, slices: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    groups: int,
+    percent: int,
+    starts: bool,
+    slices: tuple[int, int],
+    at_once: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`at_once`: what segments add is there for all heads, not for those of a slice."""
+    monkeypatch.setattr(module, "_ADDED_SHARE", 100.0 if at_once else 0.0)
     found, whole = [], module.Call.slices
     monkeypatch.setattr(
         module.Call, "slices", lambda *given: found.append(whole(*given)) or found[-1]
     )
     with tiles.using(sliced(percent)):
-        agree(arguments(40, heads, groups=groups, starts=True))
+        agree(arguments(40, heads, groups=groups, starts=starts))
     assert set(found) == {slices}
 
 

@@ -27,36 +27,42 @@ _MANY_NUMBERS = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels_run(
-    op: str, *tensors: Tensor | None, unusual: str | None = None, proven: bool = True
-) -> bool:
+def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) -> bool:
     """Whether `op` on these tensors is for the Triton kernels.
 
     Args:
         op: the operator's name, for the message.
         tensors: its arguments; None is left out.
         unusual: what about the call the kernels do not cover, or None.
-        proven: whether the kernels were compared with the truth on a GPU. Others wait to be asked
-            for: what the interpreter finds right may still be miscompiled.
 
-    The environment variable `TAMBA_KERNELS` (`triton` or `torch`; `auto`, or none, to choose by
-    device) decides for tests and comparisons; it is read at every call.
+    The environment variable `TAMBA_KERNELS` (`triton` or `torch`; `gluon` for `triton` with what
+    `gluon_runs` says; `auto`, or none, to choose by device) decides for tests and comparisons; it
+    is read at every call.
 
     Raises:
         UserError: it says something else.
     """
     asked = _asked()
     given = [t for t in tensors if t is not None]
-    if asked == "torch" or (asked != "triton" and not proven):
+    if asked == "torch":
         return False
     on_gpu = given[0].is_cuda
-    interpreted = not on_gpu and os.environ.get("TRITON_INTERPRET") == "1" and asked == "triton"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked in ("triton", "gluon")
     if not on_gpu and not interpreted:
         return False
     why = unusual or _why_not(given)
     if why and not torch.compiler.is_compiling():
         _say_once(op, why)
     return why is None
+
+
+def gluon_runs() -> bool:
+    """Whether kernels may be those in Gluon, Triton's lower-level dialect.
+
+    They were compared with the truth in Python and compiled, and no GPU has run them yet: they wait
+    to be asked for by ``TAMBA_KERNELS=gluon``.
+    """
+    return _asked() == "gluon"
 
 
 def compiles_for_cpu(tensor: Tensor, dtype: torch.dtype) -> bool:
@@ -97,7 +103,7 @@ def short_products_on_cpu(tensor: Tensor) -> bool:
 
 def _asked() -> str:
     asked = os.environ.get("TAMBA_KERNELS", "auto")
-    if asked not in ("auto", "triton", "torch"):
+    if asked not in ("auto", "triton", "gluon", "torch"):
         # A word misspelt would silently compare one path with itself.
         raise UserError("TAMBA_KERNELS", f"is '{asked}'", "set it to triton, torch or auto")
     return asked

@@ -43,7 +43,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tamba.ops.kernels.tiles import Tile, multiprocessors, tile
+from tamba.ops.backend import gluon_runs
+from tamba.ops.kernels import ssd_hopper
+from tamba.ops.kernels.tiles import Tile, architecture, multiprocessors, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below this a decay is 0 in float32, subnormal numbers aside.
@@ -116,6 +118,11 @@ def _put(tiles, row, start, column, values, ROWS: tl.constexpr, COLUMNS: tl.cons
 # --- step sizes
 
 
+@triton.jit
+def _later(a, b):
+    return tl.maximum(a, b)
+
+
 _STEP_ARGUMENTS = [
     *("dt_ptr", "A_ptr", "bias_ptr", "starts_ptr", "padding_ptr", "out_ptr"),
     *("length", "heads", "chunks"),
@@ -155,13 +162,15 @@ def _steps_kernel(
     STARTS: tl.constexpr,
     PADDING: tl.constexpr,
     GRADIENT: tl.constexpr,
+    ORIGINS: tl.constexpr,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """One chunk of a block of heads: step sizes, running sums of log2 decays, spans, and weights.
 
     With `low_ptr` sums are in two parts. `GRADIENT`: for a backward pass, which reads `to_end` and
-    `since` and no `columns`.
+    `since` and no `columns`. `ORIGINS`: what lies at `span_ptr` is not the number of a token's span
+    but where in the chunk it begins, -1 for before the chunk.
     """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = tl.program_id(0) % chunks
@@ -200,7 +209,11 @@ def _steps_kernel(
         tl.store(low_ptr + out, sums - sums.to(tl.float32), mask=stored)
     if column_ptr is not None:
         tl.store(column_ptr + out, sums - tl.log2(dt), mask=stored)
-    tl.store(span_ptr + out, spans, mask=stored)
+    if ORIGINS:
+        origins = tl.where(opens, tl.arange(0, Q)[:, None], -1).to(tl.float32)
+        tl.store(span_ptr + out, tl.associative_scan(origins, 0, _later), mask=stored)
+    else:
+        tl.store(span_ptr + out, spans, mask=stored)
     last = (tl.arange(0, Q) == Q - 1)[:, None]
     sum_end = tl.sum(tl.where(last, sums, 0.0), axis=0)
     span_end = tl.sum(tl.where(last, spans, 0), axis=0)
@@ -226,14 +239,23 @@ def _enter(
     lane,
     segment,
     segments,
+    pieces,
     inner,
+    reverse,
     SIZE: tl.constexpr,
-    REVERSE: tl.constexpr,
 ):
-    """`state` carried through the segments that come before `segment` (backwards: after it)."""
-    for i in range(0, segments - 1 - segment if REVERSE else segment):
-        j = lane * segments + (segments - 1 - i if REVERSE else i)
-        state = state * tl.load(decay_ptr + j) + tl.load(local_ptr + j * SIZE + inner)
+    """`state` carried through the segments that come before `segment` (`reverse`: after it)."""
+    kept = (segments - 1) * pieces
+    j = lane * kept
+    count = segment * pieces
+    step = 1
+    if reverse:
+        j += kept - 1
+        count = kept - count
+        step = -1
+    for i in range(0, count):
+        added = tl.load(local_ptr + (j + step * i) * SIZE + inner).to(tl.float32)
+        state = state * tl.load(decay_ptr + j + step * i) + added
     return state
 
 
@@ -250,15 +272,16 @@ def _add(state, through, right, weight, left, DOT: tl.constexpr, PRECISION: tl.c
 @triton.jit
 def _walk(
     pid,
+    reverse,
     left_tiles,
     right_tiles,
     weight_ptr,
     through_ptr,
+    given,
     first_ptr,
     local_ptr,
     local_decay_ptr,
     stored_tiles,
-    last_ptr,
     heads,
     share,
     first_group,
@@ -268,9 +291,9 @@ def _walk(
     chunks,
     segments,
     span_chunks,
-    REVERSE: tl.constexpr,
+    pieces,
+    kept,
     LOCAL: tl.constexpr,
-    FIRST: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -278,28 +301,29 @@ def _walk(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The state [P, N] of one head through one segment, by `_add`.
+    """The state [P, N] of one head through one segment or a piece of one, by `_add`.
 
     Forwards left is B, right x and the weight dt and the decay to the end of the chunk. Backwards
-    (`REVERSE`) left is C, right the output's gradient and the weight the decay since the start.
-    With `LOCAL` only what the segment adds and its whole decay are written; without, every state
-    that enters a chunk (backwards: every gradient of one that leaves it), and backwards the
-    gradient of the first state.
+    (`reverse`) left is C, right the output's gradient and the weight the decay since the start.
+    With `LOCAL` a program takes one of the `pieces` of a segment and writes only what that adds and
+    its whole decay; without, a whole segment, from the state at `first_ptr` (`given`: there is one)
+    and what other segments add, and it writes every state that enters a chunk (backwards: every
+    gradient of one that leaves it). What segments add is there for all heads, or for those of this
+    launch, if only that many are `kept`. Returns where the head's states lie, the number of its
+    part of the sequence, and the state at the other end of that.
     """
     blocks: tl.constexpr = P // BLOCK_P
     block = pid % blocks
     here = (pid // blocks) % (groups_here * heads_here)
     rest = pid // blocks // (groups_here * heads_here)
-    if LOCAL:  # the segment that nobody comes after needs no such state
-        segment = rest % (segments - 1) + (1 if REVERSE else 0)
-        row = rest // (segments - 1)
-    else:
-        segment = rest % segments
-        row = rest // segments
+    # Of the segment that nobody comes after nobody needs to know what it adds.
+    programs = (segments - 1) * pieces if LOCAL else segments
+    mine = rest % programs
+    row = rest // programs
     group = first_group + here // heads_here
     head = group * share + first_head + here % heads_here
     lane = (row * heads + head).to(tl.int64)
-    place = (row * (groups_here * heads_here) + here).to(tl.int64)
+    place = (row * kept + (head if kept == heads else here)).to(tl.int64)
 
     n = tl.arange(0, N)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -308,23 +332,29 @@ def _walk(
     state = tl.zeros([BLOCK_P, N], tl.float32)
     whole = tl.full([], 1.0, tl.float32)
     if not LOCAL:
-        if FIRST:
+        if given:
             state += tl.load(first_ptr + lane * (N * P) + inner)
         state = _enter(
-            state, local_ptr, local_decay_ptr, place, segment, segments, inner, N * P, REVERSE
+            *(state, local_ptr, local_decay_ptr, place, mine, segments, pieces, inner, reverse),
+            N * P,
         )
 
     column = head * P + block * BLOCK_P
-    begin = segment * span_chunks
-    count = tl.minimum(chunks - begin, span_chunks)
-    following = tl.load(through_ptr + lane * chunks + begin + (count - 1 if REVERSE else 0))
+    most = span_chunks // pieces if LOCAL else span_chunks
+    begin = mine * most
+    if LOCAL:
+        begin += span_chunks if reverse else 0
+    count = tl.minimum(chunks - begin, most)
+    step = 1
+    if reverse:
+        begin += count - 1
+        step = -1
+    following = tl.load(through_ptr + lane * chunks + begin)
     for i in range(0, count):
-        chunk = begin + (count - 1 - i if REVERSE else i)
+        chunk = begin + step * i
         through = following  # loaded one chunk ahead: nothing hides how long that takes
-        if REVERSE:
-            following = tl.load(through_ptr + lane * chunks + tl.maximum(chunk - 1, 0))
-        else:
-            following = tl.load(through_ptr + lane * chunks + tl.minimum(chunk + 1, chunks - 1))
+        ahead = tl.minimum(tl.maximum(chunk + step, 0), chunks - 1)
+        following = tl.load(through_ptr + lane * chunks + ahead)
         start = chunk * Q
         left = _tile(left_tiles, row, start, group * N, Q, N)
         right = _tile(right_tiles, row, start, column, Q, BLOCK_P)
@@ -335,17 +365,16 @@ def _walk(
         state = _add(state, through, right, weight, left, DOT, PRECISION)
         whole *= through
     if LOCAL:
-        j = place * segments + segment
-        tl.store(local_ptr + j * (N * P) + inner, state)
+        j = place * programs + mine
+        tl.store(local_ptr + j * (N * P) + inner, state.to(local_ptr.dtype.element_ty))
         if block == 0:
             tl.store(local_decay_ptr + j, whole)
-    elif REVERSE and segment == 0:
-        tl.store(last_ptr + lane * (N * P) + inner, state)
+    return lane * (N * P) + inner, mine, state
 
 
 _COUNTS = [
     *("heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-    *("chunks", "segments", "span_chunks"),
+    *("chunks", "segments", "span_chunks", "pieces", "kept"),
 ]
 
 
@@ -366,6 +395,8 @@ def _segments_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
+    kept,
     N: tl.constexpr,
     P: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -373,36 +404,13 @@ def _segments_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What every segment but the last adds to the state."""
+    """What every piece of every segment but the last adds to the state."""
     _walk(
-        tl.program_id(0),
-        B_tiles,
-        x_tiles,
-        weight_ptr,
-        through_ptr,
-        local_ptr,
-        local_ptr,
-        local_decay_ptr,
-        x_tiles,
-        local_ptr,
-        heads,
-        share,
-        first_group,
-        groups_here,
-        first_head,
-        heads_here,
-        chunks,
-        segments,
-        span_chunks,
-        False,
-        True,
-        False,
-        N,
-        P,
-        BLOCK_P,
-        Q,
-        DOT,
-        PRECISION,
+        *(tl.program_id(0), False, B_tiles, x_tiles, weight_ptr, through_ptr),
+        *(False, local_ptr, local_ptr, local_decay_ptr, x_tiles),
+        *(heads, share, first_group, groups_here, first_head, heads_here),
+        *(chunks, segments, span_chunks, pieces, kept),
+        *(True, N, P, BLOCK_P, Q, DOT, PRECISION),
     )
 
 
@@ -433,6 +441,8 @@ def _states_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
+    kept,
     LOCAL: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
@@ -443,71 +453,40 @@ def _states_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both walks of the backward pass: half of the programs from the front, half from the back."""
-    half = tl.num_programs(0) // 2
+    """Both walks of the backward pass: half of the programs from the front, half from the back.
+
+    Which way is no constant: two walks in one kernel would take the shared memory of both.
+    """
     pid = tl.program_id(0)
-    if pid < half:
-        _walk(
-            pid,
-            B_tiles,
-            x_tiles,
-            weight_ptr,
-            through_ptr,
-            first_ptr,
-            local_ptr,
-            local_decay_ptr,
-            entering_tiles,
-            d_first_ptr,
-            heads,
-            share,
-            first_group,
-            groups_here,
-            first_head,
-            heads_here,
-            chunks,
-            segments,
-            span_chunks,
-            False,
-            LOCAL,
-            FIRST,
-            N,
-            P,
-            BLOCK_P,
-            Q,
-            DOT,
-            PRECISION,
-        )
+    half = tl.num_programs(0) // 2
+    reverse = pid >= half
+    if reverse:
+        pid -= half
+        left_tiles, right_tiles, stored_tiles = C_tiles, dy_tiles, leaving_tiles
+        sought_ptr, known_ptr = since_ptr, d_last_ptr
+        added_ptr, decay_ptr = d_local_ptr, d_local_decay_ptr
     else:
-        _walk(
-            pid - half,
-            C_tiles,
-            dy_tiles,
-            since_ptr,
-            through_ptr,
-            d_last_ptr,
-            d_local_ptr,
-            d_local_decay_ptr,
-            leaving_tiles,
-            d_first_ptr,
-            heads,
-            share,
-            first_group,
-            groups_here,
-            first_head,
-            heads_here,
-            chunks,
-            segments,
-            span_chunks,
-            True,
-            LOCAL,
-            LAST,
-            N,
-            P,
-            BLOCK_P,
-            Q,
-            DOT,
-            PRECISION,
-        )
+        left_tiles, right_tiles, stored_tiles = B_tiles, x_tiles, entering_tiles
+        sought_ptr, known_ptr = weight_ptr, first_ptr
+        added_ptr, decay_ptr = local_ptr, local_decay_ptr
+    if FIRST and LAST:
+        given = True
+    elif FIRST:
+        given = pid == tl.program_id(0)
+    elif LAST:
+        given = reverse
+    else:
+        given = False
+    places, mine, state = _walk(
+        *(pid, reverse, left_tiles, right_tiles, sought_ptr, through_ptr),
+        *(given, known_ptr, added_ptr, decay_ptr, stored_tiles),
+        *(heads, share, first_group, groups_here, first_head, heads_here),
+        *(chunks, segments, span_chunks, pieces, kept),
+        *(LOCAL, N, P, BLOCK_P, Q, DOT, PRECISION),
+    )
+    if FIRST and not LOCAL:  # noqa: SIM102 - of constants and values together no branch can be left out
+        if reverse & (mine == 0):
+            tl.store(d_first_ptr + places, state)
 
 
 # --- forward
@@ -516,7 +495,7 @@ def _states_kernel(
 @triton.jit(
     do_not_specialize=[
         *("D_ptr", "first_ptr"),
-        *("heads", "share", "chunks", "segments", "span_chunks"),
+        *("heads", "share", "chunks", "segments", "span_chunks", "pieces"),
     ]
 )
 def _scan_kernel(
@@ -540,6 +519,7 @@ def _scan_kernel(
     chunks,
     segments,
     span_chunks,
+    pieces,
     SKIP: tl.constexpr,
     GATE: tl.constexpr,
     KEEP: tl.constexpr,
@@ -569,7 +549,10 @@ def _scan_kernel(
     state = tl.zeros([N, BLOCK_P], tl.float32)
     if FIRST:
         state += tl.load(first_ptr + lane * (N * P) + inner)
-    state = _enter(state, local_ptr, local_decay_ptr, lane, segment, segments, inner, N * P, False)
+    state = _enter(
+        *(state, local_ptr, local_decay_ptr, lane, segment, segments, pieces, inner, False),
+        N * P,
+    )
 
     column = head * P + block * BLOCK_P
     group = head // share * N
@@ -661,7 +644,7 @@ def _ungate_kernel(
 @triton.jit(
     do_not_specialize=[
         *("D_ptr", "heads", "share", "first_group", "groups_here", "first_head", "heads_here"),
-        *("heads_each", "parts", "chunks", "batch", "fresh"),
+        *("held", "heads_each", "parts", "chunks", "batch", "fresh"),
     ]
 )
 def _grads_kernel(
@@ -677,6 +660,7 @@ def _grads_kernel(
     weight_ptr,
     to_end_ptr,
     since_ptr,
+    entering_ptr,
     entering_tiles,
     leaving_tiles,
     dx_tiles,
@@ -693,6 +677,7 @@ def _grads_kernel(
     groups_here,
     first_head,
     heads_here,
+    held,
     heads_each,
     parts,
     chunks,
@@ -704,6 +689,7 @@ def _grads_kernel(
     Q: tl.constexpr,
     SKIP: tl.constexpr,
     SHARED: tl.constexpr,
+    STAGES: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -739,6 +725,7 @@ def _grads_kernel(
     q = tl.arange(0, Q)
     pair = tl.arange(0, 2)
     p = tl.arange(0, BLOCK_P)
+    n = tl.arange(0, N)
     start = chunk * Q
     total = tl.zeros([Q, N], tl.float32)
     count = tl.minimum(heads_here - part * heads_each, heads_each)
@@ -750,7 +737,7 @@ def _grads_kernel(
             if fresh == 0:
                 total += _tile(dB_tiles, at_row, start, group * N, Q, N)
             scores = _dot(B, tl.trans(C), DOT, PRECISION).to(DOT)  # [s, u]
-        for i in range(0, count):
+        for i in tl.range(0, count, num_stages=STAGES):
             j = part * heads_each + i
             head = group * share + first_head + j
             lane = (row * heads + head).to(tl.int64)
@@ -763,10 +750,14 @@ def _grads_kernel(
                 place = (here * heads_here + j) * P + block * BLOCK_P
                 x = _tile(x_tiles, row, start, column, Q, BLOCK_P)
                 leaving = _tile(leaving_tiles, at_chunk, place, 0, BLOCK_P, N)
-                entering = _tile(entering_tiles, at_chunk, place, 0, BLOCK_P, N)
-                total += _dot(x, leaving, DOT, PRECISION) * weight[:, None]
-                products = _dot(entering, tl.trans(leaving), DOT, PRECISION)
-                passing += tl.sum(tl.where(p[:, None] == p[None, :], products, 0.0))
+                # Past shared memory, which has no room for a tile of one inner product.
+                lines = at_chunk.to(tl.int64) * (held * P) + place + p
+                entering = tl.zeros([BLOCK_P, N], entering_ptr.dtype.element_ty)
+                if count > 0:
+                    entering = tl.load(entering_ptr + lines[:, None] * N + n[None, :])
+                weighted = (x.to(tl.float32) * weight[:, None]).to(DOT)
+                total = tl.dot(weighted, leaving.to(DOT), total, input_precision=PRECISION)
+                passing += tl.sum(entering.to(tl.float32) * leaving.to(tl.float32))
             tl.store(passing_ptr + lane * chunks + chunk, passing)
 
             sums = tl.load(sum_ptr + steps + q)
@@ -819,7 +810,7 @@ def _grads_kernel(
             if fresh == 0:
                 total += _tile(dC_tiles, at_row, start, group * N, Q, N)
                 d_scores += _tile(d_scores_tiles, at_tile, 0, 0, Q, Q)
-        for i in range(0, count):
+        for i in tl.range(0, count, num_stages=STAGES):
             j = part * heads_each + i
             head = group * share + first_head + j
             lane = (row * heads + head).to(tl.int64)
@@ -856,7 +847,8 @@ def _grads_kernel(
                 entering = _tile(entering_tiles, row * chunks + chunk, place, 0, BLOCK_P, N)
                 before = _dot(C, tl.trans(entering), DOT, PRECISION)
                 flows += since * tl.sum(before * dy.to(tl.float32), axis=1)
-                total += _dot(dy, entering, DOT, PRECISION) * since[:, None]
+                weighted = (dy.to(tl.float32) * since[:, None]).to(DOT)
+                total = tl.dot(weighted, entering.to(DOT), total, input_precision=PRECISION)
             found = tl.join(flows, skip)
             tl.store(outputs_ptr + (steps + q[:, None]) * 2 + pair[None, :], found)
         if SHARED:
@@ -1047,14 +1039,18 @@ _steps = _Launcher(_steps_kernel)
 _segments = _Launcher(_segments_kernel)
 _states = _Launcher(_states_kernel)
 _scan = _Launcher(_scan_kernel)
+_hopper_scan = _Launcher(ssd_hopper.scan_kernel)
 _ungate = _Launcher(_ungate_kernel)
 _grads = _Launcher(_grads_kernel)
+_hopper_grads = _Launcher(ssd_hopper.grads_kernel)
 _sums = _Launcher(_sums_kernel)
 _grad_steps = _Launcher(_grad_steps_kernel)
 
 _STEP_SIZES: Tile = {"warps": 4, "stages": 1}
 _STEP_HEADS = 16
 _SUMS_SIZES: Tile = {"warps": 4, "stages": 1}
+# Numbers, of those of x, that what segments add may take in a backward pass.
+_ADDED_SHARE = 0.15
 _UNGATE_SIZES: Tile = {"rows": 64, "warps": 4, "stages": 1}
 
 
@@ -1105,6 +1101,17 @@ class Call:
             "PRECISION": precision if self.wide and not interpreted else "ieee",
         }
 
+    def hopper(self, chunk: int, block: int) -> bool:
+        """Whether `ssd_hopper` takes this, for a chunk and channels of a program."""
+        dtypes = {t.dtype for t in (self.x, self.B, self.C, self.z) if t is not None}
+        return (
+            gluon_runs()
+            and (chunk, block) == (64, 64)
+            and self.d_state in (64, 128)
+            and dtypes == {torch.bfloat16}
+            and architecture(self.device) == "sm90"
+        )
+
     def sizes(self, operation: str, *cases: str) -> Tile:
         kind = "wide" if self.wide else "half"
         special = f"{kind} N{self.d_state} P{self.head_dim}"
@@ -1138,19 +1145,23 @@ class Call:
         }
         return pointers, strides, constants
 
-    def steps(self, chunk: int, gradient: bool) -> Steps:
-        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`)."""
+    def steps(self, chunk: int, gradient: bool, hopper: bool) -> Steps:
+        """Launch `_steps_kernel`, for a forward pass or for a backward one (`gradient`).
+
+        For `hopper` kernels all numbers but sums over chunks lie in `Steps.numbers`.
+        """
         chunks = -(-self.length // chunk)
         shape = self.batch, self.heads, chunks * chunk
-        wanted = 3 + self.wide + (2 if gradient else not self.wide)
-        step, sums, weight, *rest = self.new(wanted, *shape).unbind()
+        wanted = 3 + self.wide + (2 if gradient else not self.wide) + hopper
+        numbers = self.new(wanted, *shape)
+        step, sums, weight, *rest = numbers.unbind()
+        spans = rest.pop() if hopper else self.new(*shape, dtype=torch.int32)
         low = rest.pop() if self.wide else None
         to_end, since = rest if gradient else (weight, weight)
         columns = None if gradient or self.wide else rest[0]
-        spans = self.new(*shape, dtype=torch.int32)
         through = self.new(self.batch, self.heads, chunks)
         pointers, strides, constants = self.step_arguments()
-        constants |= {"GRADIENT": gradient, "Q": chunk}
+        constants |= {"GRADIENT": gradient, "ORIGINS": hopper, "Q": chunk}
         _steps(
             (self.batch * chunks, -(-self.heads // _STEP_HEADS), 1),
             (
@@ -1163,7 +1174,20 @@ class Call:
         )
         columns = step if columns is None else columns
         return Steps(
-            *(step, sums, low, columns, spans, weight, to_end, since, through, chunk, chunks)
+            *(
+                numbers,
+                step,
+                sums,
+                low,
+                columns,
+                spans,
+                weight,
+                to_end,
+                since,
+                through,
+                chunk,
+                chunks,
+            )
         )
 
     def slices(self, chunk: int, percent: int) -> tuple[int, int]:
@@ -1180,17 +1204,17 @@ class Call:
         count = -(-self.share // max(1, min(most // self.groups, self.share)))
         return self.groups, -(-self.share // count)
 
-    def segment_chunks(self, sizes: Tile, chunks: int, walks: int) -> int:
-        """Chunks of a segment, so that the programs of `walks` rows of heads fill the card, and no
-        segment is empty."""
+    def cut(self, sizes: Tile, length: int, walks: int) -> int:
+        """Chunks of each part of `length` chunks, so that the programs of `walks` rows of heads and
+        as many parts fill the card, and no part is empty."""
         programs = walks * (self.head_dim // min(sizes["head_dim"], self.head_dim))
-        segments = min(sizes["per_sm"] * multiprocessors(self.device) // programs, chunks)
-        return -(-chunks // max(1, segments))
+        parts = min(sizes["per_sm"] * multiprocessors(self.device) // max(1, programs), length)
+        return -(-length // max(1, parts))
 
-    def added_by_segments(self, heads: int, segments: int) -> tuple[Tensor, Tensor]:
-        """Room for what segments add to a state, and for their decays; none for one segment."""
-        shape = self.batch, heads, segments if segments > 1 else 0
-        return self.new(*shape, self.head_dim, self.d_state), self.new(*shape)
+    def added(self, heads: int, pieces: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Room for what pieces of segments add to the states of heads, and for their decays."""
+        shape = self.batch, heads, pieces
+        return self.new(*shape, self.head_dim, self.d_state, dtype=dtype), self.new(*shape)
 
 
 @dataclass(frozen=True)
@@ -1198,6 +1222,9 @@ class Steps:
     """Of `chunks` chunks of `chunk` tokens, [B, H, K·Q].
 
     Attributes:
+        numbers: the first of those below beside one another. For kernels for Hopper cards: step,
+            sums, weight, columns and origins, or for a backward pass step, sums, weight, to_end,
+            since and origins (`_steps_kernel`).
         step: step sizes.
         sums: running sums of log2 decays.
         low: what rounding took off the sums; None for bfloat16, which has no use for it.
@@ -1211,6 +1238,7 @@ class Steps:
         through: that of the whole chunk [B, H, K].
     """
 
+    numbers: Tensor
     step: Tensor
     sums: Tensor
     low: Tensor | None
@@ -1230,20 +1258,27 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     n, heads = call.d_state, call.heads
     sizes = call.sizes("ssd_scan")
     block, chunk = min(sizes["head_dim"], call.head_dim), sizes["chunk"]
-    steps = call.steps(chunk, False)
-    each = call.segment_chunks(sizes, steps.chunks, call.batch * heads)
-    segments = -(-steps.chunks // each)
-    counts = steps.chunks, segments, each
+    hopper = call.hopper(chunk, block)
+    steps = call.steps(chunk, False, hopper)
     x_tiles, B_tiles = _tiles(x, chunk, block), _tiles(B, chunk, n)
-    adds, decays = call.added_by_segments(heads, segments)
     walk = call.sizes("ssd_segments")
     width = min(walk["head_dim"], call.head_dim)
+    lanes = call.batch * heads
+    each = call.cut(sizes, steps.chunks, lanes)
+    # Walks through segments that write nothing have room for more programs, so they are in pieces.
+    piece = call.cut(walk, each, lanes * (-(-steps.chunks // each) - 1))
+    pieces = -(-each // piece)
+    each = pieces * piece
+    segments = -(-steps.chunks // each)
+    counts = steps.chunks, segments, each, pieces
+    walked = (segments - 1) * pieces
+    adds, decays = call.added(heads, walked, torch.float32)
     narrow = x_tiles if width == block else _tiles(x, chunk, width)
     _segments(
-        (call.batch * (segments - 1) * heads * (call.head_dim // width), 1, 1),
+        (lanes * walked * (call.head_dim // width), 1, 1),
         (
             *(B_tiles, narrow, steps.weight, steps.through, adds, decays),
-            *(heads, call.share, 0, call.groups, 0, call.share, *counts),
+            *(heads, call.share, 0, call.groups, 0, call.share, *counts, heads),
         ),
         {**call.constants, "BLOCK_P": width, "Q": chunk},
         walk,
@@ -1252,27 +1287,33 @@ def forward(call: Call, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = call.new(*x.shape, dtype=x.dtype)
     before = torch.empty_like(y) if keep else call.new(0, dtype=x.dtype)
     last = call.new(call.batch, heads, call.head_dim, n)
-    y_tiles = _tiles(y, chunk, block)
-    _scan(
-        (call.batch * segments * heads * (call.head_dim // block), 1, 1),
+    run, make = (_hopper_scan, ssd_hopper.tiles) if hopper else (_scan, _tiles)
+    x_tiles, y_tiles = make(x, chunk, block), make(y, chunk, block)
+    constants: dict[str, object] = {
+        "SKIP": D is not None,
+        "GATE": z is not None,
+        "KEEP": keep,
+        "FIRST": state is not None,
+        "BLOCK_P": block,
+        "Q": chunk,
+    }
+    numbers: tuple[object, ...]
+    if hopper:
+        constants |= {"N": n, "P": call.head_dim, "STAGES": sizes["stages"]}
+        numbers = ssd_hopper.lines(steps.numbers, chunk), steps.through
+    else:
+        constants |= {**call.constants, "FOLDED": not call.wide}
+        numbers = steps.sums, steps.low, steps.columns, steps.spans
+    run(
+        (lanes * segments * (call.head_dim // block), 1, 1),
         (
-            *(x_tiles, B_tiles, _tiles(C, chunk, n), x if D is None else D),
-            x_tiles if z is None else _tiles(z, chunk, block),
-            *(steps.sums, steps.low, steps.columns, steps.spans),
+            *(x_tiles, make(B, chunk, n), make(C, chunk, n), x if D is None else D),
+            *(x_tiles if z is None else make(z, chunk, block), *numbers),
             *(last if state is None else state, adds, decays, y_tiles),
-            *(_tiles(before, chunk, block) if keep else y_tiles, last),
+            *(make(before, chunk, block) if keep else y_tiles, last),
             *(heads, call.share, *counts),
         ),
-        {
-            **call.constants,
-            "SKIP": D is not None,
-            "GATE": z is not None,
-            "KEEP": keep,
-            "FIRST": state is not None,
-            "BLOCK_P": block,
-            "Q": chunk,
-            "FOLDED": not call.wide,
-        },
+        constants,
         sizes,
         call.key,
     )
@@ -1297,12 +1338,13 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
             key,
         )
     shared = share > 1
-    sizes = call.sizes("ssd_grads", *(() if shared else ("alone",)))
+    case = "shared" if shared else "alone"
+    hopper = call.hopper(64, p) and dy.dtype == torch.bfloat16
+    sizes = call.sizes("ssd_grads", f"hopper {case} N{n}" if hopper else case)
     chunk = sizes["chunk"]
-    steps = call.steps(chunk, True)
+    steps = call.steps(chunk, True, hopper)
     chunks = steps.chunks
-    walk = call.sizes("ssd_states")
-    width = min(walk["head_dim"], p)
+    walk, local = call.sizes("ssd_states"), call.sizes("ssd_segments")
     tiles = batch * chunks * groups
 
     groups_each, heads_each = call.slices(chunk, sizes["states"])
@@ -1310,72 +1352,123 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     entering, leaving = (
         call.new(batch * chunks, most * p, 1, n, dtype=call.stored) for _ in range(2)
     )
-    each = call.segment_chunks(walk, chunks, 2 * batch * most)
+    each = call.cut(walk, chunks, 2 * batch * most)
     segments = -(-chunks // each)
-    (adds, decays), (d_adds, d_decays) = (call.added_by_segments(most, segments) for _ in range(2))
+    # What segments add is of all heads at once where that takes little room next to x: a slice has
+    # too few heads to fill the card again.
+    kept = heads if (segments - 1) * 2 * n <= _ADDED_SHARE * call.length else most
+    (adds, decays), (d_adds, d_decays) = (
+        call.added(kept, segments - 1, call.stored) for _ in range(2)
+    )
     dx = call.new(*x.shape, dtype=x.dtype)
-    d_first = call.new(batch, heads, p, n)
+    d_first = call.new(0) if call.state is None else call.new(batch, heads, p, n)
     begins, passing = torch.empty_like(steps.step), torch.empty_like(steps.through)
     inputs, outputs = call.new(2, *steps.step.shape, 2).unbind()
 
     # Heads of a program: so many programs that they fill the card.
-    programs = 2 * batch * chunks * groups_each
+    looped = groups_each if hopper and not shared else heads_each
+    programs = (1 if hopper else 2) * batch * chunks * most // looped
     wanted = sizes["per_sm"] * multiprocessors(call.device) // programs
-    part_heads = -(-heads_each // max(1, min(wanted, heads_each)))
-    parts = -(-heads_each // part_heads)
+    part_heads = -(-looped // max(1, min(wanted, looped)))
+    parts = -(-looped // part_heads)
     dB, dC = call.new(*B.shape, dtype=B.dtype), call.new(*C.shape, dtype=C.dtype)
     block = min(sizes["head_dim"], p)
     x_chunks, dy_chunks = _tiles(x, chunk, block), _tiles(dy, chunk, block)
     B_chunks, C_chunks = _tiles(B, chunk, n), _tiles(C, chunk, n)
-    dB_parts, dC_parts, d_scores = dB, dC, x_chunks
+    dB_parts, dC_parts, d_scores_parts, d_scores = dB, dC, dB, x_chunks
     if shared:
-        d_scores = _tiles(call.new(parts * tiles, chunk, 1, chunk), chunk, chunk)
+        d_scores_parts = call.new(parts * tiles, chunk, 1, chunk)
+        d_scores = _tiles(d_scores_parts, chunk, chunk)
         dB_parts, dC_parts = (call.new(parts * batch, *B.shape[1:]) for _ in range(2))
+    # One kernel walks both ways, so that what it reads must be of one type.
+    sides = (B, C) if B.dtype == C.dtype else (B.float(), C.float())
     walks = (
-        *(B_chunks, C_chunks, _tiles(x, chunk, width), _tiles(dy, chunk, width)),
         *(steps.weight, steps.since, steps.through),
         steps.sums if call.state is None else call.state,
         steps.sums if d_last is None else d_last,
         *(adds, decays, d_adds, d_decays),
-        *(_tiles(entering, width, n), _tiles(leaving, width, n), d_first),
     )
     products = (
         *(x_chunks, B_chunks, C_chunks, x if D is None else D, dy_chunks),
         *(steps.step, steps.sums, steps.low, steps.spans),
-        *(steps.weight, steps.to_end, steps.since),
+        *(steps.weight, steps.to_end, steps.since, entering),
         *(_tiles(entering, block, n), _tiles(leaving, block, n), _tiles(dx, chunk, block)),
         *(_tiles(dB_parts, chunk, n), _tiles(dC_parts, chunk, n), d_scores),
         *(inputs, outputs, begins, passing),
     )
+
+    if hopper:
+        make = ssd_hopper.tiles
+        hopper_products = (
+            *(make(x, chunk, p), make(dy, chunk, p), make(B, chunk, n), make(C, chunk, n)),
+            *(make(entering, p, n), make(leaving, p, n), ssd_hopper.lines(steps.numbers, chunk)),
+            *(make(dx, chunk, p), make(dB, chunk, n), make(dC, chunk, n), x if D is None else D),
+            *(dB_parts, dC_parts, d_scores_parts),
+            *(inputs, outputs, begins, passing),
+        )
+        hopper_constants: dict[str, object] = {
+            "SKIP": D is not None,
+            "SHARED": shared,
+            **{"N": n, "P": p, "Q": chunk, "STAGES": sizes["stages"]},
+            **{"REGISTERS": sizes["worker"], "FEEDER": sizes["feeder"]},
+        }
+
+    def run_walks(count: int, counts: tuple[int, ...], local: bool, sizes: Tile) -> None:
+        """`count` segments of the heads that `counts` says, from the front and from the back."""
+        width = min(sizes["head_dim"], p)
+        _states(
+            (2 * batch * count * counts[3] * counts[5] * (p // width), 1, 1),
+            (
+                *(_tiles(t, chunk, n) for t in sides),
+                *(_tiles(t, chunk, width) for t in (x, dy)),
+                *walks,
+                *(_tiles(t, width, n) for t in (entering, leaving)),
+                *(d_first, *counts, chunks, segments, each, 1, kept),
+            ),
+            {
+                **call.constants,
+                "LOCAL": local,
+                "FIRST": call.state is not None,
+                "LAST": d_last is not None,
+                "BLOCK_P": width,
+                "Q": chunk,
+            },
+            sizes,
+            key,
+        )
+
+    if kept == heads:
+        run_walks(segments - 1, (heads, share, 0, groups, 0, share), True, local)
     for first_group in range(0, groups, groups_each):
         for first_head in range(0, share, heads_each):
             here = min(groups_each, groups - first_group), min(heads_each, share - first_head)
             counts = heads, share, first_group, here[0], first_head, here[1]
-            for local in (True, False):
-                programs = 2 * batch * (segments - local) * here[0] * here[1] * (p // width)
-                _states(
-                    (programs, 1, 1),
-                    (*walks, *counts, chunks, segments, each),
-                    {
-                        **call.constants,
-                        "LOCAL": local,
-                        "FIRST": call.state is not None,
-                        "LAST": d_last is not None,
-                        "BLOCK_P": width,
-                        "Q": chunk,
-                    },
-                    walk,
+            if kept != heads:
+                run_walks(segments - 1, counts, True, local)
+            run_walks(segments, counts, False, walk)
+            fresh = int(first_head == 0)
+            if hopper:
+                _hopper_grads(
+                    (batch * chunks * (here[0] if shared else 1) * parts, 1, 1),
+                    (
+                        *(*hopper_products, *counts, part_heads, parts, chunks, call.length),
+                        *(groups * n, batch, fresh),
+                    ),
+                    hopper_constants,
+                    sizes,
                     key,
                 )
+                continue
             _grads(
                 (2 * batch * chunks * here[0] * parts, 1, 1),
-                (*products, *counts, part_heads, parts, chunks, batch, int(first_head == 0)),
+                (*products, *counts, most, part_heads, parts, chunks, batch, fresh),
                 {
                     **call.constants,
                     "BLOCK_P": block,
                     "Q": chunk,
                     "SKIP": D is not None,
                     "SHARED": shared,
+                    "STAGES": sizes["stages"],
                 },
                 sizes,
                 key,
@@ -1409,7 +1502,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         key,
     )
     shares = shares.sum(1)
-    none = [call.new(0) for _ in range(3)]
+    none = [call.new(0) for _ in range(2)]
     return (
         dx,
         ddt,
@@ -1419,7 +1512,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         none[0] if D is None else shares[2].to(D.dtype, copy=True),
         dz,
         none[1] if call.bias is None else shares[1].to(call.bias.dtype, copy=True),
-        none[2] if call.state is None else d_first,
+        d_first,
     )
 
 

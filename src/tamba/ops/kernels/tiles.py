@@ -26,8 +26,8 @@ TILES: dict[str, dict[str, Tile]] = {
     "any": {
         "ssd_scan": {"chunk": 64, "head_dim": 64, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_scan wide": {"chunk": 32, "head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
-        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 3},
-        "ssd_segments wide": {"head_dim": 32, "warps": 4, "stages": 1},
+        "ssd_segments": {"head_dim": 64, "per_sm": 2, "warps": 4, "stages": 3},
+        "ssd_segments wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         "ssd_states": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 2},
         "ssd_states wide": {"head_dim": 32, "per_sm": 2, "warps": 4, "stages": 1},
         # `states`: percent of the room of x for the states of all chunks of the heads at hand. A
@@ -89,7 +89,22 @@ TILES: dict[str, dict[str, Tile]] = {
         "centred wide": {"width": 32, "warps": 4, "stages": 2},
     },
     "sm90": {
-        "ssd_segments": {"head_dim": 64, "warps": 4, "stages": 4},
+        "ssd_segments": {"head_dim": 64, "per_sm": 3, "warps": 4, "stages": 3},
+        "ssd_grads half N128 P64": {
+            **{"chunk": 64, "head_dim": 64, "states": 60, "per_sm": 2},
+            **{"warps": 4, "stages": 3},
+        },
+        # Of `ssd_hopper`: registers of threads of the second group of warps, and of the feeder's.
+        **{
+            f"ssd_grads half hopper {case} N{n}": {
+                **{"chunk": 64, "head_dim": 64, "states": states, "per_sm": 1},
+                **{"warps": 4, "stages": stages, "worker": worker, "feeder": 40},
+            }
+            for case, n, states, stages, worker in (
+                *(("shared", 128, 60, 3, 240), ("shared", 64, 60, 4, 240)),
+                *(("alone", 128, 200, 2, 224), ("alone", 64, 200, 3, 240)),
+            )
+        },
         "ssd_states half N128 P64": {"head_dim": 64, "per_sm": 1, "warps": 4, "stages": 4},
         "ssd_states half N128 P128": {"head_dim": 64, "per_sm": 2, "warps": 4, "stages": 3},
     },
