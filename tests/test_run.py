@@ -134,7 +134,7 @@ def test_a_change_repeats_what_rests_on_it(folder: Path, steps: Steps, change: s
     assert steps.run(folder, change) == []
 
 
-APART = ('data.heldout=["other.txt"]',)
+APART = ('data.heldout=["other.txt"]', "data.length=64")
 APART_CHANGES = {
     'data.heldout=["third.txt"]': ["heldout", "evaluate"],
     'evaluate.texts=["third.txt"]': ["heldout", "evaluate"],
@@ -277,6 +277,11 @@ def test_shorter_ways(folder: Path, steps: Steps) -> None:
     assert steps.run(folder) == ["analyze", "build", "evaluate"]
 
 
+def test_how_many_layers_may_not_be_known_before(folder: Path, steps: Steps) -> None:
+    told = ["analyze.convert=0", "analyze.choose=sum swap", 'analyze.measures=["swap"]']
+    assert steps.run(folder, *told, "analyze.cache_bytes=100_000") == ALL
+
+
 def test_refused_before_any_work(folder: Path, steps: Steps) -> None:
     with pytest.raises(UserError, match=r"data\.heldout: names no text to measure on"):
         steps.run(folder, "data.heldout=[]")
@@ -317,6 +322,10 @@ FORESEEN = {
     "no such package": ('data.train=["package-docs:none_such"]', "pip install none_such"),
     "rows that cannot be cut": ("train.0.length=5", "length = 5 does not divide the 16 tokens"),
     "a type without gradients": ("train.0.dtype=float16", "float16 gradients vanish"),
+    "rows that say nothing twice": (
+        "data.lookup_share=0.5",
+        "takes rows of 64 tokens or more, and these have 16",
+    ),
     "nothing to align": ("build.plan=uniform 1.0", "the plan converts no layer"),
 }
 

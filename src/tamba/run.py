@@ -134,11 +134,10 @@ def _check_models(recipe: Recipe) -> None:
     from tamba.analyze import check_choice
     from tamba.build import open_models, student_config
     from tamba.checkpoint import parameter_specs
-    from tamba.data import check_sources
+    from tamba.text import check_text
     from tamba.train import check_stages
 
-    for key in ("train", "texts"):
-        check_sources(recipe.text_sources(key), recipe.data.rows)
+    check_text(recipe)
     teacher, donor = open_models(recipe)
     config = teacher.tamba_config
     if recipe.build.plan == "analyze":

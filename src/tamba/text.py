@@ -15,7 +15,7 @@ import torch
 
 from tamba.artefact import new_folder
 from tamba.checkpoint import load_model, load_tokenizer, open_model
-from tamba.data import TokenBlocks, read_texts, split_texts
+from tamba.data import TokenBlocks, check_sources, read_texts, split_texts
 from tamba.errors import UserError
 from tamba.lookup_text import SHORTEST_ROW, with_lookups
 from tamba.recipe import WRITTEN, Recipe
@@ -23,6 +23,8 @@ from tamba.teacher_text import write_blocks
 
 Side = Literal["train", "heldout"]
 SIDES: tuple[Side, ...] = ("train", "heldout")
+SOURCES: tuple[Literal["train", "texts"], ...] = ("train", "texts")
+"""What a recipe names for each side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +85,12 @@ def prepare_text(
             rows that are too short for `data.lookup_share`.
     """
     data = recipe.data
-    if "train" in sides and data.lookup_share and data.length < SHORTEST_ROW:
-        raise UserError(
-            recipe.where("data.lookup_share"),
-            f"takes rows of {SHORTEST_ROW} tokens or more, and these have {data.length}",
-            "lengthen data.length, or leave lookup_share out",
-        )
+    check_text(recipe)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
     parts: dict[Side, list[TokenBlocks]] = {"train": [], "heldout": []}
     named: dict[Side, tuple[str, ...]] = {
-        "train": recipe.text_sources("train"),
-        "heldout": recipe.text_sources("texts"),
+        side: recipe.text_sources(key) for side, key in zip(SIDES, SOURCES, strict=True)
     }
     for source in dict.fromkeys(source for side in SIDES for source in named[side]):
         homes = [side for side in SIDES if source in named[side]]
@@ -120,6 +116,23 @@ def prepare_text(
     if train is not None and data.lookup_share:
         train = with_lookups(train, data.lookup_share, recipe.seed)
     return RecipeText(train, _mixed(parts["heldout"], recipe.seed + 1))
+
+
+def check_text(recipe: Recipe) -> None:
+    """Refuse text that is not there or that cannot be made as asked, before any is read or written.
+
+    Raises:
+        UserError: a source of no kind that is read, or rows too short for `data.lookup_share`.
+    """
+    data = recipe.data
+    for key in SOURCES:
+        check_sources(recipe.text_sources(key), data.rows)
+    if data.lookup_share and data.length < SHORTEST_ROW:
+        raise UserError(
+            recipe.where("data.lookup_share"),
+            f"takes rows of {SHORTEST_ROW} tokens or more, and these have {data.length}",
+            "lengthen data.length, or leave lookup_share out",
+        )
 
 
 def _tokenizer(recipe: Recipe) -> Any:
