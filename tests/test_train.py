@@ -192,6 +192,17 @@ def test_layers_are_fitted_apart() -> None:
     assert all(torch.equal(p, theirs[n]) for n, p in teacher.named_parameters())
 
 
+@pytest.mark.parametrize("fit", ["output", "mixer"])
+def test_the_pull_of_a_fit_is_the_stages(fit: str) -> None:
+    """The more of it, the less is fitted."""
+    left = []
+    for ridge in (0.01, 100.0):
+        student, teacher = pair()
+        stage = LeastSquares(stage="least_squares", tokens=128, fit=fit, ridge=ridge)
+        left.append(least_squares(student, teacher, PAIRS, rows(), stage).layers[1])
+    assert left[0] < 0.9 * left[1]
+
+
 def filled(token: int) -> TokenBlocks:
     """Rows whose ends are filling, each token a document of its own, as packing leaves them."""
     blocks = rows()

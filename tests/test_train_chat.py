@@ -26,7 +26,7 @@ from tamba.chats import Row
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import Dpo, OnPolicy, Sft, read_recipe
-from tamba.train import chat, chat_steps, dpo, on_policy, sft, trainer
+from tamba.train import chat, chat_steps, dpo, kinds, on_policy, sft, trainer
 from tamba.train.engine import Place
 from texts import END, byte_tokenizer
 
@@ -734,6 +734,16 @@ def test_stages_of_a_recipe(tmp_path, monkeypatch) -> None:
         with pytest.raises(UserError, match=r"dpo.jsonl:5: holds no preference"):
             tamba.train(recipe, tmp_path / "out", student=tmp_path / "built")
     write_rows(tmp_path / "dpo.jsonl", pairs())
+    model = student()
+    few = RECIPE.replace("epochs = 1", "epochs = 1\nrows = 3").replace("steps = 2", "rows = 4")
+    (tmp_path / "few.toml").write_text(few)
+    framed = [
+        kinds.frame_all(read_recipe(tmp_path / "few.toml", told), model, tokenizer(), done=0)
+        for told in ([], ["seed=1"])
+    ]
+    assert [len(one[0].rows) for one in framed] == [4, 4] and len(framed[0][1].rows) == 3
+    orders = [[row["input_ids"] for row in one[0].rows] for one in framed]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     logs = tamba.train(recipe, tmp_path / "out", student=tmp_path / "built")
     assert [log.stage for log in logs] == ["sft", "dpo", "on_policy"]
     assert all(math.isfinite(loss) for log in logs for _, loss in log.losses)

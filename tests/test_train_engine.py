@@ -163,7 +163,7 @@ def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 def check_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of no number is one that was not taken."""
-    stage = {"schedule": "constant", "warmup": 0.0, "lr": 1e-2}
+    stage = {"schedule": "constant", "warmup": 0.0, "lr": 1e-2, "ema": 0.9}
     want, teacher = pair()
     distil(want, teacher, named(want, "mixers"), rows(), distil_stage(tokens=192, **stage))
     right = objectives.next_token_loss
@@ -275,6 +275,20 @@ def test_layers_that_do_not_wait_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(DistilObjective, "_stand_ins", lambda self, piece: ({}, None))
     with pytest.raises(AssertionError):
         check_replacement()
+
+
+def test_a_seed_draws_the_layers_that_come_at_random() -> None:
+    told = {"batch": 8, "lr": 1e-12, "tokens": 8 * 128, "replacement": "theseus", "chance": 0.0}
+    found = []
+    for seed in (3, 3, 4):
+        student, teacher = hybrid((0, 1, 3))
+        names = trained_parameters(parameters(student), (0, 1, 3), "mixers")
+        pairs = {i: i for i in (0, 1, 3)}
+        # A step is all rows, so that their order changes nothing.
+        log = distil(student, teacher, names, rows(), distil_stage(**told), seed, pairs=pairs)
+        found.append([loss for _, loss in log.losses])
+    assert found[0] == found[1]
+    assert found[0] != pytest.approx(found[2], rel=1e-2)
 
 
 def test_layers_that_wait_do_not_move() -> None:

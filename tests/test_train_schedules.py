@@ -94,6 +94,13 @@ def test_theseus_draws_likelier_with_every_step(monkeypatch: pytest.MonkeyPatch)
         check_theseus(3)
 
 
+def test_theseus_draws_one_layer_at_least() -> None:
+    active = active_layers(distil(replacement="theseus", chance=0.0), [2, 5, 7], 9, 400, seed=3)
+    found = [list(active(step)) for step in range(400)]
+    assert all(found) and [len(some) for some in found[:3]] == [1, 1, 1]
+    assert {tuple(some) for some in found[:20]} == {(2,), (5,), (7,)}
+
+
 # Which rows are read.
 
 

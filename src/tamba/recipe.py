@@ -299,7 +299,8 @@ class Distil(_GradientStage):
             plan's own share is the last in any case.
         order: in which layers are replaced: spread over the depth, from the bottom, from the top,
             or these student layers.
-        chance: at which ``theseus`` begins; it reaches 1 after three quarters of the steps.
+        chance: at which ``theseus`` begins; it reaches 1 after three quarters of the steps. One
+            layer at least is replaced in every step.
     """
 
     stage: Literal["distil"]

@@ -93,6 +93,8 @@ def _drawn(layers: Sequence[int], chance: float, seed: int, step: int) -> list[i
     mixed = hashlib.sha256(f"theseus {seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "little"))
     draws = torch.rand(len(layers), generator=generator).tolist()
+    # One at least: where mixers alone move, a step of the teacher's layers would teach nothing.
+    chance = max(chance, math.nextafter(min(draws, default=0.0), 1.0))
     return [layer for layer, draw in zip(layers, draws, strict=True) if draw < chance]
 
 
