@@ -473,7 +473,7 @@ def test_budgets() -> None:
         (sft, sft_stage(length=16), rows(), "row 0: the prompt leaves no room"),
         (sft, sft_stage(length=33), rows(9), "row 2: the prompt leaves no room"),
         (sft, sft_stage(), [Row("row 3", {"txet": "a"})], "row 3: .*'txet'"),
-        (sft, sft_stage(length=8, too_long="skip"), rows(), "all 6 prompts are too long"),
+        (sft, sft_stage(length=8, too_long="skip"), rows(), "all 6 rows are too long"),
         (dpo, dpo_stage(reference="student"), [], "there are no rows"),
         (dpo, dpo_stage(), pairs(), "no teacher for its reference"),
         (
@@ -496,6 +496,16 @@ def test_mistakes_are_named_before_the_first_step(run, stage, given, said, monke
     monkeypatch.setattr(chat_steps.Run, "log", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(UserError, match=said):
         run(student(), tokenizer(), stage, given)
+
+
+def test_pairs_that_differ_too_late_may_be_left_out() -> None:
+    late = Row("row 9", {"prompt": "abc", "chosen": "b" * 40, "rejected": "b" * 50})
+    stage = dpo_stage(length=32, too_long="skip", steps=None, epochs=1)
+    found = chat.frame(stage, tokenizer(), [*pairs(), late], [END], 257)
+    assert sorted(len(row["chosen_ids"]) for row in found.rows) == [5, 9, 9, 9]
+    same = Row("row 3", {"prompt": "abc", "chosen": "b", "rejected": "b"})
+    with pytest.raises(UserError, match=r"row 3: .*do not differ"):
+        chat.frame(stage, tokenizer(), [*pairs(), same], [END], 257)
 
 
 def test_models_that_do_not_fit(monkeypatch) -> None:

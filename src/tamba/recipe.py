@@ -377,8 +377,8 @@ class ChatStage(Section):
         steps: gradient steps; or
         epochs: passes over the rows; one where none of the three is given.
         length: most tokens of a conversation. What is longer is cut there.
-        too_long: what becomes of a prompt that leaves no room for an answer: ``refuse`` the stage,
-            or ``skip`` the row.
+        too_long: what becomes of a prompt that leaves no room for an answer, or of two answers that
+            do not differ within `length`: ``refuse`` the stage, or ``skip`` the row.
         batch: rows of a step, over all processes.
         micro_batch: rows that go through a process at a time. None for all of them.
         lr: highest learning rate.

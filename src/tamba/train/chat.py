@@ -294,10 +294,12 @@ def _frame_preference(
         sides.append(ids[len(prompt) : stop][:room])
         masks.append([int(m) for m in mask[len(prompt) : stop][:room]])
     if sides[0] == sides[1]:
+        if stage.too_long == "skip":
+            return None
         raise UserError(
             pair.where,
             f"the answers do not differ within length = {stage.length}",
-            "remove the row, or make length larger",
+            "remove the row, make length larger, or set too_long = 'skip'",
         )
     return {
         "prompt_ids": prompt,
@@ -391,7 +393,7 @@ def _picked(
                 break
     if not found:
         raise UserError(
-            where, f"all {skipped} prompts are too long", "make length larger, or give others"
+            where, f"all {skipped} rows are too long", "make length larger, or give others"
         )
     return found
 
