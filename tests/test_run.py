@@ -282,6 +282,17 @@ def test_how_many_layers_may_not_be_known_before(folder: Path, steps: Steps) -> 
     assert steps.run(folder, *told, "analyze.cache_bytes=100_000") == ALL
 
 
+def test_which_layers_are_not_known_before(folder: Path, steps: Steps) -> None:
+    """An order of layers is checked when they are chosen."""
+    order = 'stage = "distil"\nreplacement = "one_by_one"\norder = [2]\nbatch = 1'
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.replace('stage = "align"', order))
+    assert steps.run(folder) == ALL
+    path.write_text(path.read_text().replace("convert = 1", "convert = 0"))
+    with pytest.raises(UserError, match=r"distil\): order names layers that are not converted"):
+        steps.run(folder, 'build.plan=["convert 0", "keep 1", "keep 2"]')
+
+
 def test_refused_before_any_work(folder: Path, steps: Steps) -> None:
     with pytest.raises(UserError, match=r"data\.heldout: names no text to measure on"):
         steps.run(folder, "data.heldout=[]")

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import tamba
 from tamba.artefact import write_file
 from tamba.errors import UserError
-from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Distil, Recipe, as_recipe
 
 Report = Callable[[str, str], None]
 """``report(step, what)``: `what` is ``skipped``, ``begun`` or the time that the step took."""
@@ -143,6 +143,7 @@ def _check_models(recipe: Recipe) -> None:
     if recipe.build.plan == "analyze":
         # Which layers is not known yet; any as many show whether they can be converted at all.
         plan = check_choice(recipe, config.block_specs)
+        recipe = _without_order(recipe)
     else:
         plan = recipe.layer_plan(config.num_hidden_layers)
     student = student_config(teacher, plan, donor)
@@ -150,6 +151,15 @@ def _check_models(recipe: Recipe) -> None:
         if model is not None:
             _ = model.parameters
     check_stages(recipe, student, parameter_specs(student), config, plan)
+
+
+def _without_order(recipe: Recipe) -> Recipe:
+    """The same without names of layers to replace, which can be checked when they are chosen."""
+    stages = (
+        stage.model_copy(update={"order": "spread"}) if isinstance(stage, Distil) else stage
+        for stage in recipe.train
+    )
+    return recipe.model_copy(update={"train": tuple(stages)})
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
