@@ -79,14 +79,14 @@ def arguments(case: dict[str, Any], seed: int) -> tuple[dict[str, Tensor], dict[
     return tensors, {"starts": starts, "padding": padding, "dt_softplus": True}
 
 
-def measure(case: dict[str, Any], seed: int = 0) -> dict[str, float]:
+def measure(case: dict[str, Any], seed: int = 0, ours: str = "triton") -> dict[str, float]:
     """RMS of the error over RMS of the truth, by name; d_ for gradients."""
     tensors, options = arguments(case, seed)
     real = torch.arange(case["T"], device="cuda") >= options["padding"][:, None]
     generator = torch.Generator("cuda").manual_seed(seed + 1)
     weights: list[Tensor] = []
     results = []
-    for kernels, dtype in (("triton", None), ("torch", torch.float64)):
+    for kernels, dtype in ((ours, None), ("torch", torch.float64)):
         os.environ["TAMBA_KERNELS"] = kernels
         leaves = {k: t.detach().to(dtype or t.dtype).requires_grad_() for k, t in tensors.items()}
         y, last = ssd(**leaves, **options)
@@ -108,7 +108,7 @@ def measure(case: dict[str, Any], seed: int = 0) -> dict[str, float]:
     }
 
 
-def _rows(todo: list[tuple[int, dict[str, Any]]], until: float) -> list[dict[str, Any]]:
+def _rows(todo: list[tuple[int, dict[str, Any]]], until: float, ours: str) -> list[dict[str, Any]]:
     """Cases with their errors; a case's number is its seed. None is begun after `until`."""
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -116,7 +116,7 @@ def _rows(todo: list[tuple[int, dict[str, Any]]], until: float) -> list[dict[str
     for seed, case in todo:
         if time.time() > until:
             break
-        rows.append({**case, "errors": measure(case, seed)})
+        rows.append({**case, "errors": measure(case, seed, ours)})
     return rows
 
 
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--few-sizes", action="store_true")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case later")
     parser.add_argument("--workers", type=int, default=1, help="processes to compile and run with")
+    parser.add_argument("--kernels", choices=["triton", "gluon"], default="triton")
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device to compare kernels on")
@@ -176,7 +177,9 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     with ProcessPoolExecutor(asked.workers, mp_context=get_context("spawn")) as pool:
         # float32 first: it takes longest.
-        running = [pool.submit(_rows, some, until) for some in reversed(variants.values())]
+        running = [
+            pool.submit(_rows, some, until, asked.kernels) for some in reversed(variants.values())
+        ]
         for finished in as_completed(running):
             found += finished.result()
             if found:

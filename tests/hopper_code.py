@@ -97,11 +97,11 @@ def gluon() -> dict[str, dict[str, int]]:
                 seen[f"{self.fn.__name__} {label}"] = compiled(self, *args, **kwargs)
 
         patch.setattr(JITFunction, "run", run)
-        # Heads, groups, N, whether there is a gate.
-        for heads, groups, n, gate in ((4, 1, 128, False), (9, 9, 64, True), (4, 4, 128, False)):
-            label = f"H{heads} G{groups} N{n}" + " gate" * gate
+        shapes = (4, 1, 64, 128, False), (9, 9, 64, 64, True), (4, 4, 128, 128, False)
+        for heads, groups, p, n, gate in shapes:
+            label = f"H{heads} G{groups} P{p} N{n}" + " gate" * gate
             ssd._scan._compiled.clear()
-            x, z, y = (torch.empty(1, 200, heads, 64, dtype=torch.bfloat16) for _ in range(3))
+            x, z, y = (torch.empty(1, 200, heads, p, dtype=torch.bfloat16) for _ in range(3))
             B, C = (torch.empty(1, 200, groups, n, dtype=torch.bfloat16) for _ in range(2))
             dt, A = torch.empty(1, 200, heads), torch.empty(heads)
             given = (x, dt, A, B, C, A, z if gate else None, A, None, None, None)

@@ -81,16 +81,19 @@ def test_gate_of_columns_and_of_far_away_numbers(make: torch.Generator) -> None:
     assert math.isinf(got[4]) and math.isnan(got[5])
 
 
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [1, 3])
-def test_norm(make: torch.Generator, dtype: torch.dtype, groups: int) -> None:
+def test_norm(
+    make: torch.Generator, dtype: torch.dtype, of_weight: torch.dtype, groups: int
+) -> None:
     def truth(x: Tensor, weight: Tensor) -> Tensor:
         parts = x.unflatten(-1, (groups, -1))
         unit = parts / (parts.square().mean(-1, keepdim=True) + 1e-3).sqrt()
         return unit.flatten(-2) * weight
 
     x = draw(make, 2, ROWS, 36, dtype=dtype)
-    weight = draw(make, 36, dtype=torch.float32)
+    weight = draw(make, 36, dtype=of_weight)
     given = [x, weight]
     compare(lambda x, w: rows.rms_norm(x, w, 1e-3, groups), truth, given, draw(make, 2, ROWS, 36))
 
@@ -285,6 +288,20 @@ def test_a_hybrid_under_autocast_is_no_further_from_float32(
     loops, plain = errors(model(), monkeypatch)
     assert used == set(PARTS)
     assert loops < 1.2 * plain
+
+
+def test_a_hybrid_of_bfloat16_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As frozen weights are beside masters that move, and a reference that is asked by TRL."""
+    hybrid, ids = model().bfloat16(), torch.arange(2 * 40).view(2, 40) % 70
+
+    def logits() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            found: Tensor = hybrid(ids, use_cache=False).logits
+            return found.float()
+
+    loops = logits()
+    monkeypatch.setenv("TAMBA_KERNELS", "torch")
+    assert relative_rms(loops, logits()) < 3e-2
 
 
 @pytest.mark.parametrize("part", ["rms_norm", "gate", "rotate"])

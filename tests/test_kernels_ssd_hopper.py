@@ -90,13 +90,14 @@ def agree(made: Arguments) -> None:
         {"length": 150, "heads": 3, "groups": 3, "d_state": 64, "starts": True},  # no sums
         {"length": 100, "heads": 4, "groups": 4, "padding": True},
         {"length": 130, "head_dim": 128, "d_state": 64, "heads": 4, "groups": 2, "starts": True},
+        {"length": 130, "head_dim": 128, "heads": 3, "groups": 3, "gate": False},
         {"length": 1, "batch": 3, "state": False},
     ],
     ids=lambda given: ", ".join(f"{k} {v}" for k, v in given.items()),
 )
 def test_agrees_with_float64(given: dict[str, Any], hopper: _Run) -> None:
     agree(arguments(**{"head_dim": 64, "d_state": 128, "dtype": torch.bfloat16} | given))
-    assert bool(hopper.programs) == (given.get("head_dim", 64) == 64)
+    assert hopper.programs
 
 
 def test_large_and_tiny_steps(hopper: _Run) -> None:
@@ -134,4 +135,5 @@ def test_products_overlap_on_a_hopper_card() -> None:
     assert {name.split()[0] for name in seen} == {"scan_kernel", "grads_kernel"}
     for name, found in seen.items():
         assert found["waits"] == 0, name
-        assert found["stack"] <= 64, (name, found)
+        # In bytes; of heads of 128 channels more sums are held.
+        assert found["stack"] <= (336 if "P128" in name else 64), (name, found)

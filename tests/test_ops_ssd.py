@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from itertools import combinations
 from typing import Any
 
@@ -23,7 +24,7 @@ from ops_cases import (
     ssd_arguments,
 )
 from tamba.errors import UserError
-from tamba.ops import causal_conv1d, reference, ssd
+from tamba.ops import backend, causal_conv1d, reference, ssd
 
 CHUNK = 4
 LENGTHS = [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
@@ -421,3 +422,20 @@ def test_equals_the_mixer_of_transformers(groups: int) -> None:
         )
         got = mixer.out_proj(mixer.norm(y.flatten(2), z))
     assert_same(got, want, "fp32")
+
+
+def test_kernels_asked_for_where_none_can_run_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or whoever compares paths would compare one with itself."""
+    monkeypatch.setenv("TAMBA_KERNELS", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend._say_once.cache_clear()
+    made = ssd_arguments().to(torch.float32)
+    with caplog.at_level(logging.WARNING, "tamba"):
+        made.call(ssd)
+        made.call(ssd)
+    assert [m for m in caplog.messages if "TAMBA_KERNELS" in m] == [
+        "ssd runs on plain torch, slower than the Triton kernels: "
+        "TAMBA_KERNELS is triton, and its arguments lie on no GPU"
+    ]

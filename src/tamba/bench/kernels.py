@@ -23,7 +23,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -225,9 +225,10 @@ def _conv_inputs(
 
 
 @contextmanager
-def _operators_on(what: str) -> Iterator[None]:
+def plain_torch() -> Iterator[None]:
+    """Operators without their kernels."""
     before = os.environ.get("TAMBA_KERNELS")
-    os.environ["TAMBA_KERNELS"] = what
+    os.environ["TAMBA_KERNELS"] = "torch"
     try:
         yield
     finally:
@@ -235,23 +236,6 @@ def _operators_on(what: str) -> Iterator[None]:
             del os.environ["TAMBA_KERNELS"]
         else:
             os.environ["TAMBA_KERNELS"] = before
-
-
-def plain_torch() -> AbstractContextManager[None]:
-    """Operators without their kernels."""
-    return _operators_on("torch")
-
-
-def _on_kernels(call: Call) -> Call:
-    """`call` on the kernels, also where a user's would go to plain torch until they are cleared."""
-
-    def ours(**t: Tensor) -> tuple[Tensor, Tensor | None]:
-        if "TAMBA_KERNELS" in os.environ:  # somebody chose, or this is the truth
-            return call(**t)
-        with _operators_on("triton"):
-            return call(**t)
-
-    return ours
 
 
 def _in_plain_torch(call: Call) -> Call:
@@ -295,7 +279,7 @@ _SSD_BOTH_US = {"S1": 600, "S2": 1200}
 
 
 def _ssd_rows(peers: Peers) -> Iterator[Row]:
-    call = _on_kernels(partial(ssd, dt_softplus=True))
+    call = partial(ssd, dt_softplus=True)
 
     forward_sides = {
         "mamba_ssm": peers.mamba_ssd(),

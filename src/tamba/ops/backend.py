@@ -27,13 +27,17 @@ _MANY_NUMBERS = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) -> bool:
+def kernels_run(
+    op: str, *tensors: Tensor | None, unusual: str | None = None, proven: bool = True
+) -> bool:
     """Whether `op` on these tensors is for the Triton kernels.
 
     Args:
         op: the operator's name, for the message.
         tensors: its arguments; None is left out.
         unusual: what about the call the kernels do not cover, or None.
+        proven: whether the kernels were compared with the truth on a GPU. Others wait to be asked
+            for: what the interpreter finds right may still be miscompiled.
 
     The environment variable `TAMBA_KERNELS` (`triton` or `torch`; `gluon` for `triton` with what
     `gluon_runs` says; `auto`, or none, to choose by device) decides for tests and comparisons; it
@@ -44,11 +48,13 @@ def kernels_run(op: str, *tensors: Tensor | None, unusual: str | None = None) ->
     """
     asked = _asked()
     given = [t for t in tensors if t is not None]
-    if asked == "torch":
+    forced = asked in ("triton", "gluon")
+    if asked == "torch" or not (forced or proven):
         return False
     on_gpu = given[0].is_cuda
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and asked in ("triton", "gluon")
-    if not on_gpu and not interpreted:
+    if not on_gpu and not (forced and os.environ.get("TRITON_INTERPRET") == "1"):
+        if forced and not torch.compiler.is_compiling():
+            _say_once(op, f"TAMBA_KERNELS is {asked}, and its arguments lie on no GPU")
         return False
     why = unusual or _why_not(given)
     if why and not torch.compiler.is_compiling():

@@ -3,7 +3,8 @@ state say of those of another by the tokens that they make alike.
 
 A batch gives one Gram matrix a token over its states, or in Triton chords instead of products
 (`kernels/directions`), which take the states as the layers left them: of the many passes over
-states in float32 that the angles of torch's own operators need, none is left.
+states in float32 that the angles of torch's own operators need, none is left. These kernels have
+been interpreted and compiled, but no GPU has run them yet: `TAMBA_KERNELS=triton` asks for them.
 
 Shape letters: `B` rows of a batch, `T` tokens of a row, `S` states, `D` d_model, `n` tokens that
 count, `G` groups of tokens.
@@ -78,7 +79,7 @@ def compare(states: Sequence[Tensor], counts: Tensor) -> Compared:
         counts: [B, T] bool, tokens that count, at least one a row; on the CPU, because all that
             only depends on it is worked out there.
     """
-    if kernels_run("compare", *states):
+    if kernels_run("compare", *states, proven=False):
         common = reduce(torch.promote_types, (state.dtype for state in states))
         return _by_kernels([state.to(common).contiguous() for state in states], counts)
     return _by_torch(states, counts)

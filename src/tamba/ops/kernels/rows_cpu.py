@@ -447,13 +447,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
 
     Args:
         x: [..., D] in bfloat16 or float32.
-        weight: [D] in float32.
+        weight: [D].
 
     Returns:
         [..., D] in bfloat16.
     """
     rows = x.contiguous().view(-1, x.shape[-1])
-    return _Norm.apply(rows, weight.view(groups, -1), eps).view(x.shape)
+    return _Norm.apply(rows, weight.float().view(groups, -1), eps).view(x.shape)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

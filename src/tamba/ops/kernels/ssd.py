@@ -1339,7 +1339,7 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
         )
     shared = share > 1
     case = "shared" if shared else "alone"
-    hopper = call.hopper(64, p) and dy.dtype == torch.bfloat16
+    hopper = p in (64, 128) and call.hopper(64, 64) and dy.dtype == torch.bfloat16
     sizes = call.sizes("ssd_grads", f"hopper {case} N{n}" if hopper else case)
     chunk = sizes["chunk"]
     steps = call.steps(chunk, True, hopper)
@@ -1400,9 +1400,9 @@ def backward(call: Call, dy: Tensor, d_last: Tensor | None, before: Tensor) -> t
     if hopper:
         make = ssd_hopper.tiles
         hopper_products = (
-            *(make(x, chunk, p), make(dy, chunk, p), make(B, chunk, n), make(C, chunk, n)),
-            *(make(entering, p, n), make(leaving, p, n), ssd_hopper.lines(steps.numbers, chunk)),
-            *(make(dx, chunk, p), make(dB, chunk, n), make(dC, chunk, n), x if D is None else D),
+            *(make(x, chunk, 64), make(dy, chunk, 64), make(B, chunk, n), make(C, chunk, n)),
+            *(make(entering, 64, n), make(leaving, 64, n), ssd_hopper.lines(steps.numbers, chunk)),
+            *(make(dx, chunk, 64), make(dB, chunk, n), make(dC, chunk, n), x if D is None else D),
             *(dB_parts, dC_parts, d_scores_parts),
             *(inputs, outputs, begins, passing),
         )

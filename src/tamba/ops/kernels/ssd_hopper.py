@@ -39,6 +39,8 @@ ORIGINS_FORWARD = gl.constexpr(4)
 TO_END = gl.constexpr(3)
 SINCE = gl.constexpr(4)
 ORIGINS = gl.constexpr(5)
+# Channels of a head that the gradients take at a time.
+WIDTH = gl.constexpr(64)
 
 
 @gluon.jit
@@ -331,22 +333,26 @@ def _feed(
         + number_tiles.block_type.nbytes
         + (0 if SHARED else B_tiles.block_type.nbytes + C_tiles.block_type.nbytes)
     )
-    for i in range(0, count + LAG):
-        stage = i % STAGES
+    BLOCKS: gl.constexpr = P // WIDTH
+    passing = 0.0
+    for k in range(0, count * BLOCKS + LAG):
+        i = k // BLOCKS
+        stage = k % STAGES
         asks = i < count
-        mbarrier.wait(empty.index(stage), (i // STAGES + 1) & 1, pred=asks & (i >= STAGES))
+        mbarrier.wait(empty.index(stage), (k // STAGES + 1) & 1, pred=asks & (k >= STAGES))
         bar = full.index(stage)
         mbarrier.expect(bar, BYTES, pred=asks)
-        lane = row * heads + head + i
-        place = (here + i) * P
+        column = k % BLOCKS * WIDTH
+        place = (here + i) * P + column
+        column += (head + i) * P
         tma.async_copy_global_to_shared(
-            number_tiles, [0, lane, start], bar, numbers.index(stage), pred=asks
+            number_tiles, [0, row * heads + head + i, start], bar, numbers.index(stage), pred=asks
         )
         tma.async_copy_global_to_shared(
-            dy_tiles, [row, start, (head + i) * P], bar, dys.index(stage), pred=asks
+            dy_tiles, [row, start, column], bar, dys.index(stage), pred=asks
         )
         tma.async_copy_global_to_shared(
-            x_tiles, [row, start, (head + i) * P], bar, xs.index(stage), pred=asks
+            x_tiles, [row, start, column], bar, xs.index(stage), pred=asks
         )
         tma.async_copy_global_to_shared(
             entering_tiles, [at_chunk, place, 0], bar, enterings.index(stage), pred=asks
@@ -361,19 +367,20 @@ def _feed(
             tma.async_copy_global_to_shared(
                 B_tiles, [row, start, (group + i) * N], bar, Bs.index(stage), pred=asks
             )
-        j = i - LAG
+        j = k - LAG
         if j >= 0:
             stage = j % STAGES
             mbarrier.wait(full.index(stage), (j // STAGES) & 1)
-            entering = enterings.index(stage).reshape([P, N])
-            leaving = leavings.index(stage).reshape([P, N])
+            entering = enterings.index(stage).reshape([WIDTH, N])
+            leaving = leavings.index(stage).reshape([WIDTH, N])
             total = gl.zeros([PART, N], gl.float32, whole)
-            for k in gl.static_range(P // PART):
-                a = entering.slice(k * PART, PART).load(whole).to(gl.float32)
-                b = leaving.slice(k * PART, PART).load(whole).to(gl.float32)
+            for at in gl.static_range(WIDTH // PART):
+                a = entering.slice(at * PART, PART).load(whole).to(gl.float32)
+                b = leaving.slice(at * PART, PART).load(whole).to(gl.float32)
                 total += a * b
-            passing = gl.sum(gl.sum(total, 1), 0)
-            gl.store(passing_ptr + (row * heads + head + j) * chunks + chunk, passing)
+            found = gl.sum(gl.sum(total, 1), 0)
+            passing = gl.where(j % BLOCKS == 0, found, passing + found)
+            gl.store(passing_ptr + (row * heads + head + j // BLOCKS) * chunks + chunk, passing)
             gl.thread_barrier()
             mbarrier.arrive(empty.index(stage), count=1)
 
@@ -463,7 +470,7 @@ def _from_begins(
 ):
     """Gradients of x and B, by the tokens where paths begin: rows `s`."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q, 16])
-    of_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_total: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     left_x: gl.constexpr = gl.DotOperandLayout(0, of_x, 2)
     left_total: gl.constexpr = gl.DotOperandLayout(0, of_total, 2)
@@ -483,86 +490,83 @@ def _from_begins(
         scores = warpgroup_mma(
             B, C.permute((1, 0)), gl.zeros([Q, Q], gl.float32, of_scores), use_acc=False
         ).to(gl.bfloat16)
+    BLOCKS: gl.constexpr = P // WIDTH
     for i in range(0, count):
-        stage = i % STAGES
-        steps = (row * heads + head + i).to(gl.int64) * (chunks * Q) + start
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        x = xs.index(stage).reshape([Q, P])
-        dy = dys.index(stage).reshape([Q, P])
-        leaving = leavings.index(stage).reshape([P, N])
-        if not SHARED:
-            B = Bs.index(stage).reshape([Q, N])
-            C = Cs.index(stage).reshape([Q, N])
-            scores_ = warpgroup_mma(
-                B,
-                C.permute((1, 0)),
-                gl.zeros([Q, Q], gl.float32, of_scores),
-                use_acc=False,
-                is_async=True,
+        direct = gl.zeros([Q], gl.float32, rows_x)
+        behind = gl.zeros([Q], gl.float32, rows_x)
+        for block in gl.static_range(BLOCKS):
+            k = i * BLOCKS + block
+            stage = k % STAGES
+            mbarrier.wait(full.index(stage), (k // STAGES) & 1)
+            x = xs.index(stage).reshape([Q, WIDTH])
+            dy = dys.index(stage).reshape([Q, WIDTH])
+            leaving = leavings.index(stage).reshape([WIDTH, N])
+            if not SHARED:
+                B = Bs.index(stage).reshape([Q, N])
+                C = Cs.index(stage).reshape([Q, N])
+                if block == 0:
+                    nothing = gl.zeros([Q, Q], gl.float32, of_scores)
+                    scores_ = warpgroup_mma(
+                        B, C.permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+                    mixed = nothing
+                mixed_ = warpgroup_mma(
+                    x, dy.permute((1, 0)), mixed, use_acc=block > 0, is_async=True
+                )
+                if block == 0:
+                    total = gl.zeros([Q, N], gl.float32, of_total)
+            weight = _line(numbers, stage, WEIGHTS, gl.SliceLayout(1, left_total), Q)
+            weighted = (x.load(left_total).to(gl.float32) * weight[:, None]).to(gl.bfloat16)
+            nothing = gl.zeros([Q, WIDTH], gl.float32, of_x)
+            outside_ = warpgroup_mma(
+                B, leaving.permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-            mixed_ = warpgroup_mma(
-                x,
-                dy.permute((1, 0)),
-                gl.zeros([Q, Q], gl.float32, of_scores),
-                use_acc=False,
-                is_async=True,
-            )
-        weight = _line(numbers, stage, WEIGHTS, gl.SliceLayout(1, left_total), Q)
-        weighted = (x.load(left_total).to(gl.float32) * weight[:, None]).to(gl.bfloat16)
-        outside_ = warpgroup_mma(
-            B,
-            leaving.permute((1, 0)),
-            gl.zeros([Q, P], gl.float32, of_x),
-            use_acc=False,
-            is_async=True,
-        )
-        if SHARED:
-            total_ = warpgroup_mma(weighted, leaving, total, is_async=True)
-        else:
             total_ = warpgroup_mma(
-                weighted,
-                leaving,
-                gl.zeros([Q, N], gl.float32, of_total),
-                use_acc=False,
-                is_async=True,
+                weighted, leaving, total, use_acc=SHARED or block > 0, is_async=True
             )
-        decays = _decays(numbers, stage, u, s, of_scores, False, Q)
-        step_rows = _line(numbers, stage, STEPS, rows, Q)
-        if SHARED:
-            decayed = scores.to(gl.float32) * decays
-        else:
-            decayed = warpgroup_mma_wait(3, [scores_]) * decays
-            mixed = warpgroup_mma_wait(2, [mixed_]) * decays * step_rows[:, None]
-            mixed = gl.convert_layout(mixed.to(gl.bfloat16), gl.DotOperandLayout(0, of_total, 2))
-        decayed = gl.convert_layout(decayed.to(gl.bfloat16), left_x)
-        inside_ = warpgroup_mma(
-            decayed, dy, gl.zeros([Q, P], gl.float32, of_x), use_acc=False, is_async=True
-        )
-        if not SHARED:
-            total_ = warpgroup_mma(mixed, C, total_, is_async=True)
-            outside = warpgroup_mma_wait(3, [outside_])
-        else:
-            outside = warpgroup_mma_wait(2, [outside_])
-        values = x.load(of_x).to(gl.float32)
-        outside = outside * _line(numbers, stage, TO_END, rows_x, Q)[:, None]
-        behind = gl.sum(values * outside, 1)
-        step = _line(numbers, stage, STEPS, rows_x, Q)[:, None]
-        inside, total = warpgroup_mma_wait(0, [inside_, total_])
-        direct = gl.sum(values * inside, 1)
-        dx = (inside + outside) * step
-        if SKIP:
-            dx += gl.load(D_ptr + head + i).to(gl.float32) * dy.load(of_x).to(gl.float32)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
-        dxs.reshape([Q, P]).store(dx.to(gl.bfloat16))
-        if not SHARED:
-            dBs.reshape([Q, N]).store(total.to(gl.bfloat16))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dx_tiles, [row, start, (head + i) * P], dxs)
-        if not SHARED:
-            tma.async_copy_shared_to_global(dB_tiles, [row, start, (group + i) * N], dBs)
+            if block == 0 or ((block == BLOCKS - 1) and not SHARED):
+                decays = _decays(numbers, stage, u, s, of_scores, False, Q)
+            if block == 0:
+                if SHARED:
+                    decayed = scores.to(gl.float32) * decays
+                else:
+                    decayed = warpgroup_mma_wait(3, [scores_]) * decays
+                decayed = gl.convert_layout(decayed.to(gl.bfloat16), left_x)
+            if (block == BLOCKS - 1) and not SHARED:
+                step_rows = _line(numbers, stage, STEPS, rows, Q)
+                mixed = warpgroup_mma_wait(2, [mixed_]) * decays * step_rows[:, None]
+                short = gl.convert_layout(mixed.to(gl.bfloat16), left_total)
+            inside_ = warpgroup_mma(decayed, dy, nothing, use_acc=False, is_async=True)
+            if (block == BLOCKS - 1) and not SHARED:
+                total_ = warpgroup_mma(short, C, total_, is_async=True)
+                outside = warpgroup_mma_wait(3, [outside_])
+            else:
+                outside = warpgroup_mma_wait(2, [outside_])
+            values = x.load(of_x).to(gl.float32)
+            outside = outside * _line(numbers, stage, TO_END, rows_x, Q)[:, None]
+            behind += gl.sum(values * outside, 1)
+            step = _line(numbers, stage, STEPS, rows_x, Q)[:, None]
+            if (block == BLOCKS - 1) or SHARED:
+                inside, total = warpgroup_mma_wait(0, [inside_, total_])
+            else:
+                inside, total, mixed = warpgroup_mma_wait(0, [inside_, total_, mixed_])
+            direct += gl.sum(values * inside, 1)
+            dx = (inside + outside) * step
+            if SKIP:
+                dx += gl.load(D_ptr + head + i).to(gl.float32) * dy.load(of_x).to(gl.float32)
+            tma.store_wait(0)
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
+            dxs.reshape([Q, WIDTH]).store(dx.to(gl.bfloat16))
+            if (block == BLOCKS - 1) and not SHARED:
+                dBs.reshape([Q, N]).store(total.to(gl.bfloat16))
+            fence_async_shared()
+            gl.thread_barrier()
+            column = (head + i) * P + block * WIDTH
+            tma.async_copy_shared_to_global(dx_tiles, [row, start, column], dxs)
+            if (block == BLOCKS - 1) and not SHARED:
+                tma.async_copy_shared_to_global(dB_tiles, [row, start, (group + i) * N], dBs)
+        steps = (row * heads + head + i).to(gl.int64) * (chunks * Q) + start
         at = inputs_ptr + (steps + q) * 2
         gl.store(at, direct)
         gl.store(at + 1, behind)
@@ -609,7 +613,7 @@ def _from_ends(
 ):
     """The gradient of C, by the tokens where paths end: rows `u`."""
     of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Q, 16])
-    of_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, P, 16])
+    of_x: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     of_total: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     left_total: gl.constexpr = gl.DotOperandLayout(0, of_total, 2)
     rows: gl.constexpr = gl.SliceLayout(1, of_scores)
@@ -629,77 +633,73 @@ def _from_ends(
         scores = warpgroup_mma(
             C, B.permute((1, 0)), gl.zeros([Q, Q], gl.float32, of_scores), use_acc=False
         ).to(gl.bfloat16)
+    BLOCKS: gl.constexpr = P // WIDTH
     for i in range(0, count):
-        stage = i % STAGES
-        steps = (row * heads + head + i).to(gl.int64) * (chunks * Q) + start
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        x = xs.index(stage).reshape([Q, P])
-        dy = dys.index(stage).reshape([Q, P])
-        entering = enterings.index(stage).reshape([P, N])
-        mixed_ = warpgroup_mma(
-            dy,
-            x.permute((1, 0)),
-            gl.zeros([Q, Q], gl.float32, of_scores),
-            use_acc=False,
-            is_async=True,
-        )
-        if not SHARED:
-            B = Bs.index(stage).reshape([Q, N])
-            C = Cs.index(stage).reshape([Q, N])
-            scores_ = warpgroup_mma(
-                C,
-                B.permute((1, 0)),
-                gl.zeros([Q, Q], gl.float32, of_scores),
-                use_acc=False,
-                is_async=True,
+        met = gl.zeros([Q], gl.float32, gl.SliceLayout(1, of_x))
+        for block in gl.static_range(BLOCKS):
+            k = i * BLOCKS + block
+            stage = k % STAGES
+            mbarrier.wait(full.index(stage), (k // STAGES) & 1)
+            x = xs.index(stage).reshape([Q, WIDTH])
+            dy = dys.index(stage).reshape([Q, WIDTH])
+            entering = enterings.index(stage).reshape([WIDTH, N])
+            nothing = gl.zeros([Q, Q], gl.float32, of_scores)
+            if block == 0:
+                mixed = nothing
+            mixed_ = warpgroup_mma(dy, x.permute((1, 0)), mixed, use_acc=block > 0, is_async=True)
+            if not SHARED:
+                B = Bs.index(stage).reshape([Q, N])
+                C = Cs.index(stage).reshape([Q, N])
+                if block == 0:
+                    total = gl.zeros([Q, N], gl.float32, of_total)
+                if block == BLOCKS - 1:
+                    scores_ = warpgroup_mma(
+                        C, B.permute((1, 0)), nothing, use_acc=False, is_async=True
+                    )
+            if block == BLOCKS - 1:
+                decays = _decays(numbers, stage, u, s, of_scores, True, Q)
+                step = _line(numbers, stage, STEPS, columns, Q)
+                # Of `scores_` none is under way where groups are shared.
+                mixed = warpgroup_mma_wait(0 if SHARED else 1, [mixed_])
+                skip = gl.sum(gl.where(u == s, mixed, 0.0), 1)
+                mixed = mixed * decays * step[None, :]
+                if not SHARED:
+                    scores = warpgroup_mma_wait(0, [scores_])
+            since = _line(numbers, stage, SINCE, gl.SliceLayout(1, left_total), Q)
+            weighted = (dy.load(left_total).to(gl.float32) * since[:, None]).to(gl.bfloat16)
+            nothing = gl.zeros([Q, WIDTH], gl.float32, of_x)
+            before_ = warpgroup_mma(
+                C, entering.permute((1, 0)), nothing, use_acc=False, is_async=True
             )
-        decays = _decays(numbers, stage, u, s, of_scores, True, Q)
-        step = _line(numbers, stage, STEPS, columns, Q)
-        # Of `scores_` none is under way where groups are shared.
-        mixed = warpgroup_mma_wait(0 if SHARED else 1, [mixed_])
-        skip = gl.sum(gl.where(u == s, mixed, 0.0), 1)
-        mixed = mixed * decays * step[None, :]
-        if not SHARED:
-            scores_found = warpgroup_mma_wait(0, [scores_])
-        since = _line(numbers, stage, SINCE, gl.SliceLayout(1, left_total), Q)
-        weighted = (dy.load(left_total).to(gl.float32) * since[:, None]).to(gl.bfloat16)
-        before_ = warpgroup_mma(
-            C,
-            entering.permute((1, 0)),
-            gl.zeros([Q, P], gl.float32, of_x),
-            use_acc=False,
-            is_async=True,
-        )
-        if SHARED:
-            total_ = warpgroup_mma(weighted, entering, total, is_async=True)
-            d_scores += mixed
-            paths = gl.where(u > s, mixed * scores.to(gl.float32), 0.0)
-        else:
             total_ = warpgroup_mma(
-                weighted,
-                entering,
-                gl.zeros([Q, N], gl.float32, of_total),
-                use_acc=False,
-                is_async=True,
+                weighted, entering, total, use_acc=SHARED or block > 0, is_async=True
             )
-            short = gl.convert_layout(mixed.to(gl.bfloat16), left_total)
-            total_ = warpgroup_mma(short, B, total_, is_async=True)
-            paths = gl.where(u > s, mixed * scores_found, 0.0)
-        flows = gl.sum(paths, 1)
-        begins = gl.sum(paths, 0)
-        before = warpgroup_mma_wait(1 if SHARED else 2, [before_])
-        met = gl.sum(before * dy.load(of_x).to(gl.float32), 1)
-        flows += _line(numbers, stage, SINCE, rows, Q) * gl.convert_layout(met, rows)
-        total = warpgroup_mma_wait(0, [total_])
-        if not SHARED:
-            tma.store_wait(0)
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(stage), count=1)
+            if block == BLOCKS - 1:
+                if SHARED:
+                    d_scores += mixed
+                else:
+                    short = gl.convert_layout(mixed.to(gl.bfloat16), left_total)
+                    total_ = warpgroup_mma(short, B, total_, is_async=True)
+                paths = gl.where(u > s, mixed * scores.to(gl.float32), 0.0)
+                flows = gl.sum(paths, 1)
+                begins = gl.sum(paths, 0)
+            before = warpgroup_mma_wait(2 if (block == BLOCKS - 1) and not SHARED else 1, [before_])
+            met += gl.sum(before * dy.load(of_x).to(gl.float32), 1)
+            if block == BLOCKS - 1:
+                flows += _line(numbers, stage, SINCE, rows, Q) * gl.convert_layout(met, rows)
+                total = warpgroup_mma_wait(0, [total_])
+                if not SHARED:
+                    tma.store_wait(0)
+            else:
+                total, mixed = warpgroup_mma_wait(0, [total_, mixed_])
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
         if not SHARED:
             dCs.reshape([Q, N]).store(total.to(gl.bfloat16))
             fence_async_shared()
             gl.thread_barrier()
             tma.async_copy_shared_to_global(dC_tiles, [row, start, (group + i) * N], dCs)
+        steps = (row * heads + head + i).to(gl.int64) * (chunks * Q) + start
         at = outputs_ptr + (steps + gl.arange(0, Q, rows)) * 2
         gl.store(at, flows)
         gl.store(at + 1, skip)
@@ -789,14 +789,14 @@ def grads_kernel(
     at_tile = part * (batch * chunks * groups) + (row * chunks + chunk) * groups + group
 
     BC: gl.constexpr = 1 if SHARED else STAGES
-    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, P], x_tiles.layout)
-    dys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, P], dy_tiles.layout)
+    xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, WIDTH], x_tiles.layout)
+    dys = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, Q, WIDTH], dy_tiles.layout)
     Bs = gl.allocate_shared_memory(gl.bfloat16, [BC, 1, Q, N], B_tiles.layout)
     Cs = gl.allocate_shared_memory(gl.bfloat16, [BC, 1, Q, N], C_tiles.layout)
-    enterings = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, P, N], entering_tiles.layout)
-    leavings = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, P, N], leaving_tiles.layout)
+    enterings = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, WIDTH, N], entering_tiles.layout)
+    leavings = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, WIDTH, N], leaving_tiles.layout)
     numbers = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 1, Q], number_tiles.layout)
-    dxs = gl.allocate_shared_memory(gl.bfloat16, [1, Q, P], dx_tiles.layout)
+    dxs = gl.allocate_shared_memory(gl.bfloat16, [1, Q, WIDTH], dx_tiles.layout)
     if SHARED:
         dBs = dxs
         dCs = dxs
