@@ -252,7 +252,7 @@ class Bench:
     # --- what rows share
 
     def text(self, recipe: Recipe, side: Literal["train", "heldout"]) -> Made:
-        keys = ["teacher", f"data.{side}", "data.length", "data.heldout_share"]
+        keys = ["teacher", f"data.{side}", "data.rows", "data.length", "data.heldout_share"]
         keys += ["data.lookup_share"] if side == "train" else []
         return self.shared.once(
             side,
@@ -516,9 +516,11 @@ def keep(row: dict[str, Any], record: Path | None) -> None:
     """Add a row to the record, in place of an older one."""
     if record is None:
         return
-    rows = json.loads(record.read_text()) if record.exists() else []
-    rows = [r for r in rows if (r["row"], r["seed"]) != (row["row"], row["seed"])] + [row]
-    write_file(record, json.dumps(rows, indent=1) + "\n")
+    # Of several processes that run rows side by side, none must lose another's.
+    with FileLock(record.with_name(f".{record.name}.lock")):
+        rows = json.loads(record.read_text()) if record.exists() else []
+        rows = [r for r in rows if (r["row"], r["seed"]) != (row["row"], row["seed"])] + [row]
+        write_file(record, json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from tamba.chats import (
     read_rows,
 )
 from tamba.errors import UserError
+from tamba.recipe import data_set
 from texts import END, byte_tokenizer
 
 CHATML = (
@@ -229,6 +230,22 @@ def test_parquet_files(tmp_path):
     datasets.Dataset.from_list([{"messages": [USER, SAID]}] * 3).to_parquet(str(path))
     found = [conversation_of(r).messages for r in read_rows(path, limit=2)]
     assert found == [(USER, SAID)] * 2
+    (tmp_path / "more.txt").write_text("c\n")
+    assert len(list(read_rows(tmp_path))) == 4
+
+
+def test_a_missing_file_is_no_data_set(tmp_path, monkeypatch):
+    """``OWNER/NAME`` may be either; a name that ends as files do is a file's, and the hub is not
+    asked for it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("chats/train.jsonl", "chats/train.parquet", "chats/train.jsonl.xz"):
+        with pytest.raises(UserError, match=f"{name}: no such file or folder"):
+            check_chats([name])
+        assert data_set(name) is None
+    assert data_set("owner/name.v2") == (("owner/name.v2",), "train")
+    assert data_set("owner/name:test") == (("owner/name",), "test")
+    assert data_set("owner/name/part:test") == (("owner/name", "part"), "test")
+    assert data_set("a/b/c/d") is data_set("../a") is data_set("a") is None
 
 
 def test_the_hub_is_streamed(monkeypatch):

@@ -109,6 +109,42 @@ def test_bad_files_are_named_with_their_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_tables(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "a.parquet"
+    rows = [{"text": t, "body": None} for t in TEXTS]
+    datasets.Dataset.from_list(rows).to_parquet(str(path))
+    assert read_texts(path) == list(TEXTS)
+    assert read_texts(tmp_path) == list(TEXTS)
+    with pytest.raises(UserError, match=r"a.parquet, row 0: field 'body' holds NoneType"):
+        read_texts(path, key="body")
+    path.write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"a.parquet: "):
+        read_texts(path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"a.parquet: needs the package 'datasets'.*tamba\[chat\]"):
+        read_texts(path)
+
+
+def test_data_sets_of_the_hub_are_streamed(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(*place, **options):
+        asked.append((place, options))
+        yield from ({"text": f"{i} of many"} for i in range(10**9))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = read_texts(["owner/name/part:some", "owner/other"], limit=2)
+    assert found == ["0 of many", "1 of many"] * 2
+    assert asked == [
+        (("owner/name", "part"), {"streaming": True, "split": "some"}),
+        (("owner/other",), {"streaming": True, "split": "train"}),
+    ]
+    with pytest.raises(UserError, match="owner/name: no such file or folder"):
+        read_texts("owner/name")  # there may be no end of it
+
+
 def test_a_file_of_the_hub(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "shard.json.gz", [{"text": "hello"}], gzip.open)
     asked = {}

@@ -105,9 +105,9 @@ def test_a_row_from_text_to_figures(
     lines = [json.dumps({"text": one}) for one in text]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(llama, "LAYERS", 3)
-    small = ["data.length=32", "analyze.tokens=128", "analyze.convert=2", "evaluate.tokens=64"]
-    small += ["evaluate.prompts=[]", "train.0.tokens=128", "train.1.tokens=64", "train.1.batch=2"]
-    small += ["train.2.tokens=64", "train.2.batch=2"]
+    small = ["data.length=64", "analyze.tokens=128", "analyze.convert=2", "evaluate.tokens=64"]
+    small += ["evaluate.prompts=[]", "train.0.tokens=128", "train.1.tokens=128", "train.1.batch=2"]
+    small += ["train.2.tokens=128", "train.2.batch=2"]
     given = ["--train", "text.jsonl", "--heldout", "text.jsonl", "--teacher", "teacher"]
     monkeypatch.chdir(tmp_path)
     asked = llama.parser().parse_args([*given, *(w for s in small for w in ("--set", s))])
@@ -130,7 +130,7 @@ def test_a_row_from_text_to_figures(
         + ["distil"] * 4
     )
     assert [len(row["stages"]) for row in rows.values()] == [3, 2, 1, 1]
-    assert rows["all"]["tokens"] == 128 + 64 + 64
+    assert rows["all"]["tokens"] == 128 + 128 + 128
     assert rows["removed"]["plan"] == [
         f"keep {i}" for i in (0, 1, 2) if f"keep {i}" in rows["removed"]["plan"]
     ]
@@ -170,6 +170,15 @@ def test_a_record_keeps_one_row_of_a_name_and_seed(llama: ModuleType, tmp_path: 
     for row in ({"row": "a", "seed": 0, "x": 1}, {"row": "a", "seed": 1}, {"row": "a", "seed": 0}):
         llama.keep(row, record)
     assert json.loads(record.read_text()) == [{"row": "a", "seed": 1}, {"row": "a", "seed": 0}]
+
+
+def test_rows_side_by_side_lose_no_other_of_the_record(llama: ModuleType, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    with ThreadPoolExecutor(8) as pool:
+        kept = [pool.submit(llama.keep, {"row": "a", "seed": i}, record) for i in range(32)]
+        for one in kept:
+            one.result()
+    assert sorted(row["seed"] for row in json.loads(record.read_text())) == [*range(32)]
 
 
 def test_the_picture_of_findings_shows_means(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ ALLOWED = {("inspect", "evaluate.memory"), ("report", "plots")}
 # What an extra brings, and the room (or file, or rooms) that imports it.
 OPTIONAL = {
     "causal_conv1d": "bench",
-    "datasets": "chats evaluate train",
+    "datasets": "data evaluate train",
     "fla": "bench",
     "gguf": "formats",
     "llvmlite": "ops",

@@ -164,3 +164,12 @@ def test_what_cannot_be_is_said_before_work(model, prompts, tmp_path):
     out.touch()
     with pytest.raises(UserError, match="already exists"):
         write(model, out, prompts)
+
+
+def test_a_word_that_the_model_lacks_is_named_before_it_writes(prompts, tmp_path):
+    small = tiny_model(["attention"], vocab_size=60, max_position_embeddings=128)
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: holds token number \d+, .* 60 words"):
+        write(small, tmp_path / "out.jsonl", prompts)
+    with pytest.raises(UserError, match=r"chat template: holds token number \d+"):
+        write(small, tmp_path / "own.jsonl", magpie=2)
+    assert not (tmp_path / ".out.jsonl.unfinished").exists()

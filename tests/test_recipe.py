@@ -131,6 +131,50 @@ WRONG = {
         "lr = 1\nbeta = 0.1\n",
         'beta is without effect unless divergence = "js"',
     ),
+    **{
+        f"{key} without a teacher": (
+            "lr = 1\n",
+            f"lr = 1\nkl = 0\nce = 1\n{key} = {value}\n",
+            f"train[1]: {key} is without effect unless {unless}; leave it out",
+        )
+        for key, value, unless in (
+            ("temperature", "2.0", "kl has weight"),
+            ("divergence", "'reverse'", "kl has weight"),
+            ("top_k", "8", "kl has weight"),
+            ("teacher", "'int8'", "the teacher is asked"),
+        )
+    },
+    "rate of what does not move": (
+        "lr = 1\n",
+        "lr = 1\nlr_pretrained = 0.1\n",
+        "lr_pretrained is without effect unless more than mixers move (train)",
+    ),
+    "rate of what align does not move": (
+        "lr = 1e-3",
+        "lr = 1e-3\nlr_pretrained = 1e-4",
+        "lr_pretrained is without effect unless a stage moves what the teacher gave",
+    ),
+    "compiled by and by": (
+        "lr = 1\n",
+        "lr = 1\nreplacement = 'theseus'\ncompile = true\n",
+        "compile is without effect unless all layers are replaced at once",
+    ),
+    "graphs of a teacher on disk": (
+        "lr = 1\n",
+        "lr = 1\ntop_k = 8\nstored = 'top'\ngraphs = true\n",
+        "graphs is without effect unless the teacher is in process",
+    ),
+    "falls while it rises": (
+        "lr = 1e-3",
+        "lr = 1e-3\nschedule = 'wsd'\nwarmup = 0.5\ncooldown = 0.6",
+        "warmup = 0.5 and cooldown = 0.6 are more than all steps",
+    ),
+    "temperature of sft without a teacher": (
+        '[[train]]\nstage = "distil"',
+        '[[train]]\nstage = "sft"\ndata = ["text.txt"]\nlr = 1\ntemperature = 2.0\n'
+        '[[train]]\nstage = "distil"',
+        "temperature is without effect unless kl has weight",
+    ),
     "recall of nothing that changes": (
         "lr = 1e-3",
         "lr = 1e-3\n[analyze]\nrecall = true\nmeasures = ['states']",
@@ -161,6 +205,11 @@ WRONG = {
     ),
     "nearest file": ('["text.txt"]', '["test.txt"]', "did you mean 'text.txt'?"),
     "unknown text": ('["text.txt"]', '["python-doc"]', "did you mean 'python-docs'?"),
+    "endless text": (
+        '["text.txt"]',
+        '["owner/name"]',
+        "data.train[0]: no such file or folder: 'owner/name'; if it is a data set of the hub, say",
+    ),
     "odd address": ('["text.txt"]', '["hf://c4"]', "write hf://datasets/OWNER/NAME/FILE"),
     "missing model": ('path = "teacher"', 'path = "techer"', "did you mean 'teacher'?"),
     "missing package": (
@@ -203,6 +252,17 @@ def test_missing_recipe_names_its_neighbour(folder: Path) -> None:
         read_recipe(folder / "recpe.toml")
     with pytest.raises(UserError, match="is a folder"):
         read_recipe(folder)
+
+
+def test_data_sets_of_the_hub_stand_as_they_are(folder: Path) -> None:
+    told = "data.rows=100"
+    recipe = read(folder, '["text.txt"]', '["owner/name/part:test"]', told)
+    assert recipe.text_sources("train") == ("owner/name/part:test",)
+    assert recipe.data.rows == 100
+    (folder / "owner").mkdir()
+    (folder / "owner" / "name").mkdir()
+    recipe = read(folder, '["text.txt"]', '["owner/name"]', told)
+    assert recipe.text_sources("train") == (str(folder / "owner" / "name"),)
 
 
 def test_overrides(folder: Path) -> None:

@@ -118,6 +118,7 @@ CHANGES = {
     "output.shard_bytes=1000": ["build", "train", "evaluate"],
     "output.html=false": ["evaluate"],
     "data.length=32": ALL,
+    "data.rows=1": ALL,
     "data.heldout_share=0.4": ALL,
     "seed=1": ALL,
     # What is no longer divided is fitted to as a whole.
@@ -133,7 +134,7 @@ def test_a_change_repeats_what_rests_on_it(folder: Path, steps: Steps, change: s
     assert steps.run(folder, change) == []
 
 
-APART = ('data.heldout=["other.txt"]',)
+APART = ('data.heldout=["other.txt"]', "data.length=64")
 APART_CHANGES = {
     'data.heldout=["third.txt"]': ["heldout", "evaluate"],
     'evaluate.texts=["third.txt"]': ["heldout", "evaluate"],
@@ -276,6 +277,22 @@ def test_shorter_ways(folder: Path, steps: Steps) -> None:
     assert steps.run(folder) == ["analyze", "build", "evaluate"]
 
 
+def test_how_many_layers_may_not_be_known_before(folder: Path, steps: Steps) -> None:
+    told = ["analyze.convert=0", "analyze.choose=sum swap", 'analyze.measures=["swap"]']
+    assert steps.run(folder, *told, "analyze.cache_bytes=100_000") == ALL
+
+
+def test_which_layers_are_not_known_before(folder: Path, steps: Steps) -> None:
+    """An order of layers is checked when they are chosen."""
+    order = 'stage = "distil"\nreplacement = "one_by_one"\norder = [2]\nbatch = 1'
+    path = folder / "recipe.toml"
+    path.write_text(RECIPE.replace('stage = "align"', order))
+    assert steps.run(folder) == ALL
+    path.write_text(path.read_text().replace("convert = 1", "convert = 0"))
+    with pytest.raises(UserError, match=r"distil\): order names layers that are not converted"):
+        steps.run(folder, 'build.plan=["convert 0", "keep 1", "keep 2"]')
+
+
 def test_refused_before_any_work(folder: Path, steps: Steps) -> None:
     with pytest.raises(UserError, match=r"data\.heldout: names no text to measure on"):
         steps.run(folder, "data.heldout=[]")
@@ -316,6 +333,10 @@ FORESEEN = {
     "no such package": ('data.train=["package-docs:none_such"]', "pip install none_such"),
     "rows that cannot be cut": ("train.0.length=5", "length = 5 does not divide the 16 tokens"),
     "a type without gradients": ("train.0.dtype=float16", "float16 gradients vanish"),
+    "rows that say nothing twice": (
+        "data.lookup_share=0.5",
+        "takes rows of 64 tokens or more, and these have 16",
+    ),
     "nothing to align": ("build.plan=uniform 1.0", "the plan converts no layer"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 from compare import assert_same
 from models import tiny_model
+from tamba import teacher_text
 from tamba.errors import UserError
 from tamba.teacher_text import REQUESTS, TOPICS, write_blocks
-from texts import byte_tokenizer
+from texts import END, byte_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -19,21 +21,23 @@ def model():
     return tiny_model(["mamba2_gqa", "attention"], vocab_size=257)
 
 
-def write(model, **options):
+def write(model, length=64, **options):
     defaults = {"tokens": 400, "max_new_tokens": 12, "batch_size": 4}
     tokenizer = byte_tokenizer(chat=True)
-    return write_blocks(model, tokenizer, 64, **(defaults | options))
+    return write_blocks(model, tokenizer, length, **(defaults | options))
 
 
 def documents(blocks):
-    """Token lists between ends, the last one possibly cut."""
-    text = byte_tokenizer().decode(blocks.tokens.flatten().tolist())
-    return text.split("<end>")
+    """Texts from start to start, those cut that a block ends, without their ends."""
+    edges = [*blocks.starts.flatten().nonzero()[:, 0].tolist(), blocks.tokens.numel()]
+    flat = blocks.tokens.flatten().tolist()
+    found = [byte_tokenizer().decode(flat[a:b]) for a, b in itertools.pairwise(edges)]
+    return [text.removesuffix("<end>") for text in found]
 
 
 def test_chat_requests_are_answered_in_whole_documents(model):
-    blocks = write(model)
-    assert blocks.n_tokens == 384
+    assert write(model).n_tokens == 384
+    blocks = write(model, 400)
     asked = {f"<user>{r.format(t)}<assistant>" for r in REQUESTS for t in TOPICS}
     found = documents(blocks)
     assert len(found) > 3
@@ -54,9 +58,21 @@ def test_a_seed_repeats_and_leaves_the_callers_random_state_alone(model):
 
 
 def test_openings_are_continued(model):
-    blocks = write(model, openings=["Once upon a time", "There was"], temperature=0.01)
+    blocks = write(model, 400, openings=["Once upon a time", "There was"], temperature=0.01)
     for text in documents(blocks)[:-1]:
         assert text.startswith(("Once upon a time", "There was"))
+
+
+def test_what_is_cut_off_has_no_end(model, monkeypatch):
+    """Where the teacher would have gone on, a student that learned an end would stop."""
+    said = {0: [7, 7, END], 1: [8] * 12}
+    monkeypatch.setattr(teacher_text, "decode", lambda *_, **__: iter([said]))
+    blocks = write(model, 32, openings=["a"], batch_size=2, tokens=32)
+    (tokens,), (starts,) = blocks.tokens.tolist(), blocks.starts.tolist()
+    (a,) = byte_tokenizer()("a")["input_ids"]
+    texts = [[a, 7, 7, END], [a, *[8] * 12]]
+    assert tokens == [*texts[0], *texts[1], *texts[0], *texts[1]][:32]
+    assert [i for i, starts_here in enumerate(starts) if starts_here] == [0, 4, 17, 21]
 
 
 def test_padding_does_not_reach_what_is_written(model):

@@ -67,6 +67,17 @@ def words_in(blocks: TokenBlocks) -> set[str]:
     return {word for word in WORDS if word in said}
 
 
+def test_no_more_documents_than_asked_for(folder: Path) -> None:
+    found = prepare_text(recipe_of(folder, ["a.jsonl", "b.jsonl"], [], "rows = 2"), sides=["train"])
+    assert found.train and words_in(found.train) == {*WORDS[:2], *WORDS[-2:]}
+
+
+def test_rows_that_are_too_short_to_say_anything_twice(folder: Path) -> None:
+    recipe = recipe_of(folder, ["a.jsonl"], ["b.jsonl"], "lookup_share = 0.5")
+    with pytest.raises(UserError, match=r"data.lookup_share: takes rows of 64 .* these have 16"):
+        prepare_text(recipe)
+
+
 def test_a_shared_source_is_divided_by_document(folder: Path) -> None:
     found = prepare_text(recipe_of(folder, ["a.jsonl"], ["a.jsonl"]))
     assert found.train and found.heldout

@@ -45,6 +45,7 @@ from tamba.train.chat_steps import shares
 from tamba.train.engine import Engine
 from tamba.train.log import StageLog
 from tamba.train.memory import Memory
+from tamba.train.teacher import check_room
 from tokens import character_tokenizer
 
 PAIRS = {1: 1}
@@ -191,6 +192,17 @@ def test_layers_are_fitted_apart() -> None:
     assert all(torch.equal(p, theirs[n]) for n, p in teacher.named_parameters())
 
 
+@pytest.mark.parametrize("fit", ["output", "mixer"])
+def test_the_pull_of_a_fit_is_the_stages(fit: str) -> None:
+    """The more of it, the less is fitted."""
+    left = []
+    for ridge in (0.01, 100.0):
+        student, teacher = pair()
+        stage = LeastSquares(stage="least_squares", tokens=128, fit=fit, ridge=ridge)
+        left.append(least_squares(student, teacher, PAIRS, rows(), stage).layers[1])
+    assert left[0] < 0.9 * left[1]
+
+
 def filled(token: int) -> TokenBlocks:
     """Rows whose ends are filling, each token a document of its own, as packing leaves them."""
     blocks = rows()
@@ -242,7 +254,8 @@ def check_micro_batches() -> None:
         # One step each: Adam's first steps are signs, which magnify the last bit of a small mean.
         stage = distil_stage(tokens=64, micro_batch=micro, lr=1e-3, clip=0.0)
         log = distil(student, teacher, names, blocks, stage)
-        fit = align(student, teacher, PAIRS, blocks, align_stage(tokens=64, micro_batch=micro))
+        told = {"tokens": 64, "micro_batch": micro, "mixing": 0.5}
+        fit = align(student, teacher, PAIRS, blocks, align_stage(**told))
         got.append((log.losses[0][1], fit.losses[0][1]))
     for one in got[1:]:
         assert one == pytest.approx(got[0], rel=1e-4)
@@ -270,6 +283,27 @@ def test_losses_that_are_no_numbers_stop_the_stage() -> None:
     assert all(p.requires_grad for p in student.parameters())
     with pytest.raises(UserError, match=f"train: align: {message}"):
         align(student, teacher, PAIRS, rows(), align_stage())
+
+
+@pytest.mark.parametrize("kind", ["align", "distil"])
+def test_a_layer_that_is_not_kept_is_computed_again(kind: str) -> None:
+    found = []
+    for again in (False, True):
+        student, teacher = pair()
+        passes: list[int] = []
+        student.model.layers[1].mixer.register_forward_hook(lambda *_, to=passes: to.append(1))
+        if kind == "align":
+            stage = align_stage(tokens=192, mixing=0.5, micro_batch=2, checkpointing=again)
+            log = align(student, teacher, PAIRS, rows(), stage)
+        else:
+            names = trained_parameters(parameters(student), [1], "mixers")
+            stage = distil_stage(tokens=192, micro_batch=2, checkpointing=again)
+            log = distil(student, teacher, names, rows(), stage)
+        found.append((len(passes), log.losses, parameters(student)))
+    (once, losses, first), (twice, others, second) = found
+    assert twice == 2 * once and others == losses
+    for name, parameter in first.items():
+        assert_same(second[name], parameter, "exact", name)
 
 
 # Folders.
@@ -720,6 +754,51 @@ def test_text_of_another_tokenizer_is_refused_before_any_stage(tmp_path: Path) -
     assert not (tmp_path / ".student.stages").exists()
 
 
+@pytest.mark.parametrize(
+    "stages, problem",
+    [
+        (STAGES, r"train.0 \(align\): the teacher's layers are 64 wide and the student's 32"),
+        ('[[train]]\nstage = "least_squares"\ntokens = 64', r"train.0 \(least_squares\): the tea"),
+        (
+            '[[train]]\nstage = "distil"\ntokens = 64\nlr = 1e-3\nreplacement = "theseus"',
+            r"train.0 \(distil\): the teacher's layers are 64 wide",
+        ),
+    ],
+)
+def test_another_teacher_for_the_layers_is_refused_before_any_stage(
+    stages: str, problem: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path, stages)
+    shutil.rmtree(tmp_path / "teacher")
+    tiny_model(["attention"] * 3, hidden_size=64).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match=problem):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
+def test_a_teacher_with_other_words_may_lend_its_layers() -> None:
+    """Where the loss does not ask it, its vocabulary does not matter."""
+    student, _ = pair()
+    teacher = tiny_model(["attention"] * 3, vocab_size=VOCAB + 7)
+    stage = distil_stage(kl=0.0, ce=1.0, replacement="theseus", tokens=64)
+    names = trained_parameters(parameters(student), [1], "mixers")
+    log = distil(student, teacher, names, rows(), stage, pairs=PAIRS)
+    assert log.skipped == 0
+    with pytest.raises(UserError, match="teacher and student have"):
+        distil(student, teacher, names, rows(), distil_stage(), pairs=PAIRS)
+
+
+def test_fewer_steps_than_phases_are_refused_before_any_stage(tmp_path: Path) -> None:
+    by_and_by = STAGES.replace("ce = 0.5", 'replacement = "one_by_one"')
+    path = prepare(tmp_path, by_and_by.replace("tokens = 384", "tokens = 64"))
+    path.write_text(path.read_text().replace("keep 0", "convert 0"))
+    shutil.rmtree(tmp_path / "built")
+    tamba.build(path, tmp_path / "built")
+    with pytest.raises(UserError, match=r"train.1 \(distil\): .* 2 phases, .* has 1 step"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
 def test_a_stage_alone_keeps_its_number_in_messages(tmp_path: Path) -> None:
     path = prepare(tmp_path, STAGES.replace("ce = 0.5", 'dtype = "float16"'))
     told = {"student": tmp_path / "built", "text": tmp_path / "text"}
@@ -803,6 +882,22 @@ def test_a_stored_teacher_teaches_as_the_live_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="words of a place: it was made for 9, not 8"):
         run_training(tmp_path, "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_store_without_room_is_refused_before_any_stage(tmp_path, monkeypatch):
+    prepare(tmp_path, STAGES + TOP + 'stored = "deep/down/top"\n')
+    # 8 rows of 16 tokens, 9 words of 6 bytes and the rest in 4.
+    needed, right = 8 * 16 * (6 * 9 + 4), shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        short = right._replace(free=needed - 1)
+        patch.setattr(shutil, "disk_usage", lambda path: short)
+        with pytest.raises(UserError, match="deep/down: not enough room on disk"):
+            run_training(tmp_path)
+        enough = right._replace(free=needed)
+        patch.setattr(shutil, "disk_usage", lambda path: enough)
+        check_room(tmp_path / "deep" / "down" / "top", rows(), 9)
+    assert not (tmp_path / ".student.stages").exists() and not (tmp_path / "deep").exists()
+    run_training(tmp_path)
 
 
 def test_a_teacher_in_8_bits(tmp_path):

@@ -26,7 +26,7 @@ from tamba.chats import Row
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import Dpo, OnPolicy, Sft, read_recipe
-from tamba.train import chat, chat_steps, dpo, on_policy, sft, trainer
+from tamba.train import chat, chat_steps, dpo, kinds, on_policy, sft, trainer
 from tamba.train.engine import Place
 from texts import END, byte_tokenizer
 
@@ -188,13 +188,14 @@ def test_packing_without_boundaries_is_seen(monkeypatch) -> None:
 
 def test_sft_beside_the_teacher() -> None:
     model, above = student(), teacher()
-    stage = sft_stage(ce=0.5, kl=2.0, micro_batch=2)
+    stage = sft_stage(ce=0.5, kl=2.0, temperature=3.0, micro_batch=2)
     got = first_loss(sft(model, tokenizer(), stage, rows(), teacher=above))
     apart = []
     for row in rows():
         ids, n = framed(row)
-        p, q = (log_probabilities(m, ids)[n - 1 :] for m in (above, model))
-        apart.append((p.exp() * (p - q)).sum(-1))
+        logits = (log_probabilities(m, ids)[n - 1 :] for m in (above, model))
+        p, q = ((one / 3.0).log_softmax(-1) for one in logits)
+        apart.append(9.0 * (p.exp() * (p - q)).sum(-1))
     want = 0.5 * cross_entropy(model, rows()) + 2.0 * float(torch.cat(apart).mean())
     assert got == pytest.approx(want, rel=1e-5)
 
@@ -270,7 +271,7 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
         return honest(self, one, inputs, count)
 
     monkeypatch.setattr(trl.DistillationTrainer, "_compute_loss", watched)
-    stage = on_policy_stage(divergence=divergence)
+    stage = on_policy_stage(divergence=divergence, temperature=2.0)
     got = first_loss(on_policy(model, tokenizer(), stage, rows(4), teacher=above))
     apart, asked = [], set()
     for batch in seen:
@@ -280,7 +281,8 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
             assert 1 <= len(answer) <= 8
             asked.add(tokenizer().decode(prompt))
             ids = torch.cat([prompt, answer])[None]
-            p, q = (log_probabilities(m, ids)[len(prompt) - 1 :] for m in (above, model))
+            logits = (log_probabilities(m, ids)[len(prompt) - 1 :] for m in (above, model))
+            p, q = ((one / 2.0).log_softmax(-1) for one in logits)
             m = ((p.exp() + q.exp()) / 2).log()
             forward = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
             reverse = F.kl_div(p, q, log_target=True, reduction="none").sum(-1)
@@ -292,6 +294,52 @@ def test_on_policy_is_the_divergence_along_the_students_answers(divergence, monk
 
 
 # What does not depend on how a step is divided, or cut off.
+
+
+def check_steps_by_hand(**options) -> None:
+    """Steps of all rows, written out with torch's plain AdamW."""
+    told = {"steps": 5, "batch": 4, "lr": 3e-3, "warmup": 0.2, "weight_decay": 0.3, "clip": 0.5}
+    told |= {"betas": (0.7, 0.8), "micro_batch": 2}
+    examples, ours, theirs = rows(4), student(), student()
+    log = sft(ours, tokenizer(), sft_stage(**(told | options)), examples)
+    groups = [
+        {
+            "params": [p],
+            "weight_decay": 0.3 * (p.dim() == 2 and not n.endswith(("A_log", "dt_bias", ".D"))),
+        }
+        for n, p in theirs.named_parameters()
+    ]
+    adam = torch.optim.AdamW(groups, betas=(0.7, 0.8))
+    losses = []
+    for step in range(5):
+        said = []
+        for row in examples:
+            ids, n = framed(row)
+            logits = theirs(ids, use_cache=False).logits[0, :-1]
+            said.append(F.cross_entropy(logits, ids[0, 1:], reduction="none")[n - 1 :])
+        loss = torch.cat(said).mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        factor = 1.0 if step < 1 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 4))
+        for group in adam.param_groups:
+            group["lr"] = 3e-3 * factor
+        adam.step()
+        adam.zero_grad()
+    assert [loss for _, loss in log.losses] == pytest.approx(losses, rel=1e-4)
+    for (name, got), (_, p) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        # Adam divides by the size of a gradient, which magnifies the last bits of a small one.
+        torch.testing.assert_close(got, p, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_steps_equal_a_loop_written_by_hand() -> None:
+    check_steps_by_hand()
+
+
+@pytest.mark.parametrize("fault", [{"weight_decay": 0.0}, {"betas": (0.7, 0.99)}, {"clip": 0.0}])
+def test_steps_that_differ_are_seen(fault) -> None:
+    with pytest.raises(AssertionError):
+        check_steps_by_hand(**fault)
 
 
 def test_every_step_is_whole_and_every_row_has_its_turn() -> None:
@@ -422,9 +470,10 @@ def test_budgets() -> None:
     ("run", "stage", "given", "said"),
     [
         (sft, sft_stage(), [], "there are no rows"),
-        (sft, sft_stage(length=16), rows(), r"row \d: the prompt leaves no room"),
+        (sft, sft_stage(length=16), rows(), "row 0: the prompt leaves no room"),
+        (sft, sft_stage(length=33), rows(9), "row 2: the prompt leaves no room"),
         (sft, sft_stage(), [Row("row 3", {"txet": "a"})], "row 3: .*'txet'"),
-        (sft, sft_stage(length=8, too_long="skip"), rows(), "all 6 prompts are too long"),
+        (sft, sft_stage(length=8, too_long="skip"), rows(), "all 6 rows are too long"),
         (dpo, dpo_stage(reference="student"), [], "there are no rows"),
         (dpo, dpo_stage(), pairs(), "no teacher for its reference"),
         (
@@ -439,7 +488,7 @@ def test_budgets() -> None:
             [Row("row 2", {"prompt": "abc", "chosen": "b" * 40, "rejected": "b" * 50})],
             "row 2: .*do not differ within length = 32",
         ),
-        (dpo, dpo_stage(reference="student", length=16), pairs(), r"row \d: the prompt leaves"),
+        (dpo, dpo_stage(reference="student", length=16), pairs(), "row 0: the prompt leaves"),
         (sft, sft_stage(batch=6, micro_batch=3), [Row("row 1", {"prompt": "a"})], "row 1: holds"),
     ],
 )
@@ -447,6 +496,16 @@ def test_mistakes_are_named_before_the_first_step(run, stage, given, said, monke
     monkeypatch.setattr(chat_steps.Run, "log", lambda *_: pytest.fail("a step was taken"))
     with pytest.raises(UserError, match=said):
         run(student(), tokenizer(), stage, given)
+
+
+def test_pairs_that_differ_too_late_may_be_left_out() -> None:
+    late = Row("row 9", {"prompt": "abc", "chosen": "b" * 40, "rejected": "b" * 50})
+    stage = dpo_stage(length=32, too_long="skip", steps=None, epochs=1)
+    found = chat.frame(stage, tokenizer(), [*pairs(), late], [END], 257)
+    assert sorted(len(row["chosen_ids"]) for row in found.rows) == [5, 9, 9, 9]
+    same = Row("row 3", {"prompt": "abc", "chosen": "b", "rejected": "b"})
+    with pytest.raises(UserError, match=r"row 3: .*do not differ"):
+        chat.frame(stage, tokenizer(), [*pairs(), same], [END], 257)
 
 
 def test_models_that_do_not_fit(monkeypatch) -> None:
@@ -465,6 +524,27 @@ def test_models_that_do_not_fit(monkeypatch) -> None:
     monkeypatch.setattr(chat_steps.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package 'trl'.*tamba\[chat\]"):
         sft(student(), tokenizer(), sft_stage(), rows())
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo", "on_policy"])
+def test_words_that_the_model_lacks(kind, monkeypatch) -> None:
+    """A row with one is named; padding, which nothing reads, is another token then."""
+    run, told, given = {
+        "sft": (sft, sft_stage(), rows()),
+        "dpo": (dpo, dpo_stage(), pairs()),
+        "on_policy": (on_policy, on_policy_stage(), rows()),
+    }[kind]
+    models = [tiny_model(["attention"] * 2, seed=seed, vocab_size=257) for seed in (0, 5)]
+    models[0].generation_config.eos_token_id = END
+    padded = tokenizer()
+    padded.add_special_tokens({"pad_token": "<pad>"})
+    assert padded.pad_token_id == 257
+    log = run(models[0], padded, told, given, teacher=models[1])
+    assert log.losses == run(models[0], tokenizer(), told, given, teacher=models[1]).losses
+    monkeypatch.setattr(chat_steps.Run, "log", lambda *_: pytest.fail("a step was taken"))
+    given[2].fields["prompt"] += "<pad>"  # type: ignore[index]
+    with pytest.raises(UserError, match=r"row 2: holds token number 257, .* model has 257 words"):
+        run(models[0], padded, told, given, teacher=models[1])
 
 
 # Reliability.
@@ -664,6 +744,16 @@ def test_stages_of_a_recipe(tmp_path, monkeypatch) -> None:
         with pytest.raises(UserError, match=r"dpo.jsonl:5: holds no preference"):
             tamba.train(recipe, tmp_path / "out", student=tmp_path / "built")
     write_rows(tmp_path / "dpo.jsonl", pairs())
+    model = student()
+    few = RECIPE.replace("epochs = 1", "epochs = 1\nrows = 3").replace("steps = 2", "rows = 4")
+    (tmp_path / "few.toml").write_text(few)
+    framed = [
+        kinds.frame_all(read_recipe(tmp_path / "few.toml", told), model, tokenizer(), done=0)
+        for told in ([], ["seed=1"])
+    ]
+    assert [len(one[0].rows) for one in framed] == [4, 4] and len(framed[0][1].rows) == 3
+    orders = [[row["input_ids"] for row in one[0].rows] for one in framed]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     logs = tamba.train(recipe, tmp_path / "out", student=tmp_path / "built")
     assert [log.stage for log in logs] == ["sft", "dpo", "on_policy"]
     assert all(math.isfinite(loss) for log in logs for _, loss in log.losses)

@@ -27,6 +27,7 @@ stage = "align"
 tokens = 256
 batch = 4
 lr = 1e-3
+checkpointing = true
 dtype = "float32"
 compile = false
 [[train]]
@@ -139,7 +140,7 @@ def check_processes(folder: Path, told: dict[str, str], *dies: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    prepare(tmp_path, STAGES)
+    prepare(tmp_path, STAGES.replace("lr = 1e-3", "lr = 1e-3\nmixing = 0.5", 1))
     check_processes(tmp_path, {})
 
 

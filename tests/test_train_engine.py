@@ -39,7 +39,7 @@ def by_hand(student, teacher, names, blocks, stage, seed: int, decayed: Callable
         for n, p in moving.items()
     ]
     adam = torch.optim.AdamW(groups, betas=stage.betas, fused=False, foreach=False)
-    means = {n: p.detach().clone() for n, p in moving.items()}
+    means = {n: torch.zeros_like(p) for n, p in moving.items()}
     steps = stage.tokens // (stage.batch * blocks.length)
     losses = []
     for step in range(steps):
@@ -69,7 +69,7 @@ def by_hand(student, teacher, names, blocks, stage, seed: int, decayed: Callable
             mean.copy_(stage.ema * mean + (1 - stage.ema) * moving[name].detach())
     with torch.no_grad():
         for name, mean in means.items() if stage.ema else ():
-            moving[name].copy_(mean)
+            moving[name].copy_(mean / (1 - stage.ema**steps))
     return torch.tensor(losses)
 
 
@@ -100,7 +100,49 @@ def check_by_hand(**options) -> None:
 
 
 def test_steps_equal_a_loop_written_by_hand() -> None:
-    check_by_hand(micro_batch=3, ema=0.5, checkpointing=True)
+    check_by_hand(micro_batch=3, ema=0.9, checkpointing=True)
+
+
+@torch.no_grad()
+def loss_by_definition(student, teacher, *, tau=1.0, kind="forward", beta=0.5, ce=0.0) -> float:
+    """Of all rows, from whole logits in float64."""
+    tokens, starts = rows().tokens.long(), rows().starts
+    seq, here = starts.cumsum(1), ~starts[:, 1:]
+    z, y = (
+        model(tokens, seq_idx=seq, use_cache=False).logits[:, :-1][here].double()
+        for model in (student, teacher)
+    )
+    q, p = (z / tau).softmax(-1), (y / tau).softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1).mean()
+
+    m = beta * p + (1 - beta) * q
+    found = {
+        "forward": kl(p, q),
+        "reverse": kl(q, p),
+        "js": beta * kl(p, m) + (1 - beta) * kl(q, m),
+    }[kind]
+    return float(tau**2 * found + ce * F.cross_entropy(z, tokens[:, 1:][here]))
+
+
+@pytest.mark.parametrize(
+    ("told", "means"),
+    [
+        ({"temperature": 3.0}, {"tau": 3.0}),
+        ({"divergence": "reverse"}, {"kind": "reverse"}),
+        ({"divergence": "js", "beta": 0.2}, {"kind": "js", "beta": 0.2}),
+        ({"ce": 0.7}, {"ce": 0.7}),
+    ],
+    ids=str,
+)
+def test_a_stage_minimises_what_it_is_told(told, means) -> None:
+    student, teacher = pair()
+    want = loss_by_definition(student, teacher, **means)
+    assert want != pytest.approx(loss_by_definition(student, teacher), rel=1e-2)
+    stage = distil_stage(tokens=128, batch=8, **told)
+    log = distil(student, teacher, named(student, "mixers"), rows(), stage)
+    assert log.losses[0][1] == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -113,7 +155,7 @@ def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch)
     if fault == "decay":
         monkeypatch.setattr(trainer, "RecurrentMixer", SimpleNamespace(FLOAT32=("weight",)))
     with pytest.raises(AssertionError):
-        check_by_hand(ema=0.5)
+        check_by_hand(ema=0.9)
 
 
 # What is no number.
@@ -121,7 +163,7 @@ def test_steps_that_differ_are_seen(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 def check_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of no number is one that was not taken."""
-    stage = {"schedule": "constant", "warmup": 0.0, "lr": 1e-2}
+    stage = {"schedule": "constant", "warmup": 0.0, "lr": 1e-2, "ema": 0.9}
     want, teacher = pair()
     distil(want, teacher, named(want, "mixers"), rows(), distil_stage(tokens=192, **stage))
     right = objectives.next_token_loss
@@ -233,6 +275,20 @@ def test_layers_that_do_not_wait_are_seen(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(DistilObjective, "_stand_ins", lambda self, piece: ({}, None))
     with pytest.raises(AssertionError):
         check_replacement()
+
+
+def test_a_seed_draws_the_layers_that_come_at_random() -> None:
+    told = {"batch": 8, "lr": 1e-12, "tokens": 8 * 128, "replacement": "theseus", "chance": 0.0}
+    found = []
+    for seed in (3, 3, 4):
+        student, teacher = hybrid((0, 1, 3))
+        names = trained_parameters(parameters(student), (0, 1, 3), "mixers")
+        pairs = {i: i for i in (0, 1, 3)}
+        # A step is all rows, so that their order changes nothing.
+        log = distil(student, teacher, names, rows(), distil_stage(**told), seed, pairs=pairs)
+        found.append([loss for _, loss in log.losses])
+    assert found[0] == found[1]
+    assert found[0] != pytest.approx(found[2], rel=1e-2)
 
 
 def test_layers_that_wait_do_not_move() -> None:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from tamba.errors import UserError
 from tamba.model.tokens import segments
 from tamba.recipe import Align, Distil
 from tamba.train.pieces import Pieces, rows_of_step, tokens
@@ -53,8 +54,15 @@ def test_progressive_replacement_follows_the_shares() -> None:
     assert counts(4, 12, 16, replacement="progressive", shares=(0.5,)) == [8, 8, 12, 12]
     assert counts(6, 3, 8, replacement="one_by_one") == [1, 1, 2, 2, 3, 3]
     assert counts(2, 3, 8) == [3, 3]
-    # More phases than steps: the last step has every layer.
-    assert counts(2, 5, 8, replacement="one_by_one")[-1] >= 3
+    assert counts(5, 5, 8, replacement="one_by_one") == [1, 2, 3, 4, 5]
+
+
+def test_fewer_steps_than_phases_are_refused() -> None:
+    """The last layers would never be replaced, and never trained."""
+    with pytest.raises(UserError, match="'one_by_one' takes 5 phases, and the stage has 4 steps"):
+        counts(4, 5, 8, replacement="one_by_one")
+    with pytest.raises(UserError, match="'progressive' takes 2 phases, and the stage has 1 step;"):
+        counts(1, 12, 16, replacement="progressive", shares=(0.5,))
 
 
 def test_layers_stay_replaced() -> None:
@@ -84,6 +92,13 @@ def test_theseus_draws_likelier_with_every_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("tamba.train.schedules._chance", lambda *_: 0.5)
     with pytest.raises(AssertionError):
         check_theseus(3)
+
+
+def test_theseus_draws_one_layer_at_least() -> None:
+    active = active_layers(distil(replacement="theseus", chance=0.0), [2, 5, 7], 9, 400, seed=3)
+    found = [list(active(step)) for step in range(400)]
+    assert all(found) and [len(some) for some in found[:3]] == [1, 1, 1]
+    assert {tuple(some) for some in found[:20]} == {(2,), (5,), (7,)}
 
 
 # Which rows are read.

@@ -20,7 +20,16 @@ from tamba.errors import UserError
 from tamba.train import chat_steps, distil, objectives, on_policy, sft, trained_parameters, trainer
 from tamba.train.log import StageLog
 from tamba.train.trainer import Place, StageTrainer
-from test_train import STAGES, distil_stage, pair, parameters, prepare, rows, run_training
+from test_train import (
+    STAGES,
+    align_stage,
+    distil_stage,
+    pair,
+    parameters,
+    prepare,
+    rows,
+    run_training,
+)
 from test_train_chat import on_policy_stage, sft_stage, student, teacher, tokenizer
 from test_train_chat import rows as conversations
 
@@ -252,6 +261,16 @@ def test_deepspeeds_stage_may_be_told_without_a_file(monkeypatch) -> None:
             trainer.check_launch(distil_stage(), "here")
     with pytest.raises(UserError, match="stage 3"):
         trainer.check_launch(distil_stage(), "here")
+
+
+def test_matrices_are_not_compared_where_mixers_are_shared_out(monkeypatch) -> None:
+    """Two processes under FSDP2 ended in a traceback of torch's at the first step."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    trainer.check_launch(align_stage(), "here")
+    with pytest.raises(UserError, match=r"here: mixing reads .*FSDP2.*; launch without FSDP2"):
+        trainer.check_launch(align_stage(mixing=0.5), "here")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    trainer.check_launch(align_stage(mixing=0.5), "here")
 
 
 def test_recipes_are_checked_before_any_work(tmp_path: Path, monkeypatch) -> None:

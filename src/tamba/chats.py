@@ -2,8 +2,8 @@
 
 A source is a file of JSON lines (plain, `.gz`, `.xz`), a `.txt` file with a prompt a line, a
 `.parquet` file, a folder of such, ``hf://datasets/OWNER/NAME/FILE``, or a data set of the hub,
-``OWNER/NAME`` or ``OWNER/NAME:SPLIT``, which is streamed. Rows come in the forms that data sets of
-chats have; see `prompt_of`, `conversation_of` and `preference_of`.
+``OWNER/NAME`` or ``OWNER/NAME/PART:SPLIT``, which is streamed. Rows come in the forms that data
+sets of chats have; see `prompt_of`, `conversation_of` and `preference_of`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from tamba.data import Source, files_of, from_hub, is_text, json_rows, text_lines
+from tamba.data import Source, file_rows, files_of, from_hub, is_text, streamed, text_lines
 from tamba.errors import UserError
+from tamba.recipe import data_set
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant" | .., "content": ..}``."""
 
-_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.\[\]%:-]+))?")
 _NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 _ANSWERS = ("completion", "response", "output", "answer")
 
@@ -85,13 +85,13 @@ def check_chats(sources: Sequence[Source]) -> None:
     for source in sources:
         name = os.fspath(source)
         path = Path(name)
-        if name.startswith("hf://") or (not path.exists() and _HUB.fullmatch(name)):
+        if name.startswith("hf://") or (not path.exists() and data_set(name)):
             continue
         if not path.exists():
             raise UserError(name, "no such file or folder, and no name of a data set")
         if path.is_dir():
             files_of(path)
-        elif not is_text(path) and path.suffix != ".parquet":
+        elif not is_text(path):
             raise UserError(
                 name, "not a kind of file that is read", "known: .jsonl, .json, .txt, .parquet"
             )
@@ -151,37 +151,21 @@ def _rows(name: str) -> Iterator[Row]:
 
 
 def _file(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        yield from _stream(str(path), path.name, "parquet", data_files=str(path), split="train")
-    elif ".txt" in path.suffixes:
+    if ".txt" in path.suffixes:
         for where, line in text_lines(path):
             if line.strip():
                 yield Row(where, {"prompt": line.strip()}, path.name)
     else:
-        for where, fields in json_rows(path):
+        for where, fields in file_rows(path):
             yield Row(where, fields, path.name)
 
 
 def _data_set(name: str) -> Iterator[Row]:
-    found = _HUB.fullmatch(name)
+    found = data_set(name)
     assert found is not None
-    yield from _stream(name, name, found[1], split=found[2] or "train")
-
-
-def _stream(name: str, source: str, *place: str, **options: Any) -> Iterator[Row]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(name, "needs the package 'datasets'", "pip install 'tamba[chat]'") from None
-    try:
-        rows = load_dataset(*place, streaming=True, **options)
-        for number, fields in enumerate(rows):
-            yield Row(f"{name}, row {number}", fields, source)
-    except UserError:
-        raise
-    except Exception as error:  # the network, the hub's client and readers raise many kinds
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(name, problem, "check the name and the network") from error
+    place, split = found
+    for where, fields in streamed(name, *place, split=split):
+        yield Row(where, fields, name)
 
 
 # What rows hold.
@@ -316,6 +300,16 @@ def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Raise UserError where a tokenizer cannot frame conversations."""
     if not tokenizer.chat_template:
         raise UserError(where, "the tokenizer has no chat template", "use an instruct model's")
+
+
+def check_words(largest: int, words: int, where: str) -> None:
+    """Raise UserError where a row has a token that a model of so many words does not have."""
+    if largest >= words:
+        raise UserError(
+            where,
+            f"holds token number {largest}, and the model has {words} words",
+            "use the model's own tokenizer",
+        )
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> str:

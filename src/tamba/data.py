@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -37,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tamba.artefact import write_file
 from tamba.errors import UserError, nearest
+from tamba.recipe import data_set
 
 Source = str | os.PathLike[str]
 
@@ -45,11 +47,16 @@ WORDS = ("python-docs", "teacher-written")
 _PACKAGE = "package-docs:"
 _OPENERS: dict[str, Any] = {"": open, ".gz": gzip.open, ".xz": lzma.open}
 _ENDINGS = (".txt", ".jsonl", ".json")
-_KINDS = tuple(kind + packed for kind in _ENDINGS for packed in _OPENERS)
+_TABLE = ".parquet"
+_KINDS = (*(kind + packed for kind in _ENDINGS for packed in _OPENERS), _TABLE)
 
 
 def read_texts(
-    sources: Source | Sequence[Source], *, key: str = "text", max_bytes: int | None = None
+    sources: Source | Sequence[Source],
+    *,
+    key: str = "text",
+    max_bytes: int | None = None,
+    limit: int | None = None,
 ) -> list[str]:
     """Documents of one or several sources, in a fixed order.
 
@@ -57,25 +64,30 @@ def read_texts(
     - a `.txt` file, one document;
     - a `.jsonl` or `.json` file, one JSON object a line with a document under `key`;
     - either packed as `.gz` or `.xz`;
+    - a `.parquet` file with documents in the column `key`;
     - a folder: all such files in it, sorted by path;
     - ``python-docs``: prose of the Python manual's topics and of the standard library's docstrings;
     - ``package-docs:NAME``: prose of the docstrings of an installed package, which is not imported;
-    - ``hf://datasets/OWNER/NAME/FILE``: such a file of a data set on the hub (``NAME@REVISION``).
+    - ``hf://datasets/OWNER/NAME/FILE``: such a file of a data set on the hub (``NAME@REVISION``);
+    - ``OWNER/NAME``, ``OWNER/NAME/PART`` or either with ``:SPLIT``: a data set of the hub, which is
+      streamed, with documents under `key`; only with a `limit`, for there may be no end of it.
 
     Args:
+        limit: most documents of each source.
         max_bytes: stop after the document that reaches this many UTF-8 bytes in all.
 
     Raises:
-        UserError: a missing, empty, undecodable or damaged file, or a line without text, by number.
+        UserError: a missing, empty, undecodable or damaged file, a line without text, by number, or
+            a `.parquet` file without the package that reads it.
     """
     if isinstance(sources, str | os.PathLike):
         sources = [sources]
-    check_sources(sources)
+    check_sources(sources, limit)
     texts: list[str] = []
     size = 0
     for source in sources:
         before = len(texts)
-        for text in _documents(source, key):
+        for text in islice(_documents(source, key), limit):
             texts.append(text)
             size += len(text.encode())
             if max_bytes is not None and size >= max_bytes:
@@ -87,15 +99,18 @@ def read_texts(
     return texts
 
 
-def check_sources(sources: Iterable[Source]) -> None:
+def check_sources(sources: Iterable[Source], limit: int | None = None) -> None:
     """Refuse a source of this machine that is not there or of no kind that is read.
+
+    Args:
+        limit: most documents of each.
 
     Raises:
         UserError: as `read_texts`, before any text is read. What lies on the hub is not asked for.
     """
     for source in sources:
         name = os.fspath(source)
-        if name in WORDS or name.startswith("hf://"):
+        if name in WORDS or name.startswith("hf://") or (limit and _on_hub(name)):
             continue
         if name.startswith(_PACKAGE):
             _package_folder(name.removeprefix(_PACKAGE))
@@ -128,12 +143,22 @@ def _documents(source: Source, key: str) -> Iterator[str]:
     if name.startswith(_PACKAGE):
         yield from _modules(_package_folder(name.removeprefix(_PACKAGE)), set())
         return
+    if found := _on_hub(name):
+        place, split = found
+        for where, row in streamed(name, *place, split=split):
+            yield _json_text(row, where, key)
+        return
     path = from_hub(name) if name.startswith("hf://") else Path(name)
     if path.is_dir():
         for file in files_of(path):
             yield from _file(file, key)
         return
     yield from _file(path, key)
+
+
+def _on_hub(name: str) -> tuple[tuple[str, ...], str] | None:
+    """Place and split of a data set of the hub; None for a source of another kind."""
+    return None if name.startswith("hf://") or Path(name).exists() else data_set(name)
 
 
 def from_hub(address: str) -> Path:
@@ -158,6 +183,8 @@ def _kind(path: Path) -> tuple[str, str] | None:
     """(ending, how it is packed) by the end of the name; None for files that are not text."""
     if path.name.startswith("."):
         return None
+    if path.name.endswith(_TABLE):
+        return _TABLE, ""
     for packed in sorted(_OPENERS, key=len, reverse=True):
         stem = path.name.removesuffix(packed)
         for kind in _ENDINGS:
@@ -174,22 +201,46 @@ def _file(path: Path, key: str) -> Iterator[str]:
             raise UserError(str(path), "the file is empty")
         yield text
         return
-    for where, row in json_rows(path):
+    for where, row in file_rows(path):
         yield _json_text(row, where, key)
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each line of a `.jsonl` file stands, plain or packed, and its object.
+def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a `.parquet` file stands, or line of a `.jsonl` file, plain or packed, and
+    its columns.
 
     Raises:
         UserError: an empty or damaged file, or a line that is no JSON object, by number.
     """
     empty = True
+    if path.name.endswith(_TABLE):
+        yield from streamed(str(path), "parquet", data_files=str(path), split="train")
+        return
     for where, line in text_lines(path):
         empty = False
         yield where, _json_object(line, where)
     if empty:
         raise UserError(str(path), "the file is empty")
+
+
+def streamed(name: str, *place: str, **options: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of what `datasets.load_dataset` finds at a place stands, and its columns.
+
+    Raises:
+        UserError: that package is not installed, or finds nothing; its message begins with `name`.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(name, "needs the package 'datasets'", "pip install 'tamba[chat]'") from None
+    try:
+        for number, row in enumerate(load_dataset(*place, streaming=True, **options)):
+            yield f"{name}, row {number}", row
+    except UserError:
+        raise
+    except Exception as error:  # the network, the hub's client and readers raise many kinds
+        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(name, problem, "check the name and the network") from error
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -534,7 +585,7 @@ class TokenBlocks:
         max_tokens: int | None = None,
         bytes_per_token: float | None = None,
     ) -> TokenBlocks:
-        """Pack documents that are tokens already, each with its closing token. See `from_texts`."""
+        """Pack documents that are tokens already, with their closing tokens. See `from_texts`."""
         if length < 2:
             raise UserError("length", f"{length} tokens leave nothing to predict", "use 2 or more")
         parts = [torch.tensor(d, dtype=torch.int32) for d in documents if len(d)]

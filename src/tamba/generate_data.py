@@ -30,6 +30,7 @@ from tamba.chats import (
     Message,
     check_chats,
     check_template,
+    check_words,
     messages_key,
     prompt_of,
     prompt_text,
@@ -171,7 +172,8 @@ def generate_data(
     if tokenizer is None:
         raise UserError("generate-data", "has no tokenizer", "use a model that has one")
     check_template(tokenizer, "generate-data")
-    asked = _Asked(tokenizer, _room(config, new_tokens, prompt_tokens))
+    room = _room(config, new_tokens, prompt_tokens)
+    asked = _Asked(tokenizer, room, config.vocab_size)
     for row in read_rows(sources, limit=limit) if sources else ():
         source = row.fields.get("source")
         asked.add(prompt_of(row), source if isinstance(source, str) else row.source, row.where)
@@ -271,10 +273,11 @@ class _Asked:
 
     Args:
         room: most tokens of a prompt.
+        words: that the model has.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int) -> None:
-        self.tokenizer, self.room = tokenizer, room
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, room: int, words: int) -> None:
+        self.tokenizer, self.room, self.words = tokenizer, room, words
         self.left_out: Counter[str] = Counter()
         self._prompts: dict[str, _Prompt] = {}
         begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -288,7 +291,7 @@ class _Asked:
         return len(self._prompts)
 
     def add(self, messages: tuple[Message, ...], source: str, where: str) -> None:
-        """Ask this too, or count why not."""
+        """Ask this too, or count why not; UserError where the model lacks one of its words."""
         if not messages or not messages[-1]["content"].strip():
             self.left_out["empty prompts"] += 1
             return
@@ -305,6 +308,7 @@ class _Asked:
         if len(ids) > self.room:
             self.left_out[f"prompts of more than {self.room} tokens"] += 1
             return
+        check_words(max(ids), self.words, where)
         # Whoever reads the text puts the token that begins a text before it.
         plain = text.removeprefix(self._begin)
         self._prompts[key] = _Prompt(key, messages, source, plain, ids)
@@ -372,6 +376,7 @@ class _Writer:
         """By number, what the model writes where the user would; None where it was cut off."""
         before, after = _around(self.tokenizer)
         ids: list[int] = self.tokenizer(before, add_special_tokens=False)["input_ids"]
+        check_words(max(ids, default=0), self.model.config.vocab_size, "chat template")
         closing: list[int] = self.tokenizer(after, add_special_tokens=False)["input_ids"]
         ends = list(self.ends)
         if closing and closing[0] in set(self.tokenizer.all_special_ids):

@@ -21,6 +21,8 @@ from tamba.data import TokenBlocks
 
 SHORTEST_PASSAGE = 32
 """Tokens of a passage; the longest fills half a row."""
+SHORTEST_ROW = 2 * SHORTEST_PASSAGE
+"""Tokens of a row that holds one twice."""
 PIECE = (4, 32)
 """Fewest and most tokens of a piece, drawn evenly by their logarithm."""
 KINDS = ("written", "written", "scattered", "listed")
@@ -45,7 +47,7 @@ def with_lookups(blocks: TokenBlocks, share: float, seed: int) -> TokenBlocks:
     """
     n, length = blocks.tokens.shape
     some = round(share * n)
-    if not some or length < 2 * SHORTEST_PASSAGE:
+    if not some or length < SHORTEST_ROW:
         return blocks
     generator = torch.Generator().manual_seed(seed)
     tokens, starts = blocks.tokens.clone(), blocks.starts.clone()
@@ -61,7 +63,7 @@ def _said_again(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
     length = len(text)
     parts, starts = [], torch.zeros(length, dtype=torch.bool)
     at = read = 0
-    while length - at >= 2 * SHORTEST_PASSAGE:
+    while length - at >= SHORTEST_ROW:
         c = _between(SHORTEST_PASSAGE, (length - at) // 2, generator)
         kind = KINDS[int(torch.randint(len(KINDS), (), generator=generator))]
         pieces = _pieces(text[read : read + c], kind, generator)

@@ -37,10 +37,31 @@ asked to.
 """
 
 
+_DATA_SET = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?::([\w.\[\]%:-]+))?")
+_FILE = re.compile(r".*\.(txt|jsonl?|parquet)(\.gz|\.xz)?")
+
+
+def data_set(name: str) -> tuple[tuple[str, ...], str] | None:
+    """Where a data set of the hub lies, ``OWNER/NAME[/PART][:SPLIT]``, and its split; None for the
+    name of a file."""
+    found = None if _FILE.fullmatch(name) else _DATA_SET.fullmatch(name)
+    if found is None:
+        return None
+    place, part, split = found.groups()
+    return (place, part) if part else (place,), split or "train"
+
+
 def _takes_effect(section: Section, key: str, unless: str, value: bool) -> None:
     """Raise ValueError where `key` is given though what it is for is not asked for."""
     if key in section.model_fields_set and not value:
         raise ValueError(f"{key} is without effect unless {unless}; leave it out")
+
+
+def _check_rates(section: Section, schedule: str, warmup: float, cooldown: float) -> None:
+    """Raise ValueError where a cooldown is not asked for, or begins while the rate still rises."""
+    _takes_effect(section, "cooldown", 'schedule = "wsd"', schedule == "wsd")
+    if schedule == "wsd" and warmup + cooldown > 1:
+        raise ValueError(f"warmup = {warmup:g} and cooldown = {cooldown:g} are more than all steps")
 
 
 class ModelSource(Section):
@@ -59,13 +80,16 @@ class ModelSource(Section):
 
 
 class Data(Section):
-    """Text, as sources in order: `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files.
+    """Text, as sources in order: `TEXT_SOURCES`, files, folders, ``hf://datasets/..`` files, and
+    data sets of the hub, which are streamed: ``OWNER/NAME``, ``OWNER/NAME/PART:SPLIT``.
 
     Args:
         train: text to fit on.
         heldout: text to measure on; nothing is fitted to it or chosen by it. A source that stands
             under both is divided by document, so that none is on both sides.
         heldout_share: share of the documents of a divided source that is held out.
+        rows: most documents that are read of each source; None for all, which no data set of the
+            hub is read to.
         length: tokens of a row.
         lookup_share: share of the rows to fit on that are passages followed by their own pieces in
             another order (`tamba.lookup_text`), so that what looks back is kept and learned.
@@ -79,6 +103,7 @@ class Data(Section):
     train: tuple[str, ...] = ()
     heldout: tuple[str, ...] = ()
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    rows: Count | None = None
     length: Count = 512
     lookup_share: float = Field(default=0.0, ge=0, le=1)
     written_tokens: Count = 65_536
@@ -181,7 +206,7 @@ class _GradientStage(_Stage):
             at once; gradients add up to the same step. None for all.
         lr: highest learning rate.
         lr_pretrained: the same of parameters that the teacher gave and no one converted; None for
-            `lr`.
+            `lr`. Of ``distil``, where more than mixers move.
         schedule: of the learning rate after warm-up; ``wsd`` stays and then falls to 0 (Hu et al.
             2024, arXiv 2404.06395, section 4).
         warmup: share of the steps over which it rises.
@@ -189,13 +214,13 @@ class _GradientStage(_Stage):
         weight_decay: of AdamW, on matrices alone.
         betas: of AdamW.
         clip: largest gradient norm; 0 for no clipping.
-        ema: decay a step of a running mean of the parameters, which is what the stage leaves; 0
-            for the parameters themselves.
+        ema: decay a step of a running mean of the parameters after each, which is what the stage
+            leaves; 0 for the parameters themselves.
         checkpointing: keep a layer's input alone and compute the layer again for its gradient.
-        compile: compile layers one by one; ``auto`` does on a GPU. Without effect where layers are
+        compile: compile layers one by one; ``auto`` does on a GPU, but not where layers are
             replaced by and by.
         graphs: launch the passes of a step as CUDA graphs; ``auto`` does on a GPU where one process
-            trains, without `checkpointing`.
+            trains, without `checkpointing`, and the teacher is in process.
         dtype: of matrix products; parameters and optimiser stay float32.
     """
 
@@ -222,7 +247,7 @@ class _GradientStage(_Stage):
 
     @model_validator(mode="after")
     def _cools_down(self) -> Self:
-        _takes_effect(self, "cooldown", 'schedule = "wsd"', self.schedule == "wsd")
+        _check_rates(self, self.schedule, self.warmup, self.cooldown)
         return self
 
 
@@ -232,12 +257,17 @@ class Align(_GradientStage):
     Args:
         mixing: weight of the distance between the attention's matrix and the one that the mixer
             applies to its values (Bick et al. 2024, arXiv 2408.10189, section 4.1), relative to the
-            former's size. Takes Mamba-2 mixers with the attention's heads, and memory for a matrix
-            a head.
+            former's size, row by row. Takes Mamba-2 mixers with the attention's heads, and memory
+            for a matrix a head.
     """
 
     stage: Literal["align"]
     mixing: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _moves_what_was_made(self) -> Align:
+        _takes_effect(self, "lr_pretrained", "a stage moves what the teacher gave", False)
+        return self
 
 
 class Distil(_GradientStage):
@@ -269,7 +299,8 @@ class Distil(_GradientStage):
             plan's own share is the last in any case.
         order: in which layers are replaced: spread over the depth, from the bottom, from the top,
             or these student layers.
-        chance: at which ``theseus`` begins; it reaches 1 after three quarters of the steps.
+        chance: at which ``theseus`` begins; it reaches 1 after three quarters of the steps. One
+            layer at least is replaced in every step.
     """
 
     stage: Literal["distil"]
@@ -302,6 +333,18 @@ class Distil(_GradientStage):
         _takes_effect(self, "order", "layers are replaced by and by", by_and_by)
         _takes_effect(self, "chance", 'replacement = "theseus"', chance)
         _takes_effect(self, "beta", 'divergence = "js"', self.divergence == "js")
+        for key in ("temperature", "divergence", "top_k"):
+            _takes_effect(self, key, "kl has weight", self.kl > 0)
+        asks = self.kl > 0 or self.replacement != "at_once"
+        _takes_effect(self, "teacher", "the teacher is asked", asks)
+        moves = self.train != "mixers"
+        _takes_effect(self, "lr_pretrained", "more than mixers move (train)", moves)
+        if self.compile is True:
+            at_once = self.replacement == "at_once"
+            _takes_effect(self, "compile", "all layers are replaced at once", at_once)
+        if self.graphs is True:
+            live = self.stored is None or self.kl == 0
+            _takes_effect(self, "graphs", "the teacher is in process", live)
         return self
 
     @model_validator(mode="after")
@@ -334,8 +377,8 @@ class ChatStage(Section):
         steps: gradient steps; or
         epochs: passes over the rows; one where none of the three is given.
         length: most tokens of a conversation. What is longer is cut there.
-        too_long: what becomes of a prompt that leaves no room for an answer: ``refuse`` the stage,
-            or ``skip`` the row.
+        too_long: what becomes of a prompt that leaves no room for an answer, or of two answers that
+            do not differ within `length`: ``refuse`` the stage, or ``skip`` the row.
         batch: rows of a step, over all processes.
         micro_batch: rows that go through a process at a time. None for all of them.
         lr: highest learning rate.
@@ -370,7 +413,7 @@ class ChatStage(Section):
 
     @model_validator(mode="after")
     def _cools_down(self) -> Self:
-        _takes_effect(self, "cooldown", 'schedule = "wsd"', self.schedule == "wsd")
+        _check_rates(self, self.schedule, self.warmup, self.cooldown)
         return self
 
     @model_validator(mode="after")
@@ -408,6 +451,7 @@ class Sft(ChatStage):
     def _has_a_loss(self) -> Sft:
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0; give one of them weight")
+        _takes_effect(self, "temperature", "kl has weight", self.kl > 0)
         return self
 
     @property
@@ -628,10 +672,7 @@ class Recipe(Section):
         return tuple(
             name
             if name.startswith("hf://")
-            or (
-                re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[\w.\[\]%:-]+)?", name)
-                and not (self._file.parent / name).exists()
-            )
+            or (data_set(name) and not (self._file.parent / name).exists())
             else str(self.locate(name, f"{key}[{i}]").resolve())
             for i, name in enumerate(stage.data)
         )
@@ -648,6 +689,14 @@ class Recipe(Section):
         if "/" not in name and "." not in name and not (self._file.parent / name).exists():
             raise UserError(
                 self.where(key), f"no text called '{name}'", nearest(name, TEXT_SOURCES)
+            )
+        if data_set(name) and not (self._file.parent / name).exists():
+            if self.data.rows is not None:
+                return name
+            raise UserError(
+                self.where(key),
+                f"no such file or folder: '{name}'",
+                "if it is a data set of the hub, say with data.rows how many documents to read",
             )
         return str(self.locate(name, key).resolve())
 

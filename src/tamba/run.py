@@ -25,7 +25,7 @@ from typing import Any, Literal
 import tamba
 from tamba.artefact import write_file
 from tamba.errors import UserError
-from tamba.recipe import WRITTEN, ChatStage, Recipe, as_recipe
+from tamba.recipe import WRITTEN, ChatStage, Distil, Recipe, as_recipe
 
 Report = Callable[[str, str], None]
 """``report(step, what)``: `what` is ``skipped``, ``begun`` or the time that the step took."""
@@ -134,18 +134,17 @@ def _check_models(recipe: Recipe) -> None:
     from tamba.analyze import check_choice
     from tamba.build import open_models, student_config
     from tamba.checkpoint import parameter_specs
-    from tamba.data import check_sources
-    from tamba.text import check_lengths
+    from tamba.text import check_lengths, check_text
     from tamba.train import check_stages
 
-    for key in ("train", "texts"):
-        check_sources(recipe.text_sources(key))
+    check_text(recipe)
     teacher, donor = open_models(recipe)
     config = teacher.tamba_config
     check_lengths(recipe, config)
     if recipe.build.plan == "analyze":
         # Which layers is not known yet; any as many show whether they can be converted at all.
         plan = check_choice(recipe, config.block_specs)
+        recipe = _without_order(recipe)
     else:
         plan = recipe.layer_plan(config.num_hidden_layers)
     student = student_config(teacher, plan, donor)
@@ -153,6 +152,15 @@ def _check_models(recipe: Recipe) -> None:
         if model is not None:
             _ = model.parameters
     check_stages(recipe, student, parameter_specs(student), config, plan)
+
+
+def _without_order(recipe: Recipe) -> Recipe:
+    """The same without names of layers to replace, which can be checked when they are chosen."""
+    stages = (
+        stage.model_copy(update={"order": "spread"}) if isinstance(stage, Distil) else stage
+        for stage in recipe.train
+    )
+    return recipe.model_copy(update={"train": tuple(stages)})
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
@@ -171,7 +179,7 @@ def steps_of(recipe: Recipe) -> list[Step]:
     train, heldout = recipe.text_sources("train"), recipe.text_sources("texts")
     divided = [(train.index(s), heldout.index(s)) for s in train if s in heldout]
     share = recipe.data.heldout_share if divided else None
-    read = ("seed", "teacher", "data.length", "data.text_key")
+    read = ("seed", "teacher", "data.length", "data.text_key", "data.rows")
     if train:
         needs = written if WRITTEN in train else ()
         also: tuple[Any, ...] = ([i for i, _ in divided], share)

@@ -126,6 +126,8 @@ def write_blocks(
 ) -> TokenBlocks:
     """Let a model write until a budget is spent, and pack what it wrote into blocks.
 
+    A text ends with the end-of-sequence token if the model wrote that.
+
     Args:
         length: tokens a block.
         tokens: stop when there are this many tokens, prompts included.
@@ -168,8 +170,8 @@ def write_blocks(
                 tokens_at_once=batch_size * (max(map(len, batch)) + max_new_tokens),
             ):
                 answers |= some
-            new = [[*p, *answers[i]] for i, p in enumerate(batch)]
-            documents += [d if d[-1] == end else [*d, end] for d in new]
+            # What was cut off does not end there, and is not taught to.
+            documents += [[*p, *answers[i]] for i, p in enumerate(batch)]
             size = sum(map(len, documents[first:]))
             written += size
             advance(size)

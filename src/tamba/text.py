@@ -15,15 +15,17 @@ import torch
 
 from tamba.artefact import new_folder
 from tamba.checkpoint import load_model, load_tokenizer, open_model
-from tamba.data import TokenBlocks, read_texts, split_texts
+from tamba.data import TokenBlocks, check_sources, read_texts, split_texts
 from tamba.errors import UserError
-from tamba.lookup_text import with_lookups
+from tamba.lookup_text import SHORTEST_ROW, with_lookups
 from tamba.model.config import TambaConfig
 from tamba.recipe import WRITTEN, ChatStage, Recipe
 from tamba.teacher_text import write_blocks
 
 Side = Literal["train", "heldout"]
 SIDES: tuple[Side, ...] = ("train", "heldout")
+SOURCES: tuple[Literal["train", "texts"], ...] = ("train", "texts")
+"""What a recipe names for each side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +82,16 @@ def prepare_text(
         tokenizer: of the teacher; read from its checkpoint if None.
 
     Raises:
-        UserError: a source that cannot be read, or too little text to fill one row or to divide.
+        UserError: a source that cannot be read, too little text to fill one row or to divide, or
+            rows that are too short for `data.lookup_share`.
     """
     data = recipe.data
+    check_text(recipe)
     if tokenizer is None:
         tokenizer = _tokenizer(recipe)
     parts: dict[Side, list[TokenBlocks]] = {"train": [], "heldout": []}
     named: dict[Side, tuple[str, ...]] = {
-        "train": recipe.text_sources("train"),
-        "heldout": recipe.text_sources("texts"),
+        side: recipe.text_sources(key) for side, key in zip(SIDES, SOURCES, strict=True)
     }
     for source in dict.fromkeys(source for side in SIDES for source in named[side]):
         homes = [side for side in SIDES if source in named[side]]
@@ -100,7 +103,7 @@ def prepare_text(
             blocks = [written] if len(homes) == 1 else _divided(written, data.heldout_share)
             pieces = dict(zip(homes, blocks, strict=True))
         else:
-            texts = read_texts(source, key=data.text_key)
+            texts = read_texts(source, key=data.text_key, limit=data.rows)
             halves = split_texts(texts, data.heldout_share) if len(homes) == 2 else (texts,)
             pieces = {
                 side: TokenBlocks.from_texts(half, tokenizer, data.length, fill=side == "heldout")
@@ -134,6 +137,23 @@ def check_lengths(recipe: Recipe, teacher: TambaConfig) -> None:
                 f"{length} is beyond the teacher's {teacher.positions} positions",
                 f"use {teacher.positions} at most",
             )
+
+
+def check_text(recipe: Recipe) -> None:
+    """Refuse text that is not there or that cannot be made as asked, before any is read or written.
+
+    Raises:
+        UserError: a source of no kind that is read, or rows too short for `data.lookup_share`.
+    """
+    data = recipe.data
+    for key in SOURCES:
+        check_sources(recipe.text_sources(key), data.rows)
+    if data.lookup_share and data.length < SHORTEST_ROW:
+        raise UserError(
+            recipe.where("data.lookup_share"),
+            f"takes rows of {SHORTEST_ROW} tokens or more, and these have {data.length}",
+            "lengthen data.length, or leave lookup_share out",
+        )
 
 
 def _tokenizer(recipe: Recipe) -> Any:

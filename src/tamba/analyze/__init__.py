@@ -322,7 +322,8 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
         specs: the teacher's layers.
 
     Returns:
-        A plan of the form that the analysis will write; which layers it converts means nothing.
+        A plan of the form that the analysis will write; which layers it converts means nothing,
+        nor how many where that is not known before.
 
     Raises:
         UserError: a layer to keep that is not there, more to convert than there is attention, or
@@ -353,7 +354,7 @@ def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:
             f"'{wanted.score}' compares layers, and there is one",
             "take swap, or a teacher of two layers or more",
         )
-    some = free[: wanted.convert]
+    some = free[: wanted.convert or 1]  # by `cache_bytes` it may be any number
     entries = (PlanEntry("convert" if i in some else "keep", i) for i in range(len(specs)))
     return LayerPlan(tuple(entries), recipe.build.convert, name=recipe.where("build.convert"))
 

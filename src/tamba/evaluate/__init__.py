@@ -201,7 +201,7 @@ def _measured(
         problems[name] = error
         return report.Measured(about=suite.about, settings=measure.settings, problem=str(error))
     if found.problem is not None:
-        problems[name] = UserError("not complete", found.problem, _KEPT)
+        problems[name] = UserError("not complete", found.problem)
     return found.model_copy(update={"about": suite.about})
 
 

@@ -149,7 +149,7 @@ class Verdicts:
             raise UserError(
                 f"judge {self.judge.url}",
                 f"{self._row} verdicts in a row failed ({problem})",
-                "run this again once it answers",
+                "what is done is kept; run this again once it answers",
             )
         return None
 

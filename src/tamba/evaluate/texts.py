@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from importlib.util import find_spec
 
-from tamba.data import Source, read_texts
+from tamba.data import Source, read_texts, streamed
 from tamba.errors import UserError, nearest
 
 NAMED = {
@@ -35,7 +35,7 @@ def read_enough(sources: Sequence[Source], key: str, tokens: int | None) -> list
         if left is not None and left <= 0:
             break
         address = NAMED.get(os.fspath(source), os.fspath(source))
-        if address.startswith("hf://") and left is not None and _datasets() is not None:
+        if address.startswith("hf://") and left is not None and find_spec("datasets"):
             size = 0
             for text in _stream(address, key):
                 texts.append(text)
@@ -54,29 +54,13 @@ def check_sources(sources: Sequence[Source], key: str) -> None:
             read_texts(source, key=key, max_bytes=1)
 
 
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError:
-        return None
-    return datasets
-
-
 def _stream(address: str, key: str) -> Iterator[str]:
-    kind = "text" if ".txt" in address.rpartition("/")[2] else "json"
+    file = address.rpartition("/")[2]
+    kind = "text" if ".txt" in file else "parquet" if file.endswith(".parquet") else "json"
     options = {"sample_by": "document"} if kind == "text" else {}
-    try:
-        rows = _datasets().load_dataset(
-            kind, data_files=address, split="train", streaming=True, **options
-        )
-        for row in rows:
-            name = "text" if kind == "text" else key
-            if name not in row:
-                raise UserError(address, f"no field '{name}'", nearest(name, map(str, row)))
-            if isinstance(row[name], str) and row[name].strip():
-                yield row[name]
-    except UserError:
-        raise
-    except Exception as error:  # the network, the hub's client and readers raise many kinds
-        problem = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(address, problem, "check the address and the network") from error
+    name = "text" if kind == "text" else key
+    for _, row in streamed(address, kind, data_files=address, split="train", **options):
+        if name not in row:
+            raise UserError(address, f"no field '{name}'", nearest(name, map(str, row)))
+        if isinstance(row[name], str) and row[name].strip():
+            yield row[name]

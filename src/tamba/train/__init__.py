@@ -54,7 +54,7 @@ from tamba.train.log import StageLog
 from tamba.train.memory import Memory, same_everywhere, together
 from tamba.train.objectives import Pairs
 from tamba.train.steps import align, distil, trained_parameters
-from tamba.train.teacher import StoredTop, shorten, write_top
+from tamba.train.teacher import StoredTop, check_room, shorten, write_top
 from tamba.train.trainer import Place, check_launch, full
 
 __all__ = [
@@ -265,15 +265,19 @@ class _Teachers:
         self._held: tuple[str, TambaForCausalLM] | None = None
 
     def check(self, texts: Sequence[TokenBlocks | None]) -> None:
-        """Refuse what was stored of something else, before any stage runs.
+        """Refuse what was stored of something else, or has no room, before any stage runs.
 
         Raises:
-            UserError: which folder, and what is not the same.
+            UserError: which folder, and what is not the same or how much is missing.
         """
         for stage, rows in zip(self._recipe.train, texts, strict=True):
             folder = self._folder(stage)
-            if rows is not None and folder is not None and folder.exists():
+            if rows is None or folder is None:
+                continue
+            if folder.exists():
                 self._open(folder, stage, rows)
+            elif isinstance(stage, Distil) and stage.top_k is not None:
+                check_room(folder, rows, stage.top_k)
 
     def of(
         self, stage: Stage, rows: TokenBlocks | None

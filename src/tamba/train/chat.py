@@ -27,6 +27,7 @@ from tamba.chats import (
     Row,
     answer_tokens,
     check_template,
+    check_words,
     conversation_of,
     preference_of,
     prompt_of,
@@ -37,7 +38,7 @@ from tamba.errors import UserError
 from tamba.generate import end_tokens
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import ChatStage, Dpo, OnPolicy, Sft
-from tamba.train.chat_steps import IGNORED, check_library, kind_of, running
+from tamba.train.chat_steps import IGNORED, check_library, kind_of, padding, running
 from tamba.train.log import StageLog
 from tamba.train.trainer import NOWHERE, Place
 
@@ -76,9 +77,10 @@ def sft(
     _check_models(student, tokenizer, teacher if stage.kl else None, where)
     framed = _framed(student, tokenizer, stage, rows, seed)
     examples = _packed(framed.rows, stage.length) if stage.packed else framed.rows
+    filling = padding(tokenizer, student.config.vocab_size)
     with running(student, teacher, moving, stage, seed, place) as run:
         trainer = run.trainer(
-            _Collate(_padding(tokenizer), stage.length if stage.packed else None),
+            _Collate(filling, stage.length if stage.packed else None),
             examples,
             tokenizer,
             framed.tokens,
@@ -118,7 +120,7 @@ def dpo(
     framed = _framed(student, tokenizer, stage, rows, seed)
     with running(student, teacher, moving, stage, seed, place) as run:
         trainer = run.trainer(
-            _CollatePairs(_padding(tokenizer)),
+            _CollatePairs(padding(tokenizer, student.config.vocab_size)),
             framed.rows,
             tokenizer,
             framed.tokens,
@@ -193,12 +195,14 @@ def frame(
     tokenizer: PreTrainedTokenizerBase,
     rows: Iterable[Row],
     ends: Collection[int],
+    words: int,
     seed: int = 0,
 ) -> Framed:
     """Choose rows for a stage and make tokens of them.
 
     Args:
         ends: tokens that end an answer.
+        words: that the models have.
         seed: of the choice and order; as many as the stage's budget asks for are taken.
 
     Raises:
@@ -212,17 +216,24 @@ def frame(
             "the tokenizer names no token that ends a text",
             "give tokenizer_config.json an eos_token",
         )
-    encode: Callable[[Any], dict[str, Any] | None]
+    framing: Callable[[Any], dict[str, Any] | None]
     match stage:
         case Sft():
             items: list[Any] = [conversation_of(row) for row in rows]
-            encode = partial(_frame_conversation, stage, tokenizer, ends)
+            framing = partial(_frame_conversation, stage, tokenizer, ends)
         case Dpo():
             items = [preference_of(row) for row in rows]
-            encode = partial(_frame_preference, stage, tokenizer, ends)
+            framing = partial(_frame_preference, stage, tokenizer, ends)
         case OnPolicy():
             items = list(rows)
-            encode = partial(_frame_prompt, stage, tokenizer)
+            framing = partial(_frame_prompt, stage, tokenizer)
+
+    def encode(item: Any) -> dict[str, Any] | None:
+        row = framing(item)
+        if row is not None:
+            check_words(row.pop("largest"), words, item.where)
+        return row
+
     found = _picked(items, encode, stage, seed, where)
     return Framed(found, sum(row.pop("size") for row in found))
 
@@ -236,7 +247,8 @@ def _framed(
 ) -> Framed:
     if isinstance(rows, Framed):
         return rows
-    return frame(stage, tokenizer, rows, end_tokens(student, tokenizer), seed)
+    ends = end_tokens(student, tokenizer)
+    return frame(stage, tokenizer, rows, ends, student.config.vocab_size, seed)
 
 
 def _frame_conversation(
@@ -249,7 +261,13 @@ def _frame_conversation(
     if not any(label != IGNORED for label in labels):
         _check_room(stage, chat.where)
         return None
-    return {"input_ids": ids, "labels": labels, "lengths": [len(ids)], "size": len(ids)}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "lengths": [len(ids)],
+        "size": len(ids),
+        "largest": max(ids),
+    }
 
 
 def _frame_preference(
@@ -276,10 +294,12 @@ def _frame_preference(
         sides.append(ids[len(prompt) : stop][:room])
         masks.append([int(m) for m in mask[len(prompt) : stop][:room]])
     if sides[0] == sides[1]:
+        if stage.too_long == "skip":
+            return None
         raise UserError(
             pair.where,
             f"the answers do not differ within length = {stage.length}",
-            "remove the row, or make length larger",
+            "remove the row, make length larger, or set too_long = 'skip'",
         )
     return {
         "prompt_ids": prompt,
@@ -288,6 +308,7 @@ def _frame_preference(
         "chosen_mask": masks[0],
         "rejected_mask": masks[1],
         "size": 2 * len(prompt) + len(sides[0]) + len(sides[1]),
+        "largest": max([*prompt, *sides[0], *sides[1]]),
     }
 
 
@@ -301,7 +322,7 @@ def _frame_prompt(
     if len(ids) > stage.length - stage.new_tokens:
         _check_room(stage, row.where)
         return None
-    return {"prompt": list(messages), "size": len(ids) + stage.new_tokens}
+    return {"prompt": list(messages), "size": len(ids) + stage.new_tokens, "largest": max(ids)}
 
 
 def _check_models(
@@ -355,7 +376,12 @@ def _picked(
     tokens = skipped = 0
     with progress.task(f"{kind_of(stage)}: frame rows", len(order)) as advance:
         for i in order:
-            row = encode(items[i])
+            try:
+                row = encode(items[i])
+            except UserError:
+                for item in items[:i]:  # whoever mends rows goes through them in their order
+                    encode(item)
+                raise
             if row is None:
                 skipped += 1
                 advance(1, note=f"{skipped} too long, left out")
@@ -367,7 +393,7 @@ def _picked(
                 break
     if not found:
         raise UserError(
-            where, f"all {skipped} prompts are too long", "make length larger, or give others"
+            where, f"all {skipped} rows are too long", "make length larger, or give others"
         )
     return found
 
@@ -388,13 +414,6 @@ def _packed(rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]
         packs[which].append(row)
         bisect.insort(room, (left - size, which))
     return [{key: [x for r in pack for x in r[key]] for key in pack[0]} for pack in packs]
-
-
-def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    return 0
 
 
 class _CollatePairs:

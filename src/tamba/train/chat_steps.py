@@ -76,6 +76,14 @@ def shares(stage: ChatStage, processes: int, where: str) -> tuple[int, int]:
     return micro, mine // micro
 
 
+def padding(tokenizer: PreTrainedTokenizerBase, words: int) -> int:
+    """The token that fills rows, of those that a model with so many words has."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(token, int) and token < words:
+            return token
+    return 0
+
+
 class Run:
     """One stage at work: its trainer's arguments, and what it leaves."""
 
@@ -123,12 +131,15 @@ class Run:
         micro, pieces = shares(stage, args.world_size, f"train: {kind_of(stage)}")
         args.per_device_train_batch_size = micro
         args.gradient_accumulation_steps = pieces
+        filled, words = copy.deepcopy(tokenizer), self.student.config.vocab_size
+        # Trainers set its padding token where there is none; here, where the model lacks it.
+        if filled.pad_token_id is not None and filled.pad_token_id >= words:
+            filled.pad_token_id = padding(tokenizer, words)
         trainer = trainer_class(
             model=self.student,
             args=args,
             train_dataset=Dataset.from_list(list(rows)),
-            # Trainers set its padding token.
-            processing_class=copy.deepcopy(tokenizer),
+            processing_class=filled,
             **({} if collate is None else {"data_collator": collate}),
             **models,
         )

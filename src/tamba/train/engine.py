@@ -273,9 +273,12 @@ class Engine(StageTrainer):
     def _stepped(self) -> None:
         if not self.stage.ema or self._skipped_running:
             return
+        self._averaged += 1
+        # What the stage began with has no part in it, however few the steps (Kingma and Ba 2015,
+        # arXiv 1412.6980, section 3).
+        weight = (1.0 - self.stage.ema) / (1.0 - self.stage.ema**self._averaged)
         for name, parameter in self._moving().items():
-            mean = self._mean[name]
-            mean.lerp_(parameter.detach(), 1.0 - self.stage.ema)
+            self._mean[name].lerp_(parameter.detach(), weight)
 
     def _begin(self) -> None:
         super()._begin()
@@ -287,6 +290,7 @@ class Engine(StageTrainer):
             return
         path = Path(self._resumed) / _MEAN if self._resumed else None
         kept = load_file(path) if path else {}
+        self._averaged = sum(all(map(math.isfinite, parts)) for parts in self.losses)
         for name, parameter in self._moving().items():
             mean = parameter.detach().clone()
             if name in kept:

@@ -26,7 +26,8 @@ from tamba.train.closed_form import least_squares
 from tamba.train.log import StageLog
 from tamba.train.mixing import can_compare
 from tamba.train.objectives import Pairs, TeacherSignal
-from tamba.train.steps import align, distil, trained_parameters
+from tamba.train.schedules import active_layers, n_steps
+from tamba.train.steps import align, attention_layers, distil, trained_parameters
 from tamba.train.teacher import need_int8
 from tamba.train.trainer import Place
 
@@ -175,6 +176,8 @@ def _check_distil(case: Case, stage: Distil, where: str) -> list[str]:
                 f"order names layers that are not converted: {sorted(strange)}",
                 f"name some of {sorted(case.pairs)}",
             )
+        steps = n_steps(stage, stage.length or case.recipe.data.length)
+        active_layers(stage, case.pairs, attention_layers(case.teacher), steps, 0, where)
     return moved
 
 
@@ -232,7 +235,8 @@ def frame_all(
                 )
             rows = read_rows(recipe.chat_sources(stage), limit=stage.rows)
             ends = end_tokens(student, tokenizer)
-            framed[index] = frame(stage, tokenizer, rows, ends, recipe.seed)
+            words = student.config.vocab_size
+            framed[index] = frame(stage, tokenizer, rows, ends, words, recipe.seed)
     return framed
 
 
@@ -253,6 +257,13 @@ def _run_chat(job: Job, stage: Sft | Dpo | OnPolicy) -> StageLog:
 def _check_converts(case: Case, where: str) -> None:
     if not case.pairs:
         raise UserError(where, "the plan converts no layer", "leave this stage out")
+    ours, theirs = case.student.hidden_size, case.teacher.hidden_size
+    if ours != theirs:
+        raise UserError(
+            where,
+            f"the teacher's layers are {theirs} wide and the student's {ours}",
+            "name the teacher that the student was made of",
+        )
 
 
 def _check_dtype(stage: Align | Distil, where: str) -> None:

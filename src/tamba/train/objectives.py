@@ -131,11 +131,13 @@ class AlignObjective(Objective):
                     with torch.no_grad():
                         want = attention_matrix(self._attention(index), inputs, their_tokens)
                     gap = mixing_matrix(mixer, inputs, ours) - want
-                    off = off + self._mixing * gap.square().sum() / want.square().sum()
+                    # Row by row, so that a step is the same however it is divided.
+                    off = off + self._mixing * (_size(gap) / _size(want)).mean()
             return off
 
         if self._pool is None or not torch.is_grad_enabled():
-            return torch.stack([error(index) for index in self.layers])
+            return torch.stack([self._kept(index)(error, index) for index in self.layers])
+        # Threads need the gradient of a layer at once, so nothing is kept of it.
         groups = [
             [p for p in _mixer(self.student, i).parameters() if p.requires_grad]
             for i in self.layers
@@ -145,6 +147,17 @@ class AlignObjective(Objective):
             self._pool, work, [len(group) for group in groups], *(p for g in groups for p in g)
         )
         return parts
+
+    def _kept(self, index: int) -> Callable[..., Tensor]:
+        """How a layer's error is called: such that it is computed again, if the layer is told so.
+
+        Layers see to that themselves, but here their mixers alone are called.
+        """
+        layer: Any = self.student.model.layers[index]
+        if not layer.gradient_checkpointing:
+            return lambda error, index: error(index)
+        again: Callable[..., Tensor] = layer._gradient_checkpointing_func
+        return again
 
     def _attention(self, index: int) -> Attention:
         mixer = _mixer(self._teacher[0], self._pairs[index])
@@ -212,6 +225,11 @@ def _enter(model: TambaForCausalLM, piece: Piece) -> tuple[Tensor, Tokens]:
     hidden = model.model.embed_tokens(piece.batch.tokens)
     documents = piece.batch.starts.cumsum(1) if piece.packed else None
     return hidden, model.model._locate(hidden, None, None, None, documents, piece.edges)
+
+
+def _size(matrices: Tensor) -> Tensor:
+    """[B, H, T, T] -> [B], sums of squares."""
+    return matrices.square().flatten(1).sum(1)
 
 
 def _mixer(model: TambaForCausalLM, index: int) -> nn.Module:

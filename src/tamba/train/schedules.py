@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from tamba.errors import UserError
 from tamba.recipe import Align, Distil
 
 Active = Callable[[int], Collection[int]]
@@ -45,7 +46,12 @@ def rate_factor(stage: Align | Distil, steps: int, step: int) -> float:
 
 
 def active_layers(
-    stage: Distil, converted: Collection[int], n_attention: int, steps: int, seed: int
+    stage: Distil,
+    converted: Collection[int],
+    n_attention: int,
+    steps: int,
+    seed: int,
+    where: str = "train: distil",
 ) -> Active:
     """When each converted layer takes the place of the teacher's attention.
 
@@ -54,6 +60,10 @@ def active_layers(
         n_attention: attention layers of the teacher, of which `stage.shares` are shares.
         steps: of the stage.
         seed: of ``theseus``'s draws.
+        where: what messages begin with.
+
+    Raises:
+        UserError: fewer steps than phases, so that some layers would never be replaced.
     """
     layers = replacement_order(stage, converted)
     if stage.replacement == "at_once":
@@ -64,6 +74,13 @@ def active_layers(
     if stage.replacement == "progressive":
         wanted = {round(n_attention * (1.0 - share)) for share in stage.shares}
         counts = sorted({n for n in wanted if 0 < n < len(layers)} | {len(layers)})
+    if steps < len(counts):
+        raise UserError(
+            where,
+            f"replacement = '{stage.replacement}' takes {len(counts)} phases, and the stage has "
+            f"{steps} step{'s' * (steps != 1)}",
+            "give more tokens, or a smaller batch",
+        )
     return lambda step: layers[: counts[min(step, steps - 1) * len(counts) // steps]]
 
 
@@ -76,6 +93,8 @@ def _drawn(layers: Sequence[int], chance: float, seed: int, step: int) -> list[i
     mixed = hashlib.sha256(f"theseus {seed} {step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(mixed[:7], "little"))
     draws = torch.rand(len(layers), generator=generator).tolist()
+    # One at least: where mixers alone move, a step of the teacher's layers would teach nothing.
+    chance = max(chance, math.nextafter(min(draws, default=0.0), 1.0))
     return [layer for layer, draw in zip(layers, draws, strict=True) if draw < chance]
 
 

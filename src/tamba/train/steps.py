@@ -9,7 +9,7 @@ import torch
 
 from tamba.data import TokenBlocks
 from tamba.errors import UserError
-from tamba.model.config import AttentionSpec
+from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.recipe import Align, Distil
 from tamba.train.engine import NOWHERE, Place, run_steps
@@ -87,21 +87,19 @@ def distil(
         UserError: teacher and student have other vocabularies, losses that are no numbers, or a
             disk without room.
     """
-    if teacher is not None and teacher.config.vocab_size != student.config.vocab_size:
+    words = student.config.vocab_size
+    if stage.asks_teacher and teacher is not None and teacher.config.vocab_size != words:
         raise UserError(
             "train: distil",
-            f"teacher and student have {teacher.config.vocab_size} and "
-            f"{student.config.vocab_size} tokens",
+            f"teacher and student have {teacher.config.vocab_size} and {words} tokens",
             "distil between models that share a tokenizer",
         )
     if signal is None and stage.asks_teacher and teacher is not None:
         signal = LiveTeacher(teacher, getattr(torch, stage.dtype))
     active = None
     if stage.replacement != "at_once" and teacher is not None:
-        kinds = [spec.mixer for spec in teacher.config.block_specs]
-        n_attention = sum(isinstance(kind, AttentionSpec) for kind in kinds)
         steps = n_steps(stage, blocks.length)
-        active = active_layers(stage, pairs or {}, n_attention, steps, seed)
+        active = active_layers(stage, pairs or {}, attention_layers(teacher.config), steps, seed)
     objective = DistilObjective(
         student, signal if stage.asks_teacher else None, stage, teacher, pairs, active
     )
@@ -116,6 +114,11 @@ def distil(
             place=place,
             uneven=active is not None,
         )
+
+
+def attention_layers(config: TambaConfig) -> int:
+    """How many layers of a model are attention."""
+    return sum(isinstance(spec.mixer, AttentionSpec) for spec in config.block_specs)
 
 
 @contextmanager

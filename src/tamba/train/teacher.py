@@ -75,11 +75,6 @@ class About:
     text: str
     products: str
 
-    @property
-    def row_bytes(self) -> int:
-        """Of one block on disk."""
-        return self.length * (6 * self.k + 4)
-
     def shards(self) -> Iterator[slice]:
         """Rows of each shard, in order."""
         for first in range(0, self.rows, self.shard_rows):
@@ -130,14 +125,13 @@ def write_top(
         raise UserError("top_k", f"{k} of {words} words", f"use 1 to {words - 1}")
     if not temperature > 0:
         raise UserError("temperature", f"is {temperature:g}", "use more than 0")
-    row_bytes = blocks.length * (6 * k + 4)
     about = About(
         rows=len(blocks),
         length=blocks.length,
         vocab=words,
         k=k,
         temperature=float(temperature),
-        shard_rows=shard_rows or max(1, _SHARD_BYTES // row_bytes),
+        shard_rows=shard_rows or max(1, _SHARD_BYTES // _row_bytes(blocks.length, k)),
         teacher=digest,
         text=blocks_digest(blocks),
         products="" if dtype is None else str(dtype).removeprefix("torch."),
@@ -153,7 +147,8 @@ def write_top(
         return found
     with _workroom(out, about) as partial:
         todo = [rows for rows in about.shards() if not (partial / _name(rows)).is_file()]
-        _check_room(partial, about, todo)
+        size = _row_bytes(about.length, k) * sum(rows.stop - rows.start for rows in todo)
+        _check_room(partial, out.parent, size)
         with progress.task("teacher's top tokens", sum(r.stop - r.start for r in todo)) as advance:
             for rows in todo:
                 tensors = _shard(teacher, blocks, rows, about, dtype, batch_size, advance)
@@ -164,6 +159,11 @@ def write_top(
             out.rmdir()
         partial.rename(out)
     return StoredTop(out)
+
+
+def _partial(out: Path) -> Path:
+    """Where a store lies until it is complete."""
+    return out.parent / f".{out.name}.partial"
 
 
 def _name(rows: slice) -> str:
@@ -178,7 +178,7 @@ def _difference(found: About, wanted: About) -> str:
 @contextlib.contextmanager
 def _workroom(out: Path, about: About) -> Iterator[Path]:
     """The hidden folder, locked; what another teacher, text or setting left there is removed."""
-    partial = out.parent / f".{out.name}.partial"
+    partial = _partial(out)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
@@ -199,16 +199,35 @@ def _workroom(out: Path, about: About) -> Iterator[Path]:
         os.close(lock)
 
 
-def _check_room(folder: Path, about: About, todo: list[slice]) -> None:
-    needed = about.row_bytes * sum(rows.stop - rows.start for rows in todo)
+def check_room(out: str | os.PathLike[str], blocks: TokenBlocks, k: int) -> None:
+    """Refuse a store that the disk has no room for, before anything is done for it.
+
+    What `write_top` left of one that was interrupted is not looked at.
+
+    Raises:
+        UserError: how much is needed and how much is free.
+    """
+    out = Path(out).absolute()
+    if out.exists() or _partial(out).exists():
+        return
+    home = next(folder for folder in out.parents if folder.exists())
+    _check_room(home, out.parent, len(blocks) * _row_bytes(blocks.length, k))
+
+
+def _row_bytes(length: int, k: int) -> int:
+    """Of one block on disk."""
+    return length * (6 * k + 4)
+
+
+def _check_room(folder: Path, where: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise _full(folder, needed, free)
+        raise _full(where, needed, free)
 
 
-def _full(folder: Path, needed: int, free: int) -> UserError:
+def _full(where: Path, needed: int, free: int) -> UserError:
     return UserError(
-        str(folder.parent),
+        str(where),
         f"not enough room on disk: {needed / _MIB:,.0f} MiB needed, {free / _MIB:,.0f} MiB free",
         "free some, keep fewer tokens (top_k), or choose another folder",
     )
@@ -221,7 +240,7 @@ def _save(path: Path, tensors: dict[str, Tensor]) -> None:
         free = shutil.disk_usage(path.parent).free
         needed = sum(t.nbytes for t in tensors.values())
         if free < needed or getattr(error, "errno", None) in NO_ROOM:
-            raise _full(path.parent, needed, free) from error
+            raise _full(path.parent.parent, needed, free) from error
         raise
 
 

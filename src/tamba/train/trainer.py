@@ -31,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from tamba import progress
 from tamba.errors import UserError
 from tamba.model.recurrent import RecurrentMixer
+from tamba.recipe import Align
 from tamba.train.memory import new_checkpoint, same_everywhere, together, write_tensors
 from tamba.train.schedules import rate_factor
 
@@ -109,8 +110,9 @@ def check_launch(stage: Any, where: str) -> None:
         stage: any but least squares.
 
     Raises:
-        UserError: the launcher asks for another precision, or DeepSpeed's configuration for 16-bit
-            parameters or its stage 3; its message begins with `where` or the configuration's path.
+        UserError: the launcher asks for another precision, FSDP2 where matrices are compared, or
+            DeepSpeed's configuration for 16-bit parameters or its stage 3; its message begins with
+            `where` or the configuration's path.
     """
     told = os.environ.get(_PRECISION, "no").lower()
     if told != "no" and _TYPES.get(told, told) != stage.dtype:
@@ -119,7 +121,13 @@ def check_launch(stage: Any, where: str) -> None:
             f"dtype = '{stage.dtype}', and the launcher was told --mixed_precision {told}",
             "launch with --mixed_precision no: dtype says what matrix products run in",
         )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if isinstance(stage, Align) and stage.mixing and _told("ACCELERATE_USE_FSDP"):
+        raise UserError(
+            where,
+            "mixing reads a mixer's parameters outside of its pass, where FSDP2 shares them out",
+            "launch without FSDP2, or leave mixing out",
+        )
+    if not _told("ACCELERATE_USE_DEEPSPEED"):
         return
     asked = _deepspeed()
     if str(asked["zero_optimization"].get("stage", 0)) == "3":
@@ -135,6 +143,11 @@ def check_launch(stage: Any, where: str) -> None:
                 f"DeepSpeed's configuration enables {name}, which shortens the float32 parameters",
                 f"leave {name} out of it: dtype says what matrix products run in",
             )
+
+
+def _told(name: str) -> bool:
+    """Whether the launcher says so."""
+    return os.environ.get(name, "false").lower() == "true"
 
 
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -243,7 +256,7 @@ class StageTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
-        asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        asked = _told("ACCELERATE_USE_FSDP")
         cpus = (DistributedType.MULTI_CPU, DistributedType.FSDP)  # as the stage before left it
         sharded = getattr(state, "fsdp_plugin", None) is not None
         if asked and not sharded and state.distributed_type in cpus:
