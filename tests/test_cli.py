@@ -18,7 +18,18 @@ import tamba
 from hf_models import tiny_hf_model
 from models import tiny_config, tiny_model
 from tamba import cli
+from tamba.evaluate import SETS, SUITES
 from tamba.model.modeling import TambaForCausalLM
+from tamba.report import (
+    Chat,
+    Layers,
+    Measured,
+    Paired,
+    Perplexity,
+    Record,
+    Score,
+    write_report,
+)
 from tokens import character_tokenizer
 
 RECIPE = """
@@ -31,6 +42,9 @@ heldout = ["text.txt"]
 [build]
 plan = ["keep 0", "convert 1"]
 """
+
+
+LONG_STAGE = ("--set", 'train=[{stage="distil", tokens=2048, lr=1e-3, length=1024}]')
 
 
 @pytest.fixture
@@ -68,6 +82,10 @@ def changed(old: str, new: str) -> Callable[[Path], None]:
 
 def nothing(folder: Path) -> None:
     pass
+
+
+def wordless_teacher(folder: Path) -> None:
+    tiny_model(["mamba2", "attention"]).save_pretrained(folder / "teacher")
 
 
 def tiny_teacher(folder: Path) -> None:
@@ -290,6 +308,7 @@ BAD = {
     "missing model": (nothing, ["inspect", "./nowhere"], ["nowhere", "no such"]),
     "no hub": (nothing, ["inspect", "owner/model"], ["owner/model", "hub cannot be reached"]),
     "folder without a model": (nothing, ["inspect", "teacher"], ["teacher", "no config.json"]),
+    "no tokenizer": (wordless_teacher, ANSWER, ["teacher: has no tokenizer", "tokenizer.json"]),
     "truncated weights": (truncated, ANSWER, ["model.safetensors", "fetch"]),
     "damaged header": (damaged, ANSWER, ["model.safetensors"]),
     "not a GGUF": (write("m.gguf", "GGUF"), ["inspect", "m.gguf"], ["m.gguf"]),
@@ -371,6 +390,26 @@ BAD = {
         ["evaluate", "teacher", "--suite", "piqa", "--data", "piqa=x.jsonl"],
         ["--data piqa", "no such file: x.jsonl"],
     ),
+    "rows beyond the positions": (
+        tiny_teacher,
+        ["run", "recipe.toml", "--out", "out", "--set", "data.length=513"],
+        ["recipe.toml: data.length", "513 is beyond the teacher's 512 positions"],
+    ),
+    "rows of a stage beyond the positions": (
+        tiny_teacher,
+        ["run", "recipe.toml", "--out", "out", *LONG_STAGE],
+        ["recipe.toml: train.0 (distil).length", "1024 is beyond the teacher's 512 positions"],
+    ),
+    "rows to analyse beyond the positions": (
+        tiny_teacher,
+        ["analyze", "recipe.toml", "--out", "out", "--set", "data.length=513"],
+        ["recipe.toml: data.length", "513 is beyond the teacher's 512 positions"],
+    ),
+    "a prompt beyond the positions": (
+        tiny_teacher,
+        ["generate", "teacher", "--raw", "-p", "a" * 512],
+        ["prompt: its 512 tokens", "the model's 512 positions"],
+    ),
     "recall beyond the positions": (
         tiny_teacher,
         ["evaluate", "teacher", "--suite", "copy", "--lengths", "copy=8,400"],
@@ -440,6 +479,68 @@ def test_bad_input_is_one_line(
     assert sorted(str(p) for p in folder.rglob("*")) == before
 
 
+def test_a_run_says_what_came_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def done(recipe: object, out: Path, **_: object) -> Path:
+        record = Record.begin(
+            "small",
+            layers=Layers(total=30, converted=12),
+            perplexity=Perplexity(
+                student=21.24, teacher=19.73, ratio=1.0765, tokens=12249, length=512
+            ),
+            chat=[Chat(prompt="Where?", student="In Paris,\n\nFrance.", teacher="Paris.")],
+        )
+        return write_report(record, out, html=False)
+
+    monkeypatch.setattr("tamba.run.run", done)
+    assert call(monkeypatch, *RUN) == 0
+    said = capsys.readouterr()
+    assert said.out == "out/report.json\n"  # alone, for programs
+    assert said.err.splitlines() == [
+        "12 of 30 layers converted",
+        "perplexity 21.24, teacher 19.73, ratio 1.077 over 12,249 tokens",
+        "Where?",
+        "  teacher: Paris.",
+        "  student: In Paris, France.",
+    ]
+
+
+def test_both_models_stand_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {
+        "student": {
+            "acc_norm": Score(value=0.25, n=30, error=0.08),
+            "kl": Score(value=0.1, n=4),
+        },
+        "teacher": {"acc_norm": Score(value=0.5, n=30, error=0.09)},
+    }
+    paired = Paired(
+        difference=-0.25, n=30, low=-0.4, high=-0.1, p=0.02, test="mcnemar",
+        student_higher=1, teacher_higher=9,
+    )  # fmt: skip
+    known = Measured(about="", scores=scores, paired={"acc_norm": paired})
+    record = Record.begin("x", suites={"kl": known})
+    monkeypatch.setattr("tamba.evaluate.evaluate", lambda *_, **__: record)
+    assert call(monkeypatch, "evaluate", "model", "--out", "there") == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        "kl acc norm: student 0.25 ± 0.08, teacher 0.5 ± 0.09, "
+        "difference -0.25 [-0.4, -0.1] p 0.02 (mcnemar) (n 30)",
+        "kl: student 0.1 (n 4)",
+    ]
+    assert said.err == "wrote there\n"
+
+
+def test_suites_are_listed_without_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "evaluate", "--list") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == len(SUITES) + len(SETS) and said[0].startswith("ppl ")
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_is_one_line(
     code: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -480,12 +581,20 @@ def test_our_own_errors_keep_their_traceback(folder: Path, monkeypatch: pytest.M
         cli.main()
 
 
-def test_interrupt_is_exit_code_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_is_exit_code_130(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tamba.run.run", interrupted)
     assert call(monkeypatch, *RUN) == 130
+    said = capsys.readouterr().err
+    assert said == "tamba: interrupted; the same command goes on with what is done\n"
+    # Nothing is kept of what has nowhere to lie.
+    monkeypatch.setattr("tamba.evaluate.evaluate", interrupted)
+    assert call(monkeypatch, "evaluate", "teacher", "--suite", "speed") == 130
+    assert capsys.readouterr().err == "tamba: interrupted\n"
 
 
 def test_the_program_itself(folder: Path) -> None:

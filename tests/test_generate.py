@@ -53,6 +53,16 @@ def test_an_answer_ends_at_the_end_token() -> None:
     assert found.tokens_per_second is None and found.to_dict()["tokens_per_second"] is None
 
 
+def test_an_answer_ends_where_positions_do() -> None:
+    tokenizer = character_tokenizer()
+    for stack, most in (("mixed", 16), ("mamba2", 24)):  # a state has no end
+        model = tiny_model(stack, max_position_embeddings=16)
+        model.generation_config.eos_token_id = None
+        tokenizer.eos_token = None
+        found = generate(model, "hello", tokenizer=tokenizer, new_tokens=19)
+        assert found.prompt_tokens + found.new_tokens == most and not found.finished
+
+
 def test_chat_template_frames_the_prompt() -> None:
     model = tiny_model(LAYERS)
     plain, chat = character_tokenizer(), character_tokenizer(chat=True)

@@ -64,6 +64,23 @@ def test_speed_floor_is_bytes_over_bandwidth() -> None:
     assert describe(model.config, specs).floors[0].tokens_per_second is None
 
 
+@pytest.mark.parametrize(
+    ("stack", "positions", "contexts"),
+    [
+        ("mixed", 512, [512]),
+        ("mixed", 8192, [4096, 8192]),
+        ("mixed", 65536, [4096, 32768]),
+        ("mamba2", 512, [4096, 32768]),  # no attention, no end
+    ],
+)
+def test_floors_are_told_where_the_model_has_positions(
+    stack: str, positions: int, contexts: list[int]
+) -> None:
+    config = tiny_model(stack, max_position_embeddings=positions).config
+    found = describe(config, parameter_specs(config))
+    assert [floor.context for floor in found.floors] == contexts
+
+
 def test_other_peoples_folders(tmp_path: Path) -> None:
     theirs = tiny_hf_model("qwen3")
     theirs.save_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_the_file_is_for_people(tmp_path: Path) -> None:
     edited = read_plan(tmp_path / "plan.toml")
     assert edited.entries == (PlanEntry("convert", 1, "mamba1"),)
     assert edited.dropped(3) == (0, 2)
+
+
+def test_a_plan_may_leave_the_form_of_mixers_to_the_recipe(tmp_path: Path) -> None:
+    plan = uniform_plan(2, 0.5)
+    (tmp_path / "plan.toml").write_text(plan.to_toml(options=False))
+    wanted = ConvertOptions(gate="random", norm="head")
+    assert read_plan(tmp_path / "plan.toml", wanted) == replace(plan, convert=wanted)
+    # Where both say it, all they differ in is named, in one order.
+    write_plan(plan, tmp_path / "plan.toml")
+    with pytest.raises(UserError) as told:
+        read_plan(tmp_path / "plan.toml", wanted)
+    assert "convert.gate: is 'none' here and 'random' in the recipe, norm 'none' and 'head'" in str(
+        told.value
+    )
 
 
 def kept(plan: LayerPlan) -> list[int]:

@@ -323,6 +323,28 @@ def test_weights_inside_a_package(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert recipe.model_path("teacher").endswith("other.gguf")
 
 
+def test_paths_that_are_typed_count_from_the_working_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = folder / "here"
+    here.mkdir()
+    (here / "mine.txt").write_text("text")
+    monkeypatch.chdir(here)
+    file = folder / "recipe.toml"
+    recipe = read_recipe(file, ['data.train=["mine.txt"]', "name=mine.txt"])
+    assert recipe.text_sources("train") == (str(here / "mine.txt"),)
+    assert recipe.name == "mine.txt" and str(here / "mine.txt") in recipe.text
+    # The recipe's own folder comes first, and what the file itself says counts from there alone.
+    (folder / "mine.txt").write_text("text")
+    again = read_recipe(file, ['data.train=["mine.txt"]'])
+    assert again.text_sources("train") == (str(folder / "mine.txt"),)
+    (folder / "mine.txt").unlink()
+    file.write_text(again.text)
+    with pytest.raises(UserError) as told:
+        read_recipe(file)
+    assert told.value.remedy == f"paths count from the recipe's folder; write '{here / 'mine.txt'}'"
+
+
 def test_hub_names_are_left_alone(folder: Path) -> None:
     assert (
         read(folder, '"teacher"', '"owner/model-1.4b"').model_path("teacher") == "owner/model-1.4b"

@@ -12,6 +12,8 @@ from html.parser import HTMLParser
 
 import pydantic
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from tamba import plots, report
 from tamba.errors import UserError
@@ -363,6 +365,71 @@ def test_drawings_describe_themselves(full_page):
     assert len(labels) == 6
     assert any("2 layers: 1.10" in label for label in labels)
     assert any("surgery: 240; fit: 1.10" in label for label in labels)
+
+
+def drawn(record: Record) -> dict[str, Figure]:
+    """The figures that stand alone, rendered, by name."""
+    figures = dict(plots.draw_all(record, titles=True))
+    with plots.drawing():
+        for figure in figures.values():
+            FigureCanvasAgg(figure).draw()
+    return figures
+
+
+def test_titles_are_not_cut_off():
+    curve = Curve(axis="tokens", points={"student": [Point(x=1, value=1, n=1)]})
+    suites = {
+        "a_long_name_of_a_suite": Measured(
+            about="", curves={"and_a_long_one_of_what_it_measures": curve}
+        )
+    }
+    frontier = [FrontierPoint(converted=n, ratio=1 + n / 10, stage="swap") for n in (1, 2)]
+    figures = drawn(Record.begin("x", frontier=frontier, suites=suites))
+    assert len(figures) == 2
+    for figure in figures.values():
+        assert figure.get_suptitle()
+        assert figure.texts[0].get_window_extent().x1 < 0.99 * figure.bbox.x1
+
+
+@pytest.mark.parametrize("ratios", [(1.007, 1.011), (1.0, 1.0004), (1.07, 2.62), (0.98, 0.995)])
+def test_marks_of_ratios_are_told_apart(ratios):
+    points = [FrontierPoint(converted=n, ratio=r, stage="swap") for n, r in enumerate(ratios, 1)]
+    axes = drawn(Record.begin("x", frontier=points))["frontier"].axes[0]
+    words = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert len(set(words)) == len(words) > 2
+    assert all(float(w) == pytest.approx(y) for w, y in zip(words, axes.get_yticks(), strict=True))
+
+
+def test_a_stage_of_one_step_is_seen():
+    points = [LossPoint(stage="least_squares", tokens=1024, loss=0.1)]
+    axes = drawn(Record.begin("x", training=points))["training"].axes[0]
+    assert any(line.get_marker() == "o" for line in axes.lines)
+    # Nothing is hung on a number that the axis makes up around it.
+    assert axes.get_ylim()[0] == 0
+    for label in axes.get_yticklabels():
+        assert label.get_window_extent().x0 >= 0
+
+
+def test_words_beside_the_training_curves_do_not_meet():
+    # The stages of the demo.
+    stages = {"least_squares 1": [16384], "align": [1024, 49152], "least_squares 2": [12288]}
+    stages["distil"] = [2048, 16384]
+    points = [
+        LossPoint(stage=name, tokens=tokens, loss=0.4)
+        for name, at in stages.items()
+        for tokens in at
+    ]
+    figure = drawn(Record.begin("x", training=points))["training"]
+    assert len(figure.axes) == 4
+    words = []
+    for axes in figure.axes:
+        words.append(axes._left_title.get_window_extent())
+        for along, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+            for at, text in zip(along.get_ticklocs(), along.get_ticklabels(), strict=True):
+                if low <= at <= high:
+                    words.append(text.get_window_extent())
+    assert len(words) > 16
+    assert not any(a.overlaps(b) for i, a in enumerate(words) for b in words[:i])
 
 
 def test_words_can_be_read_in_either_theme():

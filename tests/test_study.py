@@ -20,7 +20,7 @@ from tamba.analyze.choice import Budget
 from tamba.data import TokenBlocks, read_texts
 from tamba.errors import UserError
 from tamba.model.modeling import TambaForCausalLM
-from tamba.plan import read_plan
+from tamba.plan import ConvertOptions, read_plan
 from tamba.plots import to_bytes
 from tamba.plots.layers import heat_maps, plan_stack, score_bars
 from tamba.recipe import read_recipe
@@ -87,6 +87,9 @@ def test_a_model_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scores["choice"] == {"strategy": "lowest drop", "layers": two}
     plan = read_plan(folder / "out" / "plan.toml")
     assert list(plan.converted) == two and plan.n_layers == 7
+    # No layer was converted to find this out, so any recipe may say into what.
+    form = ConvertOptions(gate="random", norm="head")
+    assert read_plan(folder / "out" / "plan.toml", form).convert == form
     first = (folder / "out" / "plan.toml").read_text().splitlines()[0]
     assert first.startswith("# model: 2 of 7 layers chosen by `lowest drop`")
     report = (folder / "out" / "report.md").read_text()

@@ -122,12 +122,15 @@ def test_what_is_compared_belongs_to_both_models(folder, tmp_path, monkeypatch):
         check(tmp_path / "two")
 
 
-def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "said"), [("here", "suite copy: here: is broken"), ("suite copy", "suite copy: is")]
+)
+def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch, where, said):
     def broken(self, models, stores):
-        raise UserError("here", "is broken", "mend it")
+        raise UserError(where, "is broken", "mend it")
 
     monkeypatch.setattr("tamba.evaluate.recall.RecallMeasure.run", broken)
-    with pytest.raises(UserError, match="suite copy: here: is broken; mend it"):
+    with pytest.raises(UserError, match=f"^{said}"):
         evaluate(
             folder / "student",
             folder / "text.txt",
@@ -137,7 +140,7 @@ def test_what_fails_takes_nothing_with_it(folder, tmp_path, monkeypatch):
             lengths=(4,),
         )
     found = read_record(tmp_path / "out" / "report.json")
-    assert found.suites["copy"].problem == "here: is broken; mend it"
+    assert found.suites["copy"].problem == f"{where}: is broken; mend it"
     assert found.suites["ppl"].scores["student"]["perplexity"].value > 1
 
 

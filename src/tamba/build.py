@@ -181,7 +181,7 @@ def build_student(
             tensor = piece.tensor.to(specs[name].dtype)
             writer.write(name, tensor)
             rows.append(Row(name, piece.how, tensor.numel(), piece.n_new, piece.sources))
-            advance(note=name)
+            advance()
         report = _report(rows, plan, models)
         _add_companions(writer, models[plan.embedding])
         for name, text in {**(extra_files or {}), "plan.toml": plan.to_toml()}.items():

@@ -31,6 +31,7 @@ from tamba.formats.writer import CheckpointWriter
 from tamba.model.config import TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.model.recurrent import RecurrentMixer
+from tamba.recipe import in_package
 
 if TYPE_CHECKING:
     from tamba.recipe import Recipe
@@ -339,8 +340,8 @@ def open_checkpoint(
 
     Args:
         path_or_name: a folder in Hugging Face's form (safetensors, single or sharded), a single
-            `.safetensors` (with `config.json` beside it) or `.gguf` file, or a name on the hub
-            (``owner/model``).
+            `.safetensors` (with `config.json` beside it) or `.gguf` file, a name on the hub
+            (``owner/model``), or ``package:NAME`` for weights inside an installed package.
         allow_pickle: also read `pytorch_model*.bin`, with torch's weights-only reader.
 
     Raises:
@@ -348,7 +349,9 @@ def open_checkpoint(
             or lies outside its folder, or the weights are pickled.
     """
     path = Path(path_or_name).expanduser()
-    if not path.exists():
+    if str(path_or_name).startswith("package:"):
+        path = in_package(str(path_or_name).removeprefix("package:"), str(path_or_name))
+    elif not path.exists():
         companions = ("config.json", "mamba_config.json", "generation_config.json")
         path = fetch(str(path_or_name), [*companions, *_TOKENIZER_FILES], allow_pickle=allow_pickle)
     if path.is_dir():

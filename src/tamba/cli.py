@@ -26,7 +26,7 @@ from tamba.errors import UserError
 if TYPE_CHECKING:
     from tamba.inspect import Inspection
     from tamba.recipe import Recipe
-    from tamba.report import Record
+    from tamba.report import Perplexity, Record
 
 app = typer.Typer(
     name="tamba",
@@ -50,7 +50,7 @@ stdout = Console(soft_wrap=True, highlight=False)
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
 Number = TypeVar("Number", int, float)
-MODEL_HELP = "Checkpoint folder, GGUF file, or owner/name on the hub."
+MODEL_HELP = "Checkpoint folder, GGUF file, owner/name on the hub, or package:NAME."
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a TOML file.")]
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.", show_default=False)]
@@ -89,7 +89,6 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is: family, layers, parameters, cache, memory and speed floors."""
     with _quiet_libraries():
-        from tamba.inspect import CONTEXTS
         from tamba.inspect import inspect as step
 
         if bandwidth is not None and not 0 < bandwidth < math.inf:
@@ -100,7 +99,7 @@ def inspect(
             raise UserError("--context", "is below 0", "give a number of tokens")
         found = step(
             model,
-            contexts=context or CONTEXTS,
+            contexts=context or None,
             bandwidth=None if bandwidth is None else bandwidth * 1e9,
         )
     if as_json:
@@ -182,7 +181,7 @@ def analyze(
                     "is for a model, and a recipe says itself what to measure",
                     "change the recipe with --set, e.g. --set analyze.convert=8",
                 )
-    with _step():
+    with _step(goes_on=True):
         from tamba.analyze import PYTHON_DOCS, Reading, Settings
         from tamba.analyze import analyze as step
         from tamba.analyze.choice import Budget
@@ -266,13 +265,26 @@ def train(
 ) -> None:
     """Repair the student by the recipe's stages, or by some of them."""
     settings = _read(recipe, overrides)
-    with _step():
+    with _step(goes_on=True):
         from tamba.progress import leads
         from tamba.train import train as step
 
         step(settings, out, student=student, text=text, stages=stage or ())
     if leads():
         stderr.print(f"wrote {out}")
+
+
+def _list_suites(wanted: bool) -> None:
+    if not wanted:
+        return
+    with _quiet_libraries():
+        from tamba.evaluate import SETS, SUITES
+    width = max(map(len, (*SUITES, *SETS)))
+    for name, known in SUITES.items():
+        print(f"{name:<{width}} {known.about}" + (f" (reads {known.data})" if known.data else ""))
+    for name, members in SETS.items():
+        print(f"{name:<{width}} = {','.join(members)}")
+    raise typer.Exit
 
 
 @app.command()
@@ -336,26 +348,20 @@ def evaluate(
     tokens_at_once: Annotated[
         int | None, typer.Option(help="Tokens of a batch; changes no result.", min=1)
     ] = None,
-    listing: Annotated[
-        bool, typer.Option("--list", help="List suites and sets (MODEL is not opened).")
+    _listing: Annotated[
+        bool,
+        typer.Option(
+            "--list", is_eager=True, callback=_list_suites, help="List suites and sets, and exit."
+        ),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure quality, recall, memory and speed, alone or beside the teacher."""
-    with _step():
-        from tamba.evaluate import SETS, SUITES
+    with _step(goes_on=out is not None):
         from tamba.evaluate import evaluate as step
 
-        if listing:
-            for name, known in SUITES.items():
-                print(
-                    f"{name:<14} {known.about}" + (f" (reads {known.data})" if known.data else "")
-                )
-            for name, members in SETS.items():
-                print(f"{name:<14} = {','.join(members)}")
-            return
         record = step(
             model,
             data or [],
@@ -384,9 +390,11 @@ def evaluate(
         )
     if as_json:
         print(record.model_dump_json(indent=2))
-        return
-    for line in _evaluation_lines(record):
-        stdout.print(line, markup=False)
+    else:
+        for line in _evaluation_lines(record):
+            stdout.print(line, markup=False)
+    if out is not None:
+        stderr.print(f"wrote {out}")
 
 
 @app.command()
@@ -466,7 +474,7 @@ def generate_data(
     as_json: AsJson = False,
 ) -> None:
     """Let a model answer prompts: training data for its student. Goes on where it was cut off."""
-    with _step():
+    with _step(goes_on=True):
         from tamba.generate_data import generate_data as step
 
         written = step(
@@ -511,10 +519,12 @@ def run(
             case _:
                 stderr.print(f"[dim]{step} took {what}[/dim]")
 
-    with _step():
+    with _step(goes_on=True):
         from tamba.run import run as step
 
         report = step(settings, out, force=force, report=say)
+    for line in _run_lines(report):
+        stderr.print(line, markup=False)
     stdout.print(str(report), markup=False)
 
 
@@ -657,32 +667,61 @@ def _price(text: str | None) -> tuple[float, float] | None:
     return None if text is None else (found[0], found[1])
 
 
+def _run_lines(report: Path) -> Iterator[str]:
+    """What came out of a run, for who waited for it; `report` has the rest."""
+    from tamba.report import read_record
+
+    record = read_record(report)
+    if record.layers is not None:
+        yield f"{record.layers.converted} of {record.layers.total} layers converted"
+    if record.perplexity is not None:
+        yield _perplexity_line(record.perplexity)
+    for said in record.chat:
+        yield said.prompt
+        yield from (
+            f"  {who}: {' '.join(answer.split())}"
+            for who, answer in (("teacher", said.teacher), ("student", said.student))
+            if answer is not None
+        )
+    if (page := report.with_name("report.html")).exists():
+        yield f"all of it, with plots: {page}"
+
+
+def _perplexity_line(found: Perplexity) -> str:
+    line = f"perplexity {found.student:.4g}"
+    if found.teacher is not None:
+        line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
+    return f"{line} over {found.tokens:,} tokens"
+
+
 def _evaluation_lines(record: Record) -> Iterator[str]:
-    """What was found, a line a score; perplexity in one of its own."""
+    """What was found, a line a metric with both models on it; perplexity in one of its own."""
     from tamba.report import cell
 
     if record.perplexity is not None:
-        found = record.perplexity
-        line = f"perplexity {found.student:.4g}"
-        if found.teacher is not None:
-            line += f", teacher {found.teacher:.4g}, ratio {found.ratio:.4g}"
-        yield f"{line} over {found.tokens:,} tokens"
+        yield _perplexity_line(record.perplexity)
     for name, measured in record.suites.items():
         if name == "ppl":
             continue
-        for curve_name, curve in measured.curves.items():
+        for metric, curve in measured.curves.items():
             for role, points in curve.points.items():
                 values = "  ".join(f"{p.x:g}: {p.value:.3g}" for p in points)
-                yield f"{name} {curve_name}, {role}, by {curve.axis}: {values}"
-        for role, scores in measured.scores.items():
-            for metric, score in scores.items():
+                yield f"{_metric(name, metric)} by {curve.axis}, {role}: {values}"
+        scored = (metric for scores in measured.scores.values() for metric in scores)
+        for metric in dict.fromkeys((*scored, *measured.paired)):
+            known = {r: scores[metric] for r, scores in measured.scores.items() if metric in scores}
+            parts = []
+            for role, score in known.items():
                 error = f" ± {score.error:.2g}" if score.error is not None else ""
-                yield f"{name} {metric}, {role}: {score.value:.4g}{error} (n {score.n:,})"
-        for metric, paired in measured.paired.items():
-            yield (
-                f"{name} {metric}, student - teacher: {paired.difference:+.4g} "
-                f"[{paired.low:+.3g}, {paired.high:+.3g}], p {paired.p:.3g} ({paired.test})"
-            )
+                parts.append(f"{role} {score.value:.4g}{error}")
+            if (paired := measured.paired.get(metric)) is not None:
+                parts.append(
+                    f"difference {paired.difference:+.4g} [{paired.low:+.3g}, {paired.high:+.3g}] "
+                    f"p {paired.p:.3g} ({paired.test})"
+                )
+            counts = sorted({score.n for score in (*known.values(), paired) if score is not None})
+            n = " and ".join(f"{count:,}" for count in counts)
+            yield f"{_metric(name, metric)}: {', '.join(parts)} (n {n})"
         if bill := measured.settings.get("judge_usage"):
             told = ", ".join(f"{k.replace('_', ' ')} {v:,.6g}" for k, v in bill.items())
             yield f"{name} judge: {told}"
@@ -692,25 +731,37 @@ def _evaluation_lines(record: Record) -> Iterator[str]:
             )
 
 
+def _metric(suite: str, metric: str) -> str:
+    return suite if metric == suite else f"{suite} {metric.replace('_', ' ')}"
+
+
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep what libraries would print out of the output; errors still come as errors."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import transformers
+    from huggingface_hub.utils import logging as hub_logging
 
     transformers.logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # every try of a hub that cannot be reached
     transformers.logging.disable_progress_bar()
     yield
 
 
 @contextlib.contextmanager
-def _step() -> Iterator[None]:
-    """Quiet libraries, and progress on stderr."""
+def _step(*, goes_on: bool = False) -> Iterator[None]:
+    """Quiet libraries, and progress on stderr; `goes_on`, after an interrupt, where it was."""
     with _quiet_libraries():
-        from tamba.progress import shown
+        from tamba.progress import leads, shown
 
-        with shown(stderr):
-            yield
+        try:
+            with shown(stderr):
+                yield
+        except KeyboardInterrupt:
+            if leads():
+                more = "; the same command goes on with what is done" if goes_on else ""
+                stderr.print(f"tamba: interrupted{more}")
+            raise
 
 
 def _show_inspection(found: Inspection) -> None:

@@ -70,7 +70,7 @@ def generate(
 
     Args:
         model: a checkpoint folder, GGUF file or hub name; or a loaded model with its `tokenizer`.
-        new_tokens: longest answer.
+        new_tokens: longest answer; it ends where the model has no more positions, too.
         temperature: 0 takes the likeliest token each time.
         top_k: sample among so many; 0 for all.
         top_p: sample among the likeliest that hold this share together.
@@ -82,7 +82,8 @@ def generate(
         device: where to run it; None for a GPU if there is one.
 
     Raises:
-        UserError: an empty prompt, a setting that cannot be, or a checkpoint that cannot be opened.
+        UserError: an empty prompt or one beyond the model's positions, a setting that cannot be, or
+            a checkpoint that cannot be opened.
     """
     _check(prompt, new_tokens)
     Sampling(temperature, top_k, top_p)  # refuses what cannot be
@@ -91,10 +92,21 @@ def generate(
     if isinstance(model, str | Path):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer = load(str(model), dtype=dtype, device=device)
+        place = str(model)
+        model, tokenizer = load(place, dtype=dtype, device=device)
+        if tokenizer is None:
+            raise UserError(place, "has no tokenizer", "put tokenizer.json beside the weights")
     if tokenizer is None:
         raise UserError("generate", "has no tokenizer", "pass the one that belongs to the model")
     ids, mask = _encode(tokenizer, prompt, chat, system)
+    # A model of another library looks after its positions itself.
+    room = getattr(model.config, "positions", None)
+    if room is not None and ids.shape[1] >= room:
+        raise UserError(
+            "prompt",
+            f"its {ids.shape[1]:,} tokens leave no room in the model's {room:,} positions",
+            "shorten it",
+        )
     ids, mask = ids.to(model.device), mask.to(model.device)
     timer = _Timer(tokenizer, stream)
     settings: dict[str, Any] = {"do_sample": temperature > 0}
@@ -108,7 +120,7 @@ def generate(
         output = model.generate(
             ids,
             attention_mask=mask,
-            max_new_tokens=new_tokens,
+            max_new_tokens=new_tokens if room is None else min(new_tokens, room - ids.shape[1]),
             eos_token_id=ends or None,
             pad_token_id=ends[0] if ends else None,
             streamer=timer,

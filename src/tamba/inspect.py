@@ -21,6 +21,8 @@ from tamba.evaluate.memory import cache_bytes
 from tamba.model.config import TambaConfig
 
 CONTEXTS = (4096, 32768)
+"""Contexts to give floors for where the user names none: those that the model has positions for,
+and where it has fewer, all of them."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,14 @@ class Inspection:
 def inspect(
     model: str | Path,
     *,
-    contexts: Iterable[int] = CONTEXTS,
+    contexts: Iterable[int] | None = None,
     bandwidth: float | None = None,
 ) -> Inspection:
     """Describe a checkpoint without reading its weights.
 
     Args:
         model: a folder, GGUF file or hub name.
-        contexts: lengths to give floors for.
+        contexts: lengths to give floors for; None for some that the model has positions for.
         bandwidth: memory bandwidth in bytes a second; None to measure it.
 
     Raises:
@@ -112,7 +114,7 @@ def describe(
     *,
     model: str = "model",
     family: str = "tamba",
-    contexts: Iterable[int] = CONTEXTS,
+    contexts: Iterable[int] | None = None,
     bandwidth: float | None = None,
 ) -> Inspection:
     """The same from a configuration and the shapes and types of its parameters (tied ones once)."""
@@ -126,6 +128,9 @@ def describe(
     def state(context: int) -> int:
         return cache_bytes(config, context, bytes_per_value=dtype.itemsize)
 
+    if contexts is None:
+        most = config.positions or max(CONTEXTS)
+        contexts = sorted({min(context, most) for context in CONTEXTS})
     floors = []
     for context in contexts:
         cache = state(context)

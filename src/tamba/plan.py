@@ -183,8 +183,13 @@ class LayerPlan:
                     "add [donor] to the recipe",
                 )
 
-    def to_toml(self) -> str:
-        """The plan as the text of a file; `read_plan` reads it back."""
+    def to_toml(self, *, options: bool = True) -> str:
+        """The plan as the text of a file; `read_plan` reads it back.
+
+        Args:
+            options: say how layers are converted too; without it the recipe that builds the plan
+                does, which a plan for any recipe leaves to it.
+        """
         width = max(len(str(entry)) for entry in self.entries) + 3
         lines = [
             "# What each layer of the student is made of, bottom first; layers not named drop out.",
@@ -200,7 +205,9 @@ class LayerPlan:
             # A comment is one line of what can be seen.
             note = " ".join("".join(c if c.isprintable() else " " for c in entry.note).split())
             lines.append(f"  {text:<{width}}  # {note}" if note else f"  {text}")
-        lines += ["]", "", "[convert]", dump_toml(self.convert.model_dump()).rstrip()]
+        lines.append("]")
+        if options:
+            lines += ["", "[convert]", dump_toml(self.convert.model_dump()).rstrip()]
         return "\n".join(lines) + "\n"
 
 
@@ -227,14 +234,19 @@ def read_plan(path: str | Path, convert: ConvertOptions | None = None) -> LayerP
     _, data = read_toml(path)
     file = validate(_PlanFile, data, str(path))
     if file.convert and convert:
-        for key in convert.model_fields_set:
-            ours, theirs = getattr(convert, key), getattr(file.convert, key)
-            if ours != theirs:
-                raise UserError(
-                    f"{path}: convert.{key}",
-                    f"is {theirs!r} here and {ours!r} in the recipe",
-                    "remove one of the two",
-                )
+        both = (
+            (key, getattr(file.convert, key), getattr(convert, key))
+            for key in ConvertOptions.model_fields
+            if key in convert.model_fields_set
+        )
+        if apart := [words for words in both if words[1] != words[2]]:
+            key, here, there = apart[0]
+            rest = "".join(f", {k} {h!r} and {t!r}" for k, h, t in apart[1:])
+            raise UserError(
+                f"{path}: convert.{key}",
+                f"is {here!r} here and {there!r} in the recipe{rest}",
+                "remove [convert] here, or [build.convert] there",
+            )
     return LayerPlan(
         parse_entries(file.layers, f"{path}: layers"),
         file.convert or convert or ConvertOptions(),

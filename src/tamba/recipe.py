@@ -626,6 +626,8 @@ class Recipe(Section):
         found = self._file.parent / Path(path).expanduser()
         if not found.exists():
             hint = nearest_file(found) or "paths count from the recipe's folder"
+            if (here := Path(path).expanduser().absolute()).exists():
+                hint = f"paths count from the recipe's folder; write '{here}'"
             raise UserError(self.where(key), f"no such file or folder: '{path}'", hint)
         return found
 
@@ -640,7 +642,7 @@ class Recipe(Section):
             raise UserError(self.where(role), "there is no donor", "add a [donor] section")
         key = f"{role}.path"
         if source.path.startswith("package:"):
-            return str(_in_package(source.path.removeprefix("package:"), self.where(key)))
+            return str(in_package(source.path.removeprefix("package:"), self.where(key)))
         beside = self._file.parent / Path(source.path).expanduser()
         if not beside.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source.path):
             return source.path
@@ -763,7 +765,8 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Args:
         path: the TOML file; paths in it count from its folder.
         overrides: ``section.key=value`` with a TOML value (plain words need no quotes); stages are
-            counted from 0, as in ``train.0.lr=1e-4``.
+            counted from 0, as in ``train.0.lr=1e-4``. A path that is not in the recipe's folder
+            counts from the working folder, where it was typed.
 
     Raises:
         UserError: a missing file, wrong TOML, an unknown key, a value that cannot be, or an input
@@ -773,7 +776,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     text, data = read_toml(path)
     overrides = tuple(overrides)
     for override in overrides:
-        _override(data, override)
+        _override(data, override, path.parent)
     recipe = validate(Recipe, data, str(path))
     recipe._file = path
     if overrides:
@@ -790,7 +793,25 @@ def as_recipe(recipe: Recipe | str | Path) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+_PATHS = re.compile(
+    r"(teacher|donor)\.path|data\.(train|heldout|written_openings)|evaluate\.texts|build\.plan"
+    r"|train\.\d+\.data"
+)
+"""Keys that name files, besides other things."""
+
+
+def _from_here(value: Any, folder: Path) -> Any:
+    """A file's name as typed, as an absolute path where it is here and not in the folder."""
+    if isinstance(value, list):
+        return [_from_here(item, folder) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    given = Path(value).expanduser()
+    here = not (folder / given).exists() and given.exists()
+    return str(given.absolute()) if here else value
+
+
+def _override(data: dict[str, Any], override: str, folder: Path) -> None:
     key, sign, value = override.partition("=")
     where = f"--set {override}"
     if not sign or not key.strip():
@@ -799,6 +820,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    if _PATHS.fullmatch(key.strip()):
+        parsed = _from_here(parsed, folder)
     *path, last = key.strip().split(".")
     inside: Any = data
     for step in path:
@@ -832,8 +855,16 @@ def _position(items: list[Any], step: str, where: str) -> int:
     return int(step)
 
 
-def _in_package(name: str, where: str) -> Path:
-    """Weights inside an installed package, found without importing it."""
+def in_package(name: str, where: str) -> Path:
+    """Weights inside an installed package, found without importing it.
+
+    Args:
+        name: of the package, with ``/FILE`` where it holds several.
+        where: names it in messages.
+
+    Raises:
+        UserError: it is not installed, or does not hold these weights.
+    """
     package, _, inner = name.partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:

@@ -253,7 +253,11 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     try:
         return Record.model_validate_json(Path(path).read_bytes())
     except OSError as error:
-        raise UserError(str(path), error.strerror or str(error)) from error
+        raise UserError(
+            str(path),
+            error.strerror or str(error),
+            "name the folder of a run or an evaluation, or its report.json",
+        ) from error
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "file"
@@ -291,7 +295,9 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, content)
     except OSError as error:
-        raise UserError(str(folder), error.strerror or str(error)) from error
+        raise UserError(
+            str(folder), error.strerror or str(error), "choose another --out, or make room"
+        ) from error
 
 
 def report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:

@@ -134,12 +134,13 @@ def _check_models(recipe: Recipe) -> None:
     from tamba.analyze import check_choice
     from tamba.build import open_models, student_config
     from tamba.checkpoint import parameter_specs
-    from tamba.text import check_text
+    from tamba.text import check_lengths, check_text
     from tamba.train import check_stages
 
     check_text(recipe)
     teacher, donor = open_models(recipe)
     config = teacher.tamba_config
+    check_lengths(recipe, config)
     if recipe.build.plan == "analyze":
         # Which layers is not known yet; any as many show whether they can be converted at all.
         plan = check_choice(recipe, config.block_specs)

@@ -18,7 +18,8 @@ from tamba.checkpoint import load_model, load_tokenizer, open_model
 from tamba.data import TokenBlocks, check_sources, read_texts, split_texts
 from tamba.errors import UserError
 from tamba.lookup_text import SHORTEST_ROW, with_lookups
-from tamba.recipe import WRITTEN, Recipe
+from tamba.model.config import TambaConfig
+from tamba.recipe import WRITTEN, ChatStage, Recipe
 from tamba.teacher_text import write_blocks
 
 Side = Literal["train", "heldout"]
@@ -116,6 +117,26 @@ def prepare_text(
     if train is not None and data.lookup_share:
         train = with_lookups(train, data.lookup_share, recipe.seed)
     return RecipeText(train, _mixed(parts["heldout"], recipe.seed + 1))
+
+
+def check_lengths(recipe: Recipe, teacher: TambaConfig) -> None:
+    """Refuse rows that are longer than the teacher's attention has positions for.
+
+    Raises:
+        UserError: naming ``data.length``, or the stage whose own ``length`` it is.
+    """
+    lengths = {recipe.where("data.length"): recipe.data.length}
+    for i, stage in enumerate(recipe.train):
+        # Conversations are as long as they are; theirs is a bound.
+        if not isinstance(stage, ChatStage) and (length := getattr(stage, "length", None)):
+            lengths[f"{recipe.where_stage(i)}.length"] = length
+    for where, length in lengths.items():
+        if teacher.positions is not None and length > teacher.positions:
+            raise UserError(
+                where,
+                f"{length} is beyond the teacher's {teacher.positions} positions",
+                f"use {teacher.positions} at most",
+            )
 
 
 def check_text(recipe: Recipe) -> None:

@@ -44,7 +44,7 @@ from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, PlanEntry
 from tamba.plots.layers import can_draw, need_matplotlib
 from tamba.recipe import Recipe, as_recipe
-from tamba.text import prepare_text, read_text
+from tamba.text import check_lengths, prepare_text, read_text
 
 __all__ = [
     "Analysis",
@@ -143,6 +143,7 @@ def _analyze_recipe(recipe: Recipe, out: Path, text: str | Path | None) -> Analy
     checkpoint = open_model(recipe)
     wanted = recipe.analyze
     check_choice(recipe, checkpoint.tamba_config.block_specs)
+    check_lengths(recipe, checkpoint.tamba_config)
     settings, probe = None, None
     if wanted.measures or wanted.choose:
         settings = Settings(
@@ -227,18 +228,18 @@ def _analyze_checkpoint(source: str, out: Path, reading: Reading, settings: Sett
             "sha256": text_digest(texts),
         },
     )
-    files = files_of(found, _plan_text(found, model, settings))
+    # Scores that converted no layer hold for every form of mixer: which one, the recipe says.
+    files = files_of(found, _plan_text(found, model, settings, form=settings.converts))
     if into is not None:
         plans = transplant_plans(into, reading.replaced, found.groups)
-        files |= {f"plans/{name}.toml": plan.to_toml() for name, plan in plans.items()}
+        files |= {f"plans/{name}.toml": plan.to_toml(options=False) for name, plan in plans.items()}
     _write(out, files)
     return found
 
 
 def _check_reading(reading: Reading, settings: Settings, config: TambaConfig) -> None:
-    positions = config.max_position_embeddings
-    has_attention = "linear_attention" not in config.layer_types or len(set(config.layer_types)) > 1
-    if has_attention and reading.length > positions:
+    positions = config.positions
+    if positions is not None and reading.length > positions:
         raise UserError(
             "length",
             f"{reading.length} is beyond the model's {positions} positions",
@@ -300,13 +301,17 @@ def _receiver(reading: Reading, donor: Checkpoint) -> int:
     return config.num_hidden_layers
 
 
-def _plan_text(found: Study, model: TambaForCausalLM, settings: Settings) -> str | None:
+def _plan_text(
+    found: Study, model: TambaForCausalLM, settings: Settings, *, form: bool = True
+) -> str | None:
+    """`plan.toml`; `form` says in it how layers are converted."""
     if found.choice is None:
         return None
     plan = plan_of(found.choice, settings.facts(model.config), settings.convert)
     n = len(found.choice.layers)
     said = f"{found.title}: {n} of {found.n_layers} layers chosen by `{found.choice.strategy}`"
-    return f"# {' '.join(said.split())}; scores.json has the numbers.\n{plan.to_toml()}"
+    text = plan.to_toml(options=form)
+    return f"# {' '.join(said.split())}; scores.json has the numbers.\n{text}"
 
 
 def check_choice(recipe: Recipe, specs: Sequence[BlockSpec]) -> LayerPlan:

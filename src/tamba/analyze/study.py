@@ -173,6 +173,11 @@ class Settings:
         """Whether text is set aside to fit layers on."""
         return "least_squares" in self.measures
 
+    @property
+    def converts(self) -> bool:
+        """Whether layers are converted to score them, so that scores are of one form of mixer."""
+        return not {"swap", "least_squares"}.isdisjoint(self.measures)
+
     def facts(self, config: TambaConfig) -> Facts:
         """What a choice has to know of a model."""
         return Facts.of(config, self.convert, always_keep=self.always_keep)

@@ -146,6 +146,10 @@ def bench(
         except OSError as error:
             problem = f"cannot be written ({error.strerror})"
             raise UserError(str(target), problem, "name another file") from error
+        # Before a minute of measuring, not after it.
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            problem = f"{target.parent} may not be written to"
+            raise UserError(str(target), problem, "name another file")
     if suite != "cold-start":
         record["ceilings"] = measure_ceilings(at)
         report({"id": "ceilings", **record["ceilings"]})

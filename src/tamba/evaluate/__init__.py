@@ -170,7 +170,9 @@ def evaluate(
     if out is not None:
         report.write_report(record, out)
     for name, error in problems.items():
-        raise UserError(f"suite {name}: {error.where}", error.problem, error.remedy)
+        suite_name = f"suite {name}"
+        where = error.where if error.where == suite_name else f"{suite_name}: {error.where}"
+        raise UserError(where, error.problem, error.remedy)
     return record
 
 
@@ -199,7 +201,7 @@ def _measured(
         problems[name] = error
         return report.Measured(about=suite.about, settings=measure.settings, problem=str(error))
     if found.problem is not None:
-        problems[name] = UserError("not complete", found.problem, _KEPT)
+        problems[name] = UserError("not complete", found.problem)
     return found.model_copy(update={"about": suite.about})
 
 

@@ -90,6 +90,7 @@ class _Answers:
             if verdicts.failed and problem is None:
                 name, why = next(iter(verdicts.failed.items()))
                 problem = f"{len(verdicts.failed)} verdicts are missing ({name}: {why})"
+                problem += "; the same call asks for them"
             settings["judge_usage"] = verdicts.cost()
         return Measured(
             settings=settings,

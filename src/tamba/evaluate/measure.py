@@ -126,14 +126,8 @@ class Request:
     @property
     def positions(self) -> int | None:
         """Tokens that all models with attention have positions for; None where none has."""
-        return min(
-            (
-                config.max_position_embeddings
-                for config in self.configs.values()
-                if "full_attention" in config.layer_types
-            ),
-            default=None,
-        )
+        known = (config.positions for config in self.configs.values())
+        return min((n for n in known if n is not None), default=None)
 
     def check_length(self, tokens: int, where: str = "length") -> None:
         """Refuse more tokens than attention has positions for. Raises UserError."""

@@ -512,6 +512,11 @@ class TambaConfig(PreTrainedConfig):
         return words
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that attention has positions for; None where no layer sees a whole sequence."""
+        return self.max_position_embeddings if "full_attention" in self.layer_types else None
+
+    @property
     def num_attention_heads(self) -> int:
         """Heads of the first layer that has any; 1 when none has. Other programs ask."""
         heads = [b.mixer.n_heads for b in self.block_specs if not isinstance(b.mixer, Mamba1Spec)]

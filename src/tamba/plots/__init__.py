@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -261,7 +261,9 @@ def _figure(height: float) -> Figure:
 
 def _title(figure: Figure, title: str) -> None:
     top = 1 - 0.1 / figure.get_figheight()
-    figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=11, fontweight="semibold")
+    # The widest font takes 0.63 of its size a letter: long titles are set smaller, not cut off.
+    size = min(11, 0.95 * _WIDTH * 72 / (0.63 * len(title)))
+    figure.suptitle(title, x=0.03, y=top, ha="left", fontsize=size, fontweight="semibold")
 
 
 def _place(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -283,7 +285,17 @@ def _context(tokens: float) -> str:
 
 
 def _ratio(value: float) -> str:
+    """Near 1, where good students lie, to a thousandth."""
+    if abs(value - 1) < 0.1:
+        return f"{value:.3f}"
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
+
+
+def _digits(ticks: Iterable[float]) -> int:
+    """Decimals that tell the ticks of an axis apart: two, or as many as it takes."""
+    shown = list(ticks)
+    enough = (n for n in range(2, 9) if all(abs(round(t, n) - t) < 1e-9 for t in shown))
+    return next(enough, 9)
 
 
 def _ratio_axis(ax: Axes, values: list[float]) -> None:
@@ -294,7 +306,8 @@ def _ratio_axis(ax: Axes, values: list[float]) -> None:
         room = 0.16 * (high - low) or 0.05
         ax.set_ylim(low - room / 2, high + room)
         ax.yaxis.set_major_locator(MaxNLocator(5))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.2f}"))
+        digits = _digits(ax.get_yticks())
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.{digits}f}"))
         return
     ax.set_yscale("log")
     ax.set_ylim(low * 0.85, high * (high / low) ** 0.16)
@@ -435,17 +448,24 @@ def _training(record: Record, top: float) -> Figure | None:
     stages = list(dict.fromkeys(p.stage for p in record.training))
     if not stages:
         return None
-    figure = _figure(2.85 + top)
-    left, gap = 0.48, 0.5
-    width = (4.45 - left - gap * (len(stages) - 1)) / len(stages)
+    # Two beside each other at most, so that numbers have room on a phone.
+    columns = min(len(stages), 2)
+    rows = math.ceil(len(stages) / columns)
+    left, gap, height, step = 0.56, 0.54, (1.98 if rows == 1 else 1.3), 2.15
+    figure = _figure(0.87 + height + (rows - 1) * step + top)
+    width = (4.45 - left - gap * (columns - 1)) / columns
     words = []
     for i, stage in enumerate(stages):
-        ax = _place(figure, left + i * (width + gap), 0.5, width, 1.98)
+        row, column = divmod(i, columns)
+        bottom = 0.5 + (rows - 1 - row) * step
+        ax = _place(figure, left + column * (width + gap), bottom, width, height)
         line = [p for p in record.training if p.stage == stage]
         x, y = [p.tokens for p in line], [p.loss for p in line]
         words.append(f"{stage}: from {y[0]:.3g} to {y[-1]:.3g} in {x[-1]:,} tokens")
         ax.plot(x, y, color=LIGHT["student"], linewidth=0.9, alpha=0.3)
-        ax.plot(x, _smooth(y), color=LIGHT["student"])
+        # A stage of one step is a point.
+        alone = len(y) == 1
+        ax.plot(x, _smooth(y), color=LIGHT["student"], marker="o" if alone else "", markersize=4.5)
         ax.set_title(stage, fontsize=9.5, fontweight="normal", color=LIGHT["muted"], pad=8)
         if min(y) > 0 and max(y) > 20 * min(y):
             ax.set_yscale("log")
@@ -455,6 +475,9 @@ def _training(record: Record, top: float) -> Figure | None:
             ax.yaxis.set_major_locator(MaxNLocator(5))
             ax.ticklabel_format(axis="y", useOffset=False)
         ax.xaxis.set_major_locator(MaxNLocator(3))
+        if alone:
+            ax.set_ylim(0, 1.6 * y[0] if y[0] > 0 else 1)
+            ax.xaxis.set_major_locator(FixedLocator(x))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _short(v)))
         ax.margins(x=0.02)
         ax.set_xlabel("tokens")
