@@ -249,6 +249,9 @@ def test_a_model_of_few_positions_is_measured_at_them():
     config = {"student": tiny_config("attention", max_position_embeddings=32)}
     request = Request("memory", (), config, byte_tokenizer(), Options())
     assert memory.contexts_for(request, "cpu") == [32]
+    assert request.length == 32
+    assert replace(request, options=Options(length=16)).length == 16
+    assert replace(request, configs={"student": tiny_config("mamba2")}).length == 1024
 
 
 def test_break_even_of_memory_by_counting():

@@ -313,7 +313,10 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Most windows or items of a suite.", min=1)
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens a window of text.", min=2)] = 1024,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens a window of text; 1024, or the model's positions.", min=2),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Slide windows by so many tokens.", min=1)
     ] = None,

@@ -61,7 +61,7 @@ class Options:
     """What the user may set beside suites and data.
 
     Args:
-        length: tokens a window of text; 1,024 if None.
+        length: tokens a window of text; if None 1,024, or as many as models have positions for.
         stride: slide windows by so many tokens instead of cutting the text.
         lengths: sizes of the recall tasks, for all or by suite (``""`` for the others).
         cases: of a recall task at each size.
@@ -128,6 +128,11 @@ class Request:
         """Tokens that all models with attention have positions for; None where none has."""
         known = (config.positions for config in self.configs.values())
         return min((n for n in known if n is not None), default=None)
+
+    @property
+    def length(self) -> int:
+        """Tokens a window of text."""
+        return self.options.length or min(1024, self.positions or 1024)
 
     def check_length(self, tokens: int, where: str = "length") -> None:
         """Refuse more tokens than attention has positions for. Raises UserError."""

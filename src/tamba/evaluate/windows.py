@@ -331,7 +331,7 @@ def prepare_kl(request: Request) -> _Divergence:
 
 def _windows(request: Request) -> tuple[Windows, dict[str, Any]]:
     request.check_vocabulary()
-    length, stride = request.options.length or 1024, request.options.stride
+    length, stride = request.length, request.options.stride
     if stride is not None and not 1 <= stride <= length:
         raise UserError("stride", f"{stride} is not between 1 and the length {length}")
     blocks, settings = _read(request, length, stride)
