@@ -776,6 +776,16 @@ def test_another_teacher_for_the_layers_is_refused_before_any_stage(
     assert not (tmp_path / ".student.stages").exists()
 
 
+def test_rows_beyond_the_teachers_positions_are_refused_before_any_stage(tmp_path: Path) -> None:
+    prepare(tmp_path, STAGES)
+    shutil.rmtree(tmp_path / "teacher")
+    short = tiny_model(["attention"] * 3, max_position_embeddings=8)
+    short.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="data.length: 16 is beyond the teacher's 8 positions"):
+        run_training(tmp_path)
+    assert not (tmp_path / ".student.stages").exists()
+
+
 def test_a_teacher_with_other_words_may_lend_its_layers() -> None:
     """Where the loss does not ask it, its vocabulary does not matter."""
     student, _ = pair()

@@ -45,7 +45,7 @@ from tamba.model.config import AttentionSpec, TambaConfig
 from tamba.model.modeling import TambaForCausalLM
 from tamba.plan import LayerPlan, read_plan
 from tamba.recipe import WRITTEN, Align, ChatStage, Distil, LeastSquares, Recipe, Stage, as_recipe
-from tamba.text import Side, prepare_text, read_text
+from tamba.text import Side, check_lengths, prepare_text, read_text
 from tamba.train.chat import dpo, on_policy, sft
 from tamba.train.chat_steps import shares
 from tamba.train.closed_form import least_squares
@@ -117,6 +117,7 @@ def train(
     moves = check_stages(
         recipe, checkpoint.tamba_config, checkpoint.parameters, giver.tamba_config, plan
     )
+    check_lengths(recipe, giver.tamba_config)
     loggers = _loggers(recipe)
     for index, stage in enumerate(recipe.train):
         if not isinstance(stage, LeastSquares):
