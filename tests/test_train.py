@@ -781,7 +781,7 @@ def test_rows_beyond_the_teachers_positions_are_refused_before_any_stage(tmp_pat
     shutil.rmtree(tmp_path / "teacher")
     short = tiny_model(["attention"] * 3, max_position_embeddings=8)
     short.save_pretrained(tmp_path / "teacher")
-    with pytest.raises(UserError, match="data.length: 16 is beyond the teacher's 8 positions"):
+    with pytest.raises(UserError, match=r"data.length: 16 is beyond the teacher's 8 positions"):
         run_training(tmp_path)
     assert not (tmp_path / ".student.stages").exists()
 
